@@ -1,0 +1,775 @@
+"""images.py: every form of images people have, and every way in which they go wrong."""
+
+import io
+import os
+import struct
+import time
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetError, PudNetWarning
+from timm_pudnet.images import open_images
+
+RGB = InputConfig(input_size=(3, 16, 16), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+GREY = InputConfig(input_size=(1, 16, 16), mean=(0.4,), std=(0.2,))
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def read(source, batch_size=256):
+    parts = list(source.batches(batch_size))
+    labels = None if parts[0][1] is None else torch.cat([y for _, y in parts])
+    return torch.cat([x for x, _ in parts]), labels
+
+
+def timm_transform(config):
+    return timm.data.create_transform(
+        input_size=config.input_size,
+        is_training=False,
+        mean=config.mean,
+        std=config.std,
+        interpolation=config.interpolation,
+        crop_pct=config.crop_pct,
+        crop_mode=config.crop_mode,
+    )
+
+
+def expect(images, config=RGB):
+    mode = {1: 'L', 3: 'RGB', 4: 'RGBA'}[config.input_size[0]]
+    return torch.stack([timm_transform(config)(image.convert(mode)) for image in images])
+
+
+def same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, count in (('dog', 3), ('cat', 2)):
+        for index in range(count):
+            save(tmp_path / 'pets' / name / f'{index}.png', noise(20, 24, 3, seed=ord(name[0]) + index))
+    return tmp_path / 'pets'
+
+
+# Folders
+
+
+def test_a_folder_of_classes(folder):
+    source = open_images(folder, input=RGB)
+    x, y = read(source)
+    paths = [folder / 'cat' / f'{i}.png' for i in range(2)] + [folder / 'dog' / f'{i}.png' for i in range(3)]
+    same(x, expect([Image.open(path) for path in paths]))
+    assert y.tolist() == source.labels.tolist() == [0, 0, 1, 1, 1]
+    assert y.dtype == source.labels.dtype == torch.int64
+    assert source.class_names == ('cat', 'dog')
+    assert source.labelled
+    assert len(source) == 5
+    assert source.description == f'5 images in 2 classes in {folder}'
+    assert source.skipped == []
+    same(read(source)[0], x)
+
+
+def test_classes_are_numbered_as_timm_numbers_them(tmp_path):
+    for name in ('c10', 'c2', 'B', 'a', 'c1'):
+        save(tmp_path / name / 'x.png', noise(16, 16, 3))
+    theirs = timm.data.create_dataset('', root=str(tmp_path)).reader.class_to_idx
+    assert {name: index for index, name in enumerate(open_images(tmp_path, input=RGB).class_names)} == theirs
+    assert list(theirs) == ['a', 'B', 'c1', 'c2', 'c10']
+
+
+def test_a_flat_folder_has_no_labels(tmp_path):
+    for index in range(3):
+        save(tmp_path / f'{index}.PNG', noise(16, 16, 3, seed=index))
+    source = open_images(str(tmp_path), input=RGB)
+    x, y = read(source)
+    assert (tuple(x.shape), y, source.labels, source.class_names, source.labelled) == (
+        (3, 3, 16, 16),
+        None,
+        None,
+        None,
+        False,
+    )
+    assert source.description == f'3 unlabelled images in {tmp_path}'
+
+
+def test_images_lie_nested_hidden_and_behind_links(tmp_path):
+    root = tmp_path / 'photos'
+    save(root / 'a' / 'deep' / 'er' / 'x.JPeG', noise(16, 16, 3))
+    save(root / 'a' / '.hidden' / 'x.png', noise(16, 16, 3))
+    save(root / 'a' / '.x.png', noise(16, 16, 3))
+    save(root / '.git' / 'x.png', noise(16, 16, 3))
+    (root / 'a' / 'notes.txt').write_text('none')
+    save(tmp_path / 'elsewhere' / 'é 猫.png', noise(16, 16, 3))
+    (root / 'ü').symlink_to(tmp_path / 'elsewhere')
+    (root / 'a' / 'loop').symlink_to(root / 'a')
+    (root / 'a' / 'up').symlink_to(root)
+    source = open_images(root, input=RGB)
+    assert source.class_names == ('a', 'ü')
+    assert source.labels.tolist() == [0, 1]
+    assert len(read(source)[0]) == 2
+
+
+def test_loose_images_and_empty_class_folders_are_named(folder):
+    save(folder / 'loose.png', noise(16, 16, 3))
+    (folder / 'bird').mkdir()
+    with pytest.warns(PudNetWarning) as caught:
+        source = open_images(folder, input=RGB)
+    texts = [str(warning.message) for warning in caught]
+    assert any('ignored 1 images beside the class folders' in text for text in texts)
+    assert any('without images: bird' in text for text in texts)
+    assert source.class_names == ('cat', 'dog')
+    assert len(source) == 5
+
+
+def test_one_class_is_fine(tmp_path):
+    save(tmp_path / 'only' / 'x.png', noise(16, 16, 3))
+    source = open_images(tmp_path, input=RGB)
+    assert source.labels.tolist() == [0]
+    assert source.description == f'1 image in 1 class in {tmp_path}'
+
+
+def test_folder_errors(folder, tmp_path):
+    with pytest.raises(NotFoundError, match=r'pest: no such folder. Did you mean pets\?'):
+        open_images(tmp_path / 'pest', input=RGB)
+    with pytest.raises(InputError, match=r'one file: pass a list'):
+        open_images(folder / 'cat' / '0.png', input=RGB)
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(InputError, match='the folder is empty'):
+        open_images(tmp_path / 'empty', input=RGB)
+    (tmp_path / 'text').mkdir()
+    for index in range(12):
+        (tmp_path / 'text' / f'{index}.txt').write_text('x')
+    with pytest.raises(InputError, match=r'no images in .*text: 12 other files \(\.txt\); images end in \.jpg'):
+        open_images(tmp_path / 'text', input=RGB)
+    for part in ('train', 'val'):
+        save(tmp_path / 'split' / part / 'cat' / 'x.png', noise(16, 16, 3))
+    with pytest.raises(InputError, match=r'holds splits, not classes: pass .*split.train'):
+        open_images(tmp_path / 'split', input=RGB)
+    assert len(open_images(tmp_path / 'split' / 'train', input=RGB)) == 1
+
+
+# Lists, arrays, tensors
+
+
+def test_files_pil_images_and_arrays_of_the_same_pixels_give_the_same_bits(tmp_path):
+    for size in (16, 21):
+        pixels = noise(4, size, size, 3)
+        paths = [save(tmp_path / f'{size}-{index}.png', image) for index, image in enumerate(pixels)]
+        x = read(open_images(paths, input=RGB))[0]
+        same(x, expect([Image.fromarray(image) for image in pixels]))
+        tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        mixed = [str(paths[0]), Image.fromarray(pixels[1]), pixels[2], tensor[3]]
+        for other in (pixels, tensor, [Image.fromarray(image) for image in pixels], list(pixels), mixed, tuple(tensor)):
+            same(read(open_images(other, input=RGB))[0], x)
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'P', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr'])
+@pytest.mark.parametrize('channels', [1, 3, 4])
+def test_channels_are_adapted_as_pil_does(mode, channels):
+    config = InputConfig(input_size=(channels, 16, 16), mean=(0.5,) * channels, std=(0.25,) * channels)
+    for size in (16, 20):
+        image = Image.fromarray(noise(size, size, 3) // 2 + 64).convert(mode)
+        if mode == 'RGBA':
+            image.putalpha(Image.fromarray(noise(size, size, seed=3) // 2 + 64))
+        same(read(open_images([image], input=config))[0], expect([image], config))
+        if mode in ('L', 'RGB', 'RGBA'):
+            same(read(open_images(np.asarray(image)[None], [0], input=config))[0], expect([image], config))
+            floats = np.asarray(image)[None].astype(np.float64) / 255
+            x = read(open_images(floats, [0], input=config))[0]
+            torch.testing.assert_close(x, expect([image], config), rtol=0, atol=1.6 / 255 / 0.25)
+
+
+def test_palette_with_transparency_and_animation_give_no_warning(tmp_path):
+    palette = Image.fromarray(noise(16, 16, 3)).quantize(8)
+    palette.save(tmp_path / 'p.png', transparency=bytes([0, 128] * 4))
+    frames = [Image.fromarray(noise(16, 16, seed=seed)) for seed in range(3)]
+    frames[0].save(tmp_path / 'a.gif', save_all=True, append_images=frames[1:])
+    x, _ = read(open_images([tmp_path / 'p.png', tmp_path / 'a.gif'], input=RGB))
+    same(x, expect([palette, frames[0]]))
+
+
+def test_orientation_is_left_alone_as_timm_does(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(tmp_path / 'x.jpg', noise(16, 16, 3), exif=exif)
+    same(read(open_images([path], input=RGB))[0], expect([Image.open(path)]))
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    pixels = np.array([[0, 257, 32896, 65535]] * 16, dtype=np.uint16).repeat(4, 1)
+    eight = np.array([[0, 1, 128, 255]] * 16, dtype=np.uint8).repeat(4, 1)
+    want = expect([Image.fromarray(eight)], GREY)
+    png = save(tmp_path / 'x.png', pixels)
+    as_int, as_float = Image.fromarray(pixels.astype(np.int32)), Image.fromarray(pixels.astype(np.float32))
+    unit = Image.fromarray(eight.astype(np.float32) / 255)
+    with Image.open(png) as opened:
+        assert opened.mode == 'I;16'
+    assert [as_int.mode, as_float.mode] == ['I', 'F']
+    for images in ([png], [as_int], [as_float], [unit], pixels[None], torch.from_numpy(pixels)[None], [pixels]):
+        same(read(open_images(images, input=GREY))[0], want)
+    same(read(open_images(pixels.astype('>u2')[None], input=GREY))[0], want)
+
+
+def test_arrays_of_all_kinds():
+    grey, colour = noise(5, 16, 16), noise(5, 16, 16, 4)
+    same(read(open_images(grey, input=GREY))[0], expect([Image.fromarray(image) for image in grey], GREY))
+    same(read(open_images(grey[..., None], input=RGB))[0], expect([Image.fromarray(image) for image in grey]))
+    same(read(open_images(torch.from_numpy(grey), input=RGB))[0], expect([Image.fromarray(image) for image in grey]))
+    same(read(open_images(colour, input=RGB))[0], expect([Image.fromarray(image) for image in colour]))
+    mask = grey > 99
+    same(read(open_images(mask, input=GREY))[0], read(open_images(np.where(mask, 255, 0).astype('u1'), input=GREY))[0])
+    frozen = grey.copy()
+    frozen.flags.writeable = False
+    same(read(open_images(frozen[::-1], input=GREY))[0], read(open_images(grey[::-1], input=GREY))[0])
+    sizes = [noise(20, 30, 3), noise(16, 16), noise(40, 17, 4)]
+    same(read(open_images(sizes, input=RGB))[0], expect([Image.fromarray(image) for image in sizes]))
+    assert open_images(grey, input=GREY).description == '5 unlabelled images (array)'
+    assert open_images(noise(1000, 2, 2), input=GREY).description == '1,000 unlabelled images (array)'
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_floats_are_uint8_divided_by_255_and_stay_unchanged(dtype):
+    pixels = torch.from_numpy(noise(3, 3, 16, 16))
+    floats = (pixels.double() / 255).to(dtype).requires_grad_()
+    before = floats.detach().clone()
+    x = read(open_images(floats, input=RGB))[0]
+    tolerance = {torch.float16: 5e-3, torch.bfloat16: 3e-2}.get(dtype, 1e-6)
+    torch.testing.assert_close(x, read(open_images(pixels, input=RGB))[0], rtol=0, atol=tolerance)
+    assert x.dtype == torch.float32
+    same(floats.detach(), before)
+    mixed = [pixels[0], pixels[1].float() / 255]
+    torch.testing.assert_close(read(open_images(mixed, input=RGB))[0], read(open_images(pixels[:2], input=RGB))[0])
+
+
+@pytest.mark.parametrize('crop_mode', ['center', 'squash', 'border'])
+@pytest.mark.parametrize('crop_pct', [1.0, 0.875])
+@pytest.mark.parametrize('size', [(16, 16), (12, 20)])
+@pytest.mark.parametrize('interpolation', ['bicubic', 'bilinear', 'nearest', 'lanczos', 'box'])
+def test_equals_timms_eval_transform(crop_mode, crop_pct, size, interpolation):
+    config = InputConfig(
+        input_size=(3, *size),
+        mean=RGB.mean,
+        std=RGB.std,
+        crop_mode=crop_mode,
+        crop_pct=crop_pct,
+        interpolation=interpolation,
+    )
+    for height, width in (size, (33, 21), (9, 40)):
+        pixels = noise(2, height, width, 3)
+        want = expect([Image.fromarray(image) for image in pixels], config)
+        same(read(open_images(pixels, input=config))[0], want)
+        # Floats: PIL rounds and clips a uint8 image after each of its two passes, so stay off 0 and 255.
+        dull = pixels // 2 + 64
+        want = expect([Image.fromarray(image) for image in dull], config)
+        floats = read(open_images(dull.astype(np.float32) / 255, input=config))[0]
+        torch.testing.assert_close(floats, want, rtol=0, atol=1.6 / 255 / min(config.std))
+
+
+def test_equals_the_transform_that_timm_resolves_from_a_model(tmp_path):
+    model = timm.create_model('test_resnet')
+    data = timm.data.resolve_model_data_config(model)
+    config = InputConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+    path = save(tmp_path / 'x.jpg', noise(200, 170, 3))
+    want = timm.data.create_transform(**data)(Image.open(path).convert('RGB'))
+    same(read(open_images([path], input=config))[0][0], want)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch_size=st.integers(1, 9),
+    count=st.integers(1, 8),
+    kind=st.sampled_from(['array', 'list', 'dataset', 'stream', 'loader']),
+)
+def test_chunking_changes_nothing(batch_size, count, kind):
+    pixels, labels = torch.from_numpy(noise(count, 3, 18, 16)), torch.arange(count) // 2
+    data = {
+        'array': (pixels.permute(0, 2, 3, 1).numpy(), labels),
+        'list': (list(pixels), labels),
+        'dataset': (TensorDataset(pixels, labels), None),
+        'stream': (Stream(list(zip(pixels, labels, strict=True))), None),
+        'loader': (DataLoader(TensorDataset(pixels, labels), batch_size=3), None),
+    }[kind]
+    source = open_images(*data, input=RGB)
+    want = read(open_images(pixels, input=RGB))[0]
+    for _ in range(2):
+        batches = list(source.batches(batch_size))
+        assert max(len(x) for x, _ in batches) <= batch_size
+        same(torch.cat([x for x, _ in batches]), want)
+        assert torch.cat([y for _, y in batches]).tolist() == labels.tolist()
+
+
+# Labels
+
+
+def test_labels_of_all_kinds():
+    images = noise(4, 8, 8)
+    for labels, numbers, names in (
+        ([0, 1, 1, 0], [0, 1, 1, 0], None),
+        (np.array([5, -1, 5, 7]), [1, 0, 1, 2], ('-1', '5', '7')),
+        (torch.tensor([1, 2, 1, 2]), [0, 1, 0, 1], ('1', '2')),
+        (['dog', 'cat', 'dog', 'ant'], [2, 1, 2, 0], ('ant', 'cat', 'dog')),
+        (np.array(['b', 'a', 'b', 'b']), [1, 0, 1, 1], ('a', 'b')),
+        ((np.int8(1), torch.tensor(0), True, 0), [1, 0, 1, 0], None),
+    ):
+        source = open_images(images, labels, input=RGB)
+        assert source.labels.tolist() == read(source, 3)[1].tolist() == numbers
+        assert source.class_names == names
+        assert source.labelled
+
+
+def test_explicit_labels_override_those_of_the_data(folder):
+    source = open_images(folder, ['x', 'y', 'x', 'y', 'z'], input=RGB)
+    assert source.class_names == ('x', 'y', 'z')
+    assert read(source)[1].tolist() == [0, 1, 0, 1, 2]
+    pixels = torch.from_numpy(noise(5, 3, 8, 8))
+    data = TensorDataset(pixels, torch.zeros(5).long())
+    for images in (data, DataLoader(data, 2), Stream(list(pixels))):
+        assert read(open_images(images, [3, 1, 3, 1, 2], input=RGB), 2)[1].tolist() == [2, 0, 2, 0, 1]
+
+
+@pytest.mark.parametrize('labels', [[0.5, 1, 2, 3], 'abcd', 3, [0, 'a', 1, 2], [[0], [1], [2], [3]], [0, None, 1, 2]])
+def test_wrong_labels(labels):
+    with pytest.raises(InputError, match='labels'):
+        open_images(noise(4, 8, 8), labels, input=RGB)
+
+
+def test_the_number_of_labels_must_fit(folder):
+    with pytest.raises(InputError, match='2 labels for 5 images'):
+        open_images(folder, [0, 1], input=RGB)
+    with pytest.raises(InputError, match='6 labels for 5 images'):
+        open_images(noise(5, 8, 8), range(6), input=RGB)
+    stream = Stream(list(noise(5, 8, 8)))
+    with pytest.raises(InputError, match='6 labels for 5 images'):
+        read(open_images(stream, range(6), input=RGB))
+    with pytest.raises(InputError, match='4 labels for at least 5 images'):
+        read(open_images(stream, range(4), input=RGB))
+    with pytest.raises(InputError, match='shuffle'):
+        open_images(DataLoader(list(noise(5, 8, 8)), shuffle=True), range(5), input=RGB)
+
+
+# Datasets and loaders
+
+
+class Stream(IterableDataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+class Pairs(Dataset):
+    def __init__(self, items, **attributes):
+        self.items = items
+        self.__dict__.update(attributes)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        item = self.items[index]
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+def test_datasets_of_images_alone_and_of_pairs():
+    pixels = noise(4, 18, 16, 3)
+    pictures = [Image.fromarray(image) for image in pixels]
+    want = expect(pictures)
+    for items in (pictures, list(pixels), [(image,) for image in pictures], [(image, -1) for image in pictures]):
+        for dataset in (Pairs(items), Stream(items)):
+            source = open_images(dataset, input=RGB)
+            x, y = read(source, 3)
+            same(x, want)
+            assert (y, source.labelled, source.labels) == (None, False, None)
+    items = [(image, label, 'more') for image, label in zip(pictures, [2, 0, 1, 2], strict=True)]
+    for dataset in (Pairs(items), Stream(items)):
+        source = open_images(dataset, input=RGB)
+        assert (source.labelled, source.labels, source.class_names) == (True, None, None)
+        assert read(source, 3)[1].tolist() == [2, 0, 1, 2]
+    assert len(open_images(Pairs(items), input=RGB)) == 4
+    assert open_images(Pairs(items), input=RGB).description == '4 labelled images (Pairs)'
+    stream = open_images(Stream(items), input=RGB)
+    assert stream.description == 'labelled images (Stream)'
+    with pytest.raises(TypeError, match='only after reading'):
+        len(stream)
+
+
+def test_targets_and_classes_of_a_dataset_are_known_before_reading():
+    items = [(Image.fromarray(image), label) for image, label in zip(noise(4, 8, 8), [0, 2, 2, 1], strict=True)]
+    dataset = Pairs(items, targets=[0, 2, 2, 1], classes=['a', 'b', 'c'])
+    source = open_images(dataset, input=RGB)
+    assert source.labels.tolist() == [0, 2, 2, 1]
+    assert source.class_names == ('a', 'b', 'c')
+    part = open_images(Subset(dataset, [2, 0, 1]), input=RGB)  # b has no image, so it is no class
+    assert part.labels.tolist() == read(part)[1].tolist() == [1, 0, 1]
+    assert part.class_names == ('a', 'c')
+    other = open_images(Pairs(items, targets=[0, 2, 2, 1], target_transform=abs), input=RGB)
+    assert other.labels is None
+    assert read(other)[1].tolist() == [0, 2, 2, 1]
+    assert open_images(DataLoader(dataset, collate_fn=stack), input=RGB).class_names == ('a', 'b', 'c')
+
+
+def test_a_map_style_dataset_of_timm_knows_its_labels(folder):
+    source = open_images(timm.data.create_dataset('', root=str(folder)), input=RGB)
+    assert source.labels.tolist() == read(source)[1].tolist() == [0, 0, 1, 1, 1]
+    assert source.class_names == ('cat', 'dog')
+    same(read(source)[0], read(open_images(folder, input=RGB))[0])
+
+
+def stack(items):
+    return torch.stack([torch.from_numpy(np.array(image)) for image, _ in items]), [label for _, label in items]
+
+
+def test_loaders_are_peeked_at_without_losing_a_batch():
+    pixels, labels = torch.from_numpy(noise(7, 3, 16, 16)), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    want = read(open_images(pixels, input=RGB))[0]
+    loader = DataLoader(TensorDataset(pixels, labels), batch_size=3)
+    source = open_images(loader, input=RGB)
+    assert (source.labelled, source.labels, len(source)) == (True, None, 7)
+    for _ in range(2):
+        x, y = read(source)
+        same(x, want)
+        assert y.tolist() == labels.tolist()
+    assert read(open_images(DataLoader(TensorDataset(pixels), batch_size=3), input=RGB))[1] is None
+    assert len(open_images(DataLoader(TensorDataset(pixels), batch_size=3, drop_last=True), input=RGB)) == 6
+    unbatched = open_images(DataLoader(TensorDataset(pixels, labels), batch_size=None), input=RGB)
+    same(read(unbatched, 4)[0], want)
+    streamed = open_images(DataLoader(Stream(list(pixels)), batch_size=2), input=RGB)
+    same(read(streamed, 4)[0], want)
+    with pytest.raises(TypeError):
+        len(streamed)
+
+
+def test_a_stream_that_runs_dry_is_an_error():
+    source = open_images(OnceOnly(noise(3, 8, 8)), input=RGB)
+    assert len(read(source)[0]) == 3
+    with pytest.raises(InputError, match='possible to read it again'):
+        read(source)
+
+
+class OnceOnly(IterableDataset):
+    def __init__(self, items):
+        self.items = iter(items)
+
+    def __iter__(self):
+        return self.items
+
+
+@pytest.mark.parametrize(
+    ('images', 'message'),
+    [
+        (Pairs([]), 'empty'),
+        (Stream([]), 'empty'),
+        (DataLoader([]), 'empty'),
+        (Pairs([{'image': 0}]), r'must give an image or \(image, label\), not a dict'),
+        (DataLoader([{'image': 0}]), r'must give a tensor or \(tensor, labels\), not a dict'),
+        (Pairs([(noise(8, 8), 'cat')]), 'labels must be one int'),
+        (Dataset(), 'has no length'),
+        (DataLoader(TensorDataset(torch.zeros(4, 1, 8, 8), torch.zeros(4, 3).long())), 'labels must be one int'),
+    ],
+)
+def test_wrong_datasets(images, message):
+    with pytest.raises(InputError, match=message):
+        open_images(images, input=RGB)
+
+
+def test_a_negative_label_amid_others_is_an_error():
+    with pytest.raises(InputError, match='label -1 among others'):
+        read(open_images(Pairs([(noise(8, 8), 0), (noise(8, 8), -1)]), input=RGB))
+
+
+def test_an_item_that_cannot_be_read_is_skipped():
+    items = [OSError('image file is truncated'), (noise(8, 8), 1), (noise(8, 8), 0)]
+    source = open_images(Pairs(items), input=RGB)
+    with pytest.warns(PudNetWarning, match=r'skipped 1 of 3 images .*: image 0 \(truncated\)'):
+        assert read(source)[1].tolist() == [1, 0]
+
+
+# Subsets
+
+
+def test_subset_keeps_numbers_names_and_order(folder):
+    pixels, labels = noise(5, 16, 16, 3), [0, 1, 2, 0, 1]
+    listed = [Image.fromarray(image) for image in pixels]
+    want = expect(listed)
+    for images in (pixels, torch.from_numpy(pixels).permute(0, 3, 1, 2), listed, Pairs(list(pixels))):
+        source = open_images(images, labels, input=RGB)
+        part = source.subset(torch.tensor([4, 2, 2, 0])).subset([0, 1, 3])
+        x, y = read(part, 2)
+        same(x, want[[4, 2, 0]])
+        assert y.tolist() == part.labels.tolist() == [1, 2, 0]
+        assert (len(part), len(source)) == (3, 5)
+    part = open_images(folder, input=RGB).subset(np.array([4]))
+    assert part.labels.tolist() == [1]
+    assert part.class_names == ('cat', 'dog')
+    assert part.description == f'1 image in 1 class in {folder}'
+
+
+def test_subset_errors():
+    source = open_images(noise(5, 8, 8), input=RGB)
+    for indices in ([5], [-1], [], [0.5], 3, [[0]], [True, False]):
+        with pytest.raises(InputError, match='subset'):
+            source.subset(indices)
+    with pytest.raises(InputError, match='only be read in order'):
+        open_images(Stream(list(noise(5, 8, 8))), input=RGB).subset([0])
+
+
+# Things that cannot be read
+
+
+def bomb(side):
+    """A tiny PNG whose header claims `side` x `side` pixels."""
+    header = struct.pack('>IIBBBBB', side, side, 8, 0, 0, 0, 0)
+    chunks = [(b'IHDR', header), (b'IDAT', zlib.compress(b'\0' * 100)), (b'IEND', b'')]
+    body = b''.join(
+        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b'\x89PNG\r\n\x1a\n' + body
+
+
+@pytest.fixture
+def damaged(folder):
+    good = io.BytesIO()
+    Image.fromarray(noise(64, 64, 3)).save(good, 'JPEG')
+    (folder / 'cat' / 'truncated.jpg').write_bytes(good.getvalue()[:-500])
+    (folder / 'cat' / 'zero.png').write_bytes(b'')
+    (folder / 'cat' / 'text.png').write_text('no image')
+    (folder / 'dog' / 'bomb-warning.png').write_bytes(bomb(12000))
+    (folder / 'dog' / 'bomb-error.png').write_bytes(bomb(60000))
+    (folder / 'dog' / 'gone.png').symlink_to(folder / 'nowhere')
+    (folder / 'dog' / 'script.png').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n')
+    return folder
+
+
+REASONS = {
+    'truncated.jpg': 'truncated',
+    'zero.png': 'empty or not an image',
+    'text.png': 'empty or not an image',
+    'script.png': 'empty or not an image',
+    'bomb-warning.png': f'more than {Image.MAX_IMAGE_PIXELS:,} pixels',
+    'bomb-error.png': f'more than {Image.MAX_IMAGE_PIXELS:,} pixels',
+    'gone.png': 'no such file or directory',
+}
+
+
+@pytest.mark.parametrize('action', ['ignore', 'default', 'error'])
+def test_damaged_files_are_skipped_and_named_once(damaged, action):
+    source = open_images(damaged, input=RGB)
+    assert len(source) == 12
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter(action)
+        warnings.simplefilter('always', PudNetWarning)
+        x, y = read(source, 2)
+        again, _ = read(source, 5)
+    assert [warning.category for warning in caught] == [PudNetWarning]
+    text = str(caught[0].message)
+    assert text.startswith('skipped 7 of 12 images that could not be read: cat/text.png (empty or not an image), ')
+    assert text.endswith(', ...')
+    assert text.count('(') == 3
+    assert {os.path.basename(name): reason for name, reason in source.skipped} == REASONS
+    assert len(source.skipped) == 7
+    assert y.tolist() == [0, 0, 1, 1, 1]
+    paths = [damaged / 'cat' / f'{i}.png' for i in range(2)] + [damaged / 'dog' / f'{i}.png' for i in range(3)]
+    same(x, expect([Image.open(path) for path in paths]))
+    same(again, x)
+    read(source.subset(range(12)))  # does not repeat the warning
+
+
+def test_strict_raises_at_once(damaged):
+    source = open_images(damaged, input=RGB, strict=True)
+    with pytest.raises(InputError, match=r'cat/text.png: cannot be read \(empty or not an image\)'):
+        read(source)
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    paths = [tmp_path / 'gone.png', tmp_path]
+    with pytest.raises(InputError, match=r'none of the 2 images .*gone.png \(no such file or directory\), '):
+        read(open_images(paths, input=RGB))
+
+
+def test_slivers_do_not_fill_the_memory():
+    sliver = noise(1, 200_000)
+    config = InputConfig(input_size=(3, 224, 224))
+    source = open_images([Image.fromarray(sliver), Image.fromarray(noise(8, 8))], input=config)
+    with pytest.warns(PudNetWarning, match=r'image 0 \(200000 x 1 pixels are too long'):
+        assert len(read(source)[0]) == 1
+    for mode in ('center', 'border'):
+        config = InputConfig(input_size=(3, 224, 224), crop_mode=mode)
+        with pytest.raises(InputError, match='too long'):
+            read(open_images(sliver[None], input=config))
+        with pytest.raises(InputError, match='too long'):
+            read(open_images(sliver[None] / 255, input=config))
+
+
+@pytest.mark.parametrize(
+    ('images', 'message'),
+    [
+        (np.zeros((0, 8, 8, 3), np.uint8), 'no images: array is empty'),
+        (np.zeros(0), 'no images: array is empty'),
+        (torch.zeros(0, 3, 8, 8), 'no images: tensor is empty'),
+        ([], 'no images: list is empty'),
+        (noise(8, 8, 3), 'is that of one image'),
+        (noise(8, 8), 'is that of one image'),
+        (torch.zeros(3, 8, 8), 'is that of one image'),
+        (np.uint8(3), 'cannot be read; pass a folder'),
+        (noise(4, 3, 8, 8), r'shape \(3, 8, 8\) of one image; arrays are \(h, w, c\)'),
+        (torch.zeros(4, 8, 8, 3), r'shape \(8, 8, 3\) of one image'),
+        (noise(4, 8, 8, 2), 'with 1, 3 or 4 channels'),
+        (noise(4, 0, 8, 3), 'shape'),
+        (noise(2, 4, 8, 8, 3), 'shape'),
+        (noise(4, 8, 8).astype(np.int64), r"pixels of type int64; pass uint8 in 0-255, \.astype\('uint8'\)"),
+        (torch.zeros(4, 8, 8, dtype=torch.int32), r'type int32; pass uint8 in 0-255, \.to\(torch\.uint8\)'),
+        (noise(4, 8, 8).astype(object), 'type object'),
+        (noise(4, 8, 8).astype(np.float32), r'values up to 255: divide by 255 or pass uint8'),
+        (noise(4, 8, 8) / 255 - 0.5, r'down to -0\.5 look already normalised: pass pixels in 0-1; mean and std'),
+        (np.stack([np.zeros((8, 8)), np.full((8, 8), np.nan)]), 'image 1 has pixels that are NaN'),
+        ([np.zeros((8, 8)), np.full((8, 8), np.inf)], 'image 1 has pixels that are NaN'),
+        ([noise(8, 8), 3], r'images\[1\] is a int'),
+        ([(noise(8, 8), 0)], r'images\[0\] is a tuple'),
+        (Image.new('L', (8, 8)), 'one PIL image: pass a list'),
+        (None, 'a NoneType cannot be read; pass a folder'),
+        ({'a': 1}, 'a dict cannot be read'),
+        (iter([1]), 'cannot be read'),
+    ],
+)
+def test_wrong_images(images, message):
+    with pytest.raises(InputError, match=message) as caught:
+        read(open_images(images, input=RGB))
+    assert '\n' not in str(caught.value)
+
+
+def test_the_image_with_nan_is_named_in_any_batch():
+    pixels = np.zeros((7, 8, 8))
+    pixels[5, 2, 2] = np.nan
+    with pytest.raises(InputError, match='image 5 has'):
+        read(open_images(pixels, input=RGB), 2)
+    with pytest.raises(InputError, match='image 5 has'):
+        read(open_images(DataLoader(list(pixels[..., None].transpose(0, 3, 1, 2)), 2), input=RGB), 2)
+
+
+def test_floats_within_the_tolerance_pass():
+    x, _ = read(open_images(np.array([-0.0005, 1.0005]).repeat(64).reshape(2, 8, 8), input=RGB))
+    assert x.isfinite().all()
+
+
+def test_wrong_batch_size():
+    with pytest.raises(InputError, match='batch_size'):
+        list(open_images(noise(2, 8, 8), input=RGB).batches(0))
+
+
+def test_global_state_is_left_alone(damaged):
+    before = warnings.filters[:], Image.MAX_IMAGE_PIXELS, torch.get_rng_state(), np.random.get_state()[1].copy()
+    with pytest.warns(PudNetWarning):
+        read(open_images(damaged, input=RGB))
+    assert warnings.filters[:] == before[0]
+    assert before[1] == Image.MAX_IMAGE_PIXELS
+    same(torch.get_rng_state(), before[2])
+    np.testing.assert_array_equal(np.random.get_state()[1], before[3])
+
+
+def test_240_small_files_are_read_fast(tmp_path):
+    for index in range(240):
+        save(tmp_path / f'{index}.png', noise(28, 28, seed=index))
+    config = InputConfig(input_size=(1, 28, 28), mean=(0.5,), std=(0.5,))
+    seconds = []
+    for _ in range(4):
+        start = time.process_time()
+        read(open_images(tmp_path, input=config))
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.08
+
+
+# timm's names
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    raw = tmp_path / 'FashionMNIST' / 'raw'
+    raw.mkdir(parents=True)
+    pixels, labels = noise(6, 28, 28), np.array([9, 0, 3, 3, 0, 9], dtype=np.uint8)
+    for part in ('train', 't10k'):
+        with open(raw / f'{part}-images-idx3-ubyte', 'wb') as file:
+            file.write(struct.pack('>IIII', 0x803, 6, 28, 28) + pixels.tobytes())
+        with open(raw / f'{part}-labels-idx1-ubyte', 'wb') as file:
+            file.write(struct.pack('>II', 0x801, 6) + labels.tobytes())
+    return tmp_path, pixels
+
+
+def test_a_torch_dataset_by_name(fashion):
+    root, pixels = fashion
+    source = open_images('torch/fashion_mnist', input=RGB, data_dir=root)
+    x, y = read(source)
+    same(x, expect([Image.fromarray(image) for image in pixels]))
+    assert source.class_names == ('T-shirt/top', 'Dress', 'Ankle boot')
+    assert y.tolist() == source.labels.tolist() == [2, 0, 1, 1, 0, 2]
+    assert source.description == '6 images in 3 classes (torch/fashion_mnist)'
+    assert len(open_images('torch/fashion_mnist', input=RGB, data_dir=str(root), split='test')) == 6
+
+
+def test_names_that_timm_cannot_open(fashion, monkeypatch, tmp_path):
+    root, _ = fashion
+    with pytest.raises(InputError, match=r'torch/cifar10: .*data_dir=\.\.\.'):
+        open_images('torch/cifar10', input=RGB)
+    with pytest.raises(NotFoundError, match=r'data_dir .*gone: no such folder; nothing is downloaded'):
+        open_images('torch/cifar10', input=RGB, data_dir=root / 'gone')
+    with pytest.raises(NotFoundError, match=r'torch/cifar10: not in data_dir=.*nothing is downloaded'):
+        open_images('torch/cifar10', input=RGB, data_dir=root)
+    with pytest.raises(InputError, match='Unknown torchvision dataset'):
+        open_images('torch/nonsense', input=RGB, data_dir=root)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    for name, package in (('hfds/x', 'datasets'), ('wds/x', 'webdataset'), ('tfds/x', 'tensorflow-datasets')):
+        with pytest.raises(InputError, match=f'{name}: needs the package {package}: pip install {package}'):
+            open_images(name, input=RGB, data_dir=root)
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / 'torch' / 'mine' / 'x.png', noise(8, 8))
+    assert len(open_images('torch/mine', input=RGB)) == 1  # a folder of that name goes first
+
+
+@pytest.mark.filterwarnings(
+    'ignore::pytest.PytestUnraisableExceptionWarning', 'ignore::ResourceWarning'
+)  # webdataset's
+def test_a_web_dataset(tmp_path):
+    pytest.importorskip('webdataset')
+    import json
+    import tarfile
+
+    pixels = noise(3, 16, 16, 3)
+    with tarfile.open(tmp_path / 'train.tar', 'w') as tar:
+        for index, image in enumerate(pixels):
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, 'PNG')
+            for suffix, data in (('png', file.getvalue()), ('cls', str(index % 2).encode())):
+                info = tarfile.TarInfo(f'{index}.{suffix}')
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    splits = {'train': {'num_samples': 3, 'filenames': ['train.tar'], 'shard_lengths': [3], 'name': 'train'}}
+    (tmp_path / '_info.json').write_text(json.dumps({'splits': splits}))
+    source = open_images('wds/mine', input=RGB, data_dir=tmp_path)
+    for _ in range(2):
+        x, y = read(source, 2)
+        same(x, expect([Image.fromarray(image) for image in pixels]))
+        assert y.tolist() == [0, 1, 0]
+
+
+def test_every_error_is_ours():
+    assert issubclass(InputError, (PudNetError, ValueError))
+    assert issubclass(NotFoundError, FileNotFoundError)

@@ -1,0 +1,47 @@
+"""Predicts the weights of timm's convolutional networks for images that they have never seen (PudNet)."""
+
+from timm_pudnet.config import (
+    DamagedFileError,
+    InputConfig,
+    InputError,
+    NotFoundError,
+    OutputExistsError,
+    PudNetConfig,
+    PudNetError,
+    PudNetWarning,
+    UnsupportedTargetError,
+)
+from timm_pudnet.evaluation import evaluate
+from timm_pudnet.hub import list_hypernets, load_hypernet
+from timm_pudnet.hypernet import PudNet
+from timm_pudnet.images import open_images
+from timm_pudnet.predict import create_model, predict_model, predict_state_dict, save_model
+from timm_pudnet.target import TargetSpec, describe_target
+from timm_pudnet.training import Recipe, meta_train
+
+__version__ = '0.1.0'
+
+__all__ = [
+    'DamagedFileError',
+    'InputConfig',
+    'InputError',
+    'NotFoundError',
+    'OutputExistsError',
+    'PudNet',
+    'PudNetConfig',
+    'PudNetError',
+    'PudNetWarning',
+    'Recipe',
+    'TargetSpec',
+    'UnsupportedTargetError',
+    'create_model',
+    'describe_target',
+    'evaluate',
+    'list_hypernets',
+    'load_hypernet',
+    'meta_train',
+    'open_images',
+    'predict_model',
+    'predict_state_dict',
+    'save_model',
+]

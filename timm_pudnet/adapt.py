@@ -1,0 +1,128 @@
+"""What turns predicted weights into a usable model: norm calibration and class centroids.
+
+Dimension letters: `n` images, `c h w` an image, `d` features, `k` classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timm_pudnet.config import InputError
+from timm_pudnet.target import batch_norms
+
+# Statistics of so many images' weight are taken from training, so that a handful of images calibrates a network too.
+PRIOR_IMAGES = 8
+
+
+@torch.inference_mode()
+def calibrate(
+    model: nn.Module,
+    images: Tensor,
+    prior: Mapping[str, Tensor],
+    *,
+    prior_images: float = PRIOR_IMAGES,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Sets the statistics of every BatchNorm to those of these images, in one forward pass in eval mode.
+
+    Each layer's statistics are taken from the input that it gets from the layers before it, calibrated already, and are
+    set before it normalises: what comes out is what the calibrated model gives for these images afterwards. They are
+    shrunk towards the statistics of training with the weight of `prior_images` images, in mean and in second moment.
+
+    Args:
+        model: A model of the target; changed in place.
+        images: `[n, c, h, w]`, normalised, all at once.
+        prior: `running_mean` and `running_var` of training by state-dict key.
+        prior_images: Weight of the prior; 0 for none.
+        forward: What to run the images through, when not the whole model.
+
+    Returns:
+        The output for the images.
+
+    Raises:
+        InputError: No images.
+    """
+    if not len(images):
+        raise InputError('no images to calibrate on: at least one is needed')
+    share = len(images) / (len(images) + prior_images)
+
+    def set_statistics(key: str):
+        def hook(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            values = inputs[0].float()
+            dims = [dim for dim in range(values.ndim) if dim != 1]
+            variance, mean = torch.var_mean(values, dim=dims, correction=0)
+            prior_mean = prior[f'{key}.running_mean'].to(mean.device)
+            prior_variance = prior[f'{key}.running_var'].to(mean.device)
+            blend = torch.lerp(prior_mean, mean, share)
+            spread = share * (variance + (mean - blend).square())
+            spread += (1 - share) * (prior_variance + (prior_mean - blend).square())
+            norm.running_mean.copy_(blend)  # type: ignore[union-attr, operator]
+            norm.running_var.copy_(spread)  # type: ignore[union-attr, operator]
+
+        return hook
+
+    model.eval()
+    hooks = [norm.register_forward_pre_hook(set_statistics(name)) for name, norm in batch_norms(model)]
+    try:
+        return (forward or model)(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class StreamingCentroids:
+    """Adds up features by class; `result` are the class centroids `u_k` of eq. 7.
+
+    Args:
+        num_classes: `k`.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.counts = torch.zeros(num_classes, dtype=torch.long)
+        self.sums: Tensor | None = None
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Takes in features `[n, d]` and labels `[n]` in `0..k-1`."""
+        features, labels = features.double().cpu(), labels.cpu()
+        if self.sums is None:
+            self.sums = torch.zeros(self.num_classes, features.shape[1], dtype=torch.float64)
+        self.sums.index_add_(0, labels, features)
+        self.counts += labels.bincount(minlength=self.num_classes)
+
+    def result(self) -> Tensor:
+        """Mean feature `[k, d]` of every class, float32.
+
+        Raises:
+            InputError: A class has no image.
+        """
+        empty = (self.counts == 0).nonzero().flatten().tolist()
+        if self.sums is None or empty:
+            raise InputError(f'no image of class {", ".join(map(str, empty[:5]))}: every class needs at least one')
+        return (self.sums / self.counts[:, None]).float()
+
+
+def class_centroids(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Mean feature `[k, d]` of every class, of features `[n, d]` and labels `[n]`; differentiable (eq. 7's `u_k`).
+
+    Example:
+        >>> class_centroids(torch.tensor([[0.0, 2.0], [2.0, 2.0], [5.0, 5.0]]), torch.tensor([0, 0, 1]), 2)
+        tensor([[1., 2.],
+                [5., 5.]])
+    """
+    members = F.one_hot(labels, num_classes).to(features.dtype)
+    return (members.t() @ features) / members.sum(0).clamp(min=1)[:, None]
+
+
+def centroid_logits(features: Tensor, centroids: Tensor, temperature: Tensor | float) -> Tensor:
+    """Parameter-free classification (eq. 7): `tau * cos(f, u_k)`, `[n, k]`."""
+    return temperature * F.normalize(features, dim=-1) @ F.normalize(centroids, dim=-1).t()
+
+
+def centroid_classifier(centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight `[k, d]` and bias `[k]` of a Linear whose top-1 is that of eq. 7: the centroids as normalised rows."""
+    return F.normalize(centroids, dim=-1), torch.zeros(len(centroids), dtype=centroids.dtype, device=centroids.device)

@@ -1,0 +1,47 @@
+"""The adaptive hyper-recurrent unit (paper III-D1, III-D2): one code for every predicted layer of the target.
+
+Dimension letters: `b` sketches, `m` width of the sketch and of the state, `L` layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class AHRU(nn.Module):
+    """Walks the layers of the target with shared weights, starting from the sketch (eq. 4, 5).
+
+    `r = sigmoid(W_r [d, a])`, `z = sigmoid(W_z [d, a])`, `d~ = tanh(W_h [r * d, a])`, `d <- (1 - z) * d + z * d~`,
+    `a = sigmoid(W_o d)`, and the code of the layer is `(1 - eta) a + eta s`. The paper leaves the first `a` open: here it
+    is a learned parameter.
+
+    Args:
+        width: `m`.
+        num_layers: `L`.
+        eta: Share of the sketch in every code.
+
+    Example:
+        >>> AHRU(8, 20)(torch.zeros(8)).shape
+        torch.Size([20, 8])
+    """
+
+    def __init__(self, width: int, num_layers: int, eta: float = 0.5) -> None:
+        super().__init__()
+        self.num_layers, self.eta = num_layers, eta
+        self.gates = nn.Linear(2 * width, 2 * width, bias=False)  # W_r above W_z
+        self.candidate = nn.Linear(2 * width, width, bias=False)  # W_h
+        self.output = nn.Linear(width, width, bias=False)  # W_o
+        self.start = nn.Parameter(torch.zeros(width))  # a_0
+
+    def forward(self, sketch: Tensor) -> Tensor:
+        """Codes `[L, m]` of a sketch `[m]`, or `[b, L, m]` of sketches `[b, m]`."""
+        state, output = sketch, self.start.expand_as(sketch)
+        codes = []
+        for _ in range(self.num_layers):
+            reset, update = self.gates(torch.cat([state, output], -1)).sigmoid().chunk(2, -1)
+            candidate = self.candidate(torch.cat([reset * state, output], -1)).tanh()
+            state = (1 - update) * state + update * candidate
+            output = self.output(state).sigmoid()
+            codes.append((1 - self.eta) * output + self.eta * sketch)
+        return torch.stack(codes, -2)

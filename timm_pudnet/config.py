@@ -1,0 +1,199 @@
+"""What a hypernetwork is made of (its config) and everything that can go wrong with it (the error classes)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+FORMAT_VERSION = 1
+
+
+class PudNetError(Exception):
+    """Base of every error that this package raises on purpose: one line that names the thing and the remedy."""
+
+
+class InputError(PudNetError, ValueError):
+    """What the caller handed over cannot be used."""
+
+
+class NotFoundError(PudNetError, FileNotFoundError):
+    """A file, folder or hypernetwork that was named is not there."""
+
+
+class OutputExistsError(PudNetError, FileExistsError):
+    """Writing would have overwritten something in silence."""
+
+
+class UnsupportedTargetError(PudNetError, ValueError):
+    """The architecture has a part that no hypernetwork of ours can fill, or none made for it was given."""
+
+
+class DamagedFileError(PudNetError, ValueError):
+    """A hypernetwork's or checkpoint's file is truncated, incomplete or not what its config says."""
+
+
+class PudNetWarning(UserWarning):
+    """Something was skipped, dropped or adapted; the text says what and how often."""
+
+
+def close_names(name: str, known: Iterable[str], count: int = 3) -> str:
+    """A ' Did you mean ...?' tail for an error line, or an empty string.
+
+    Example:
+        >>> close_names('resnet81', ['resnet18', 'vgg16'])
+        ' Did you mean resnet18?'
+    """
+    found = difflib.get_close_matches(name, list(known), n=count)
+    return f' Did you mean {", ".join(found)}?' if found else ''
+
+
+def reject_unknown_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raises InputError for the first key that is not known, naming the close ones."""
+    known = list(known)
+    for key in given:
+        if key not in known:
+            raise InputError(f'{where}: unknown key {key!r}.{close_names(key, known) or " Known: " + ", ".join(known)}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """How an image becomes the target's input; the names are those of timm's data config.
+
+    Args:
+        input_size: `(channels, height, width)` in pixels; 1, 3 or 4 channels.
+        mean: Per channel, in the 0-1 range of pixel values.
+        std: Per channel, in the 0-1 range of pixel values.
+        interpolation: A name that timm's transforms know.
+        crop_pct: Share of the resized image that the crop keeps, in (0, 1].
+        crop_mode: `center`, `squash` or `border`, as in timm.
+
+    Raises:
+        InputError: A value is out of range.
+    """
+
+    input_size: tuple[int, int, int] = (3, 32, 32)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    interpolation: str = 'bicubic'
+    crop_pct: float = 1.0
+    crop_mode: str = 'center'
+
+    def __post_init__(self) -> None:
+        size = tuple(self.input_size)
+        if len(size) != 3 or not all(isinstance(side, int) and 0 < side <= 16384 for side in size):
+            raise InputError(f'input_size must be (channels, height, width) with sides in 1-16384, got {size}')
+        if size[0] not in (1, 3, 4):
+            raise InputError(f'input_size: {size[0]} channels; images have 1, 3 or 4')
+        for name in ('mean', 'std'):
+            values = tuple(float(value) for value in getattr(self, name))
+            if len(values) != size[0] or not all(math.isfinite(value) for value in values):
+                raise InputError(f'{name} must be {size[0]} finite numbers, one a channel, got {values}')
+            object.__setattr__(self, name, values)
+        if min(self.std) <= 0:
+            raise InputError(f'std must be above zero, got {self.std}')
+        if self.interpolation not in ('nearest', 'bilinear', 'bicubic', 'lanczos', 'box', 'hamming'):
+            raise InputError(
+                f'interpolation {self.interpolation!r}: use bilinear, bicubic, nearest, lanczos, box, hamming'
+            )
+        if not 0 < self.crop_pct <= 1:
+            raise InputError(f'crop_pct must be in (0, 1], got {self.crop_pct}')
+        if self.crop_mode not in ('center', 'squash', 'border'):
+            raise InputError(f'crop_mode {self.crop_mode!r}: use center, squash or border')
+        object.__setattr__(self, 'input_size', size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PudNetConfig:
+    """Everything but the weights that a hypernetwork needs to be used; stored as `config.json` beside them.
+
+    Args:
+        model_name: timm architecture of the target, without a tag.
+        model_kwargs: Arguments of `timm.create_model` that change the target's weights (not `num_classes`).
+        input: How images become the target's input.
+        sketch_width: `m`, width of the dataset sketch and of the AHRU's state.
+        sketch_channels: Channels of the first two blocks of the sketch encoder; the third has `sketch_width`.
+        eta: Share of the sketch in the initial residual (eq. 5), in [0, 1].
+        generator: Kind of weight generator, a name of the registry.
+        generator_kwargs: Arguments of that kind.
+        predict_norm: Whether the affine parameters of norm layers are predicted too, instead of shared.
+        gain: Predicted kernels are scaled by `sqrt(gain / fan_in)`.
+        tag: The part of a hypernetwork's name after the architecture, `cifar100_set` for instance.
+        class_names: Classes seen in training.
+        library_versions: Versions of the libraries that wrote the file.
+        results: Measured results, as `evaluate` wrote them.
+
+    Raises:
+        InputError: A value is out of range.
+
+    Example:
+        >>> PudNetConfig(model_name='resnet18').sketch_width
+        128
+    """
+
+    model_name: str
+    model_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    input: InputConfig = dataclasses.field(default_factory=InputConfig)
+    sketch_width: int = 128
+    sketch_channels: tuple[int, int] = (16, 32)
+    eta: float = 0.5
+    generator: str = 'paper'
+    generator_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    predict_norm: bool = False
+    gain: float = 2.0
+    tag: str = ''
+    class_names: tuple[str, ...] = ()
+    library_versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    results: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.model_name or not isinstance(self.model_name, str):
+            raise InputError('model_name must be the name of a timm architecture, resnet18 for instance')
+        if not isinstance(self.sketch_width, int) or not 1 <= self.sketch_width <= 8192:
+            raise InputError(f'sketch_width must be in 1-8192, got {self.sketch_width}')
+        channels = tuple(self.sketch_channels)
+        if len(channels) != 2 or not all(isinstance(width, int) and 1 <= width <= 8192 for width in channels):
+            raise InputError(f'sketch_channels must be two widths in 1-8192, got {channels}')
+        if not 0 <= self.eta <= 1:
+            raise InputError(f'eta must be in [0, 1], got {self.eta}')
+        if not 0 < self.gain < math.inf:
+            raise InputError(f'gain must be above zero, got {self.gain}')
+        object.__setattr__(self, 'sketch_channels', channels)
+        object.__setattr__(self, 'class_names', tuple(self.class_names))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON can hold it, with the version of the format."""
+        return {'format_version': FORMAT_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PudNetConfig:
+        """Reads what `to_dict` gave, perhaps by another version of this library.
+
+        Raises:
+            DamagedFileError: The format is newer than this library, or a value is missing or of the wrong type.
+        """
+        if not isinstance(data, Mapping):
+            raise DamagedFileError(f'config.json holds a {type(data).__name__}, not an object')
+        version = data.get('format_version')
+        if version != FORMAT_VERSION:
+            raise DamagedFileError(
+                f'config.json has format version {version!r}, this library reads {FORMAT_VERSION}: '
+                'update timm-pudnet (pip install -U timm-pudnet)'
+            )
+        names = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - names - {'format_version'})
+        if unknown:
+            warnings.warn(
+                f'config.json: ignored {", ".join(unknown)}, which this version of timm-pudnet does not know',
+                PudNetWarning,
+                stacklevel=2,
+            )
+        values = {key: value for key, value in data.items() if key in names}
+        try:
+            values['input'] = InputConfig(**values.get('input', {}))
+            return cls(**values)
+        except (TypeError, AttributeError, InputError) as error:
+            raise DamagedFileError(f'config.json: {error}') from error

@@ -1,0 +1,163 @@
+"""Measures a hypernetwork on groups of unseen classes, beside the controls that could embarrass it.
+
+Dimension letters: `n` images, `c h w` an image, `m` width of the sketch, `d` features, `k` classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from timm_pudnet.adapt import calibrate, centroid_logits, class_centroids
+from timm_pudnet.evaluation.metrics import mean_interval
+from timm_pudnet.evaluation.protocols import TestGroups
+from timm_pudnet.hypernet import PudNet, library_versions
+from timm_pudnet.training.episodes import ImageBank
+
+
+@torch.inference_mode()
+def evaluate(
+    hypernet: PudNet,
+    bank: ImageBank,
+    groups: TestGroups,
+    *,
+    plain: nn.Module | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Accuracy of predicted networks over groups of unseen classes, beside the controls.
+
+    For every group the support images give the sketch, the norm statistics and the class centroids; the query images are
+    classified by eq. 7 in eval mode, so no query image touches anything that classifies it. Every network below gets the
+    same support, head and calibration:
+
+    - `predicted`: the hypernetwork with the group's own sketch;
+    - `swapped_sketch`: with the sketch of the group before it;
+    - `mean_sketch`: with the mean sketch of all groups;
+    - `plain`: the same architecture trained as an ordinary classifier of the seen classes, where given, and
+      `plain_own_statistics` with its own norm statistics instead of calibrated ones;
+    - `random_weights`: timm's random init;
+    - `raw_pixels`: no network, the normalised pixels as features.
+
+    Args:
+        hypernet: The hypernetwork to measure.
+        bank: Images of the unseen classes.
+        groups: Which of them make up each group.
+        plain: The control *plain*: a feature model, as `train_plain` gives it.
+        seed: Of the random weights.
+        progress: Show a progress bar.
+
+    Returns:
+        A mapping that JSON can hold: `accuracy` in percent with the half-width of the 95 % interval over groups,
+        `conditioning_gain` and `gain_over_plain` likewise, of the differences group by group.
+    """
+    hypernet.eval()
+    config = hypernet.config
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.input.mean, config.input.std))
+    device = hypernet.device
+
+    def images(places: Tensor) -> Tensor:
+        return ((bank.images[places.flatten()].float() / 255 - mean) / std).to(device)
+
+    sketches = torch.stack([hypernet.encoder(images(support)).mean(0) for support in groups.support])
+    average = sketches.double().mean(0).float()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        scratch = timm.create_model(config.model_name, **{**config.model_kwargs, 'num_classes': 0}).to(device).eval()
+    initial = {key: value.clone() for key, value in scratch.state_dict().items()}
+    model = scratch
+
+    def with_weights(weights: dict[str, Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        def run(support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+            model.load_state_dict(weights)
+            return calibrate(model, support, weights), model(query)
+
+        return run
+
+    arms: dict[str, Callable[[int], Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]] = {
+        'predicted': lambda number: with_weights(hypernet(sketches[number])),
+        'swapped_sketch': lambda number: with_weights(hypernet(sketches[number - 1])),
+        'mean_sketch': lambda number: with_weights(hypernet(average)),
+        'random_weights': lambda number: with_weights(initial),
+        'raw_pixels': lambda number: lambda support, query: (support.flatten(1), query.flatten(1)),
+    }
+    if plain is not None:
+        plain = plain.to(device).eval()
+        own = {key: value.clone() for key, value in plain.state_dict().items()}
+        arms['plain'] = lambda number: with_weights(own)
+
+        def own_statistics(support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+            model.load_state_dict(own)
+            return model(support), model(query)
+
+        arms['plain_own_statistics'] = lambda number: own_statistics
+
+    n_way, n_shot, n_query = groups.support.shape[1], groups.support.shape[2], groups.query.shape[2]
+    labels, answers = torch.arange(n_way).repeat_interleave(n_shot), torch.arange(n_way).repeat_interleave(n_query)
+    scores: dict[str, list[float]] = {name: [] for name in arms}
+    for number in tqdm(range(len(groups)), disable=not progress, unit='group'):
+        support, query = images(groups.support[number]), images(groups.query[number])
+        for name, arm in arms.items():
+            features, tested = arm(number)(support, query)
+            centroids = class_centroids(features, labels.to(device), n_way)
+            guesses = centroid_logits(tested, centroids, 1.0).argmax(1).cpu()
+            scores[name].append(100 * float((guesses == answers).float().mean()))
+
+    def gain(name: str) -> dict[str, float]:
+        return mean_interval([a - b for a, b in zip(scores['predicted'], scores[name], strict=True)])
+
+    result = {
+        'hypernet': hypernet.name,
+        'weights_digest': weights_digest(hypernet),
+        'groups': len(groups),
+        'groups_digest': groups.digest,
+        'n_way': n_way,
+        'n_shot': n_shot,
+        'n_query': n_query,
+        'classes': list(bank.class_names),
+        'input_size': list(config.input.input_size),
+        'chance': 100 / n_way,
+        'accuracy': {name: mean_interval(values) for name, values in scores.items()},
+        'conditioning_gain': gain('swapped_sketch'),
+        'conditioning_gain_over_mean_sketch': gain('mean_sketch'),
+        'library_versions': library_versions(),
+        'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {device.type}',
+    }
+    if plain is not None:
+        result['gain_over_plain'] = gain('plain')
+    return result
+
+
+def weights_digest(hypernet: PudNet) -> str:
+    """A short hash of all tensors of a hypernetwork, the same before and after saving in their own precision."""
+    digest = hashlib.sha256()
+    for key, value in sorted(hypernet.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """The accuracies of a result as lines of text."""
+    lines = [
+        f'{result["hypernet"]}: {result["groups"]} groups, {result["n_way"]}-way, {result["n_shot"]} labels a class'
+    ]
+    rows = dict(result['accuracy'])
+    for name in ('conditioning_gain', 'conditioning_gain_over_mean_sketch', 'gain_over_plain'):
+        if name in result:
+            rows[name] = result[name]
+    lines += [f'  {name:36}{row["mean"]:7.2f} +- {row["interval"]:.2f}' for name, row in rows.items()]
+    return '\n'.join(lines)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,36 @@
+"""Means with their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, float]:
+    """Mean of independent values and the half-width of its 95 % interval (normal approximation).
+
+    Example:
+        >>> mean_interval([0.0, 1.0, 0.0, 1.0])['mean']
+        0.5
+    """
+    count = len(values)
+    mean = sum(values) / count
+    if count < 2:
+        return {'mean': mean, 'interval': math.nan}
+    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+    return {'mean': mean, 'interval': 1.96 * math.sqrt(variance / count)}
+
+
+def share_interval(right: int, total: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of a share, from counts; sound for small counts and for shares near 0 and 1.
+
+    Example:
+        >>> low, high = share_interval(10, 10)
+        >>> round(low, 2), high
+        (0.72, 1.0)
+    """
+    z = 1.96
+    share = right / total
+    middle = share + z * z / (2 * total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return max(0.0, (middle - half) / (1 + z * z / total)), min(1.0, (middle + half) / (1 + z * z / total))

@@ -1,0 +1,155 @@
+"""Weight generators (paper III-D3): a layer's code becomes that layer's tensor.
+
+Dimension letters: `m` width of a code, `o i kh kw` a kernel tensor, `t = kh * kw` its taps, `p` flattened kernels of the
+embedding, `q` basis kernels between the two 1x1 convs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timm_pudnet.config import InputError, close_names
+from timm_pudnet.target import LayerSpec
+
+_KINDS: dict[str, type[nn.Module]] = {}
+# Spread of the large weights when new. An optimiser such as Adam moves every parameter by about its rate, whatever its
+# size: at this spread one rate suits these weights and the ordinary parameters beside them.
+SPREAD = 0.05
+
+
+def register_generator(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Makes a generator class known under a name; its instances map a code `[m]` to a kernel `(o, i, kh, kw)`.
+
+    Raises:
+        InputError: The name is taken.
+    """
+
+    def register(kind: type[nn.Module]) -> type[nn.Module]:
+        if name in _KINDS:
+            raise InputError(f'generator {name!r} is already registered by {_KINDS[name].__name__}')
+        _KINDS[name] = kind
+        return kind
+
+    return register
+
+
+def create_generator(name: str, layer: LayerSpec, width: int, gain: float, **kwargs: Any) -> nn.Module:
+    """A new generator of a registered kind for one predicted layer.
+
+    Args:
+        name: Registered kind, `paper` for instance.
+        layer: What to predict; a norm's affine parameter (one dimension) always takes `AffineGenerator`.
+        width: `m`.
+        gain: Kernels are scaled by `sqrt(gain / fan_in)`.
+        kwargs: Arguments of the kind.
+
+    Raises:
+        InputError: The kind is not known, or does not take these arguments.
+    """
+    if name not in _KINDS:
+        raise InputError(f'no generator {name!r}; there are {", ".join(sorted(_KINDS))}.{close_names(name, _KINDS)}')
+    if len(layer.shape) == 1:
+        return AffineGenerator(layer, width)
+    try:
+        return _KINDS[name](layer, width, gain, **kwargs)
+    except TypeError as error:
+        raise InputError(f'generator {name!r}: {error}') from error
+
+
+@register_generator('paper')
+class PaperGenerator(nn.Module):
+    """The paper's generator (eq. 6): a linear layer, then two 1x1 convs with an activation between them.
+
+    The code becomes `p` flattened kernels `[p, t]`, the first 1x1 conv and the activation turn them into `q` basis
+    kernels `[q, t]`, and the second mixes these into all `o * i` kernels. With `q >= t` every kernel tensor can be
+    reached exactly. Its size is about `q * o * i`.
+
+    It starts with basis kernels near the identity, so that the second conv's weight is the kernel tensor itself in units
+    of its initial scale: the start of ordinary training, bent a little by the sketch.
+
+    Args:
+        layer: The kernel to predict.
+        width: `m`.
+        gain: The kernel is scaled by `sqrt(gain / fan_in)`, so that generators of all layers train at one rate.
+        embed_kernels: `p`; raised to `t` where that is larger.
+        basis_kernels: `q`; raised to `t` where that is larger.
+
+    Example:
+        >>> layer = LayerSpec('conv.weight', (64, 32, 3, 3))
+        >>> PaperGenerator(layer, 128)(torch.zeros(128)).shape
+        torch.Size([64, 32, 3, 3])
+    """
+
+    def __init__(
+        self, layer: LayerSpec, width: int, gain: float = 2.0, *, embed_kernels: int = 16, basis_kernels: int = 9
+    ) -> None:
+        super().__init__()
+        if min(embed_kernels, basis_kernels) < 1:
+            raise InputError('embed_kernels and basis_kernels must be at least 1')
+        self.shape = layer.shape
+        self.scale = math.sqrt(gain / layer.fan_in) / SPREAD
+        out_chans, in_chans = self.shape[:2]
+        taps = self.shape[2] * self.shape[3]
+        embed_kernels, basis_kernels = max(embed_kernels, taps), max(basis_kernels, taps)
+        self.embed = nn.Linear(width, embed_kernels * taps)
+        self.mix = nn.Linear(embed_kernels, basis_kernels)  # the first 1x1 conv: it acts on each tap alone
+        self.expand = nn.Parameter(torch.randn(out_chans, in_chans, basis_kernels) * SPREAD)  # the second one's weight
+        nn.init.normal_(self.embed.weight, std=0.2 / math.sqrt(width))
+        nn.init.zeros_(self.mix.bias)
+        with torch.no_grad():
+            # mix @ embedding = the identity (its first t columns); the square and the wide case alike.
+            rotation = nn.init.orthogonal_(torch.empty(embed_kernels, embed_kernels))
+            self.embed.bias.copy_(rotation[:, :taps].flatten())
+            if basis_kernels <= embed_kernels:
+                self.mix.weight.copy_(rotation.t()[:basis_kernels])
+            else:
+                repeats = -(-basis_kernels // embed_kernels)
+                self.mix.weight.copy_(rotation.t().repeat(repeats, 1)[:basis_kernels] / math.sqrt(repeats))
+
+    def basis(self, code: Tensor) -> Tensor:
+        """The `q` basis kernels `[q, t]` of a code `[m]`, scaled for the layer."""
+        embedding = rearrange(self.embed(code), '(p t) -> t p', p=self.mix.in_features)
+        return F.leaky_relu(self.mix(embedding), 0.1).t() * self.scale
+
+    def forward(self, code: Tensor) -> Tensor:
+        """The kernel tensor `(o, i, kh, kw)` of a code `[m]`."""
+        return mix_kernels(self.expand, self.basis(code)).view(self.shape)
+
+
+class AffineGenerator(nn.Module):
+    """Predicts the weight or bias of a norm layer: a learned vector plus a linear change by the code.
+
+    Args:
+        layer: A parameter of shape `(o,)`.
+        width: `m`.
+    """
+
+    def __init__(self, layer: LayerSpec, width: int) -> None:
+        super().__init__()
+        self.base = nn.Parameter(torch.zeros(layer.shape))
+        self.change = nn.Parameter(torch.zeros(layer.shape[0], width))
+
+    def forward(self, code: Tensor) -> Tensor:
+        """The parameter `(o,)` of a code `[m]`."""
+        return self.base + self.change @ code
+
+
+def mix_kernels(weight: Tensor, basis: Tensor) -> Tensor:
+    """`weight @ basis`: `[o, i, q]` times `[q, t]` gives `[o, i, t]`.
+
+    Written as a 1x1 convolution over `o` images of `i` pixels with `q` channels: with so few columns a matrix product
+    runs several times slower than the bytes it moves.
+    """
+    basis_kernels, taps = basis.shape
+    if taps == 1:
+        return weight @ basis
+    pixels = rearrange(weight, 'o i q -> o q i 1')  # a view; in memory it is channels-last already
+    kernel = rearrange(basis, 'q t -> t q 1 1').contiguous()
+    return rearrange(F.conv2d(pixels, kernel), 'o t i 1 -> o i t')

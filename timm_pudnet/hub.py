@@ -1,0 +1,120 @@
+"""Which hypernetwork serves a name: those that ship with the package, and folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from timm_pudnet.config import (
+    DamagedFileError,
+    InputError,
+    NotFoundError,
+    PudNetConfig,
+    UnsupportedTargetError,
+    close_names,
+)
+from timm_pudnet.hypernet import CONFIG_NAME, PudNet
+from timm_pudnet.target import check_architecture
+
+
+def _shelves() -> list[Path]:
+    """Folders that hold one hypernetwork a subfolder: the wheel's, and the checkout's of an editable install."""
+    package = Path(__file__).resolve().parent
+    shelves = [package / 'embedded']
+    if (package.parent / 'pyproject.toml').is_file():
+        shelves.append(package.parent / 'hub')
+    return [shelf for shelf in shelves if shelf.is_dir()]
+
+
+def embedded() -> dict[str, Path]:
+    """Folder of every hypernetwork that ships with the package, by its name `architecture.tag`."""
+    found = {}
+    for shelf in _shelves():
+        for path in sorted(shelf.glob(f'*/{CONFIG_NAME}')):
+            found.setdefault(path.parent.name, path.parent)
+    return found
+
+
+def list_hypernets() -> dict[str, PudNetConfig]:
+    """Config of every hypernetwork at hand, by name; its `results` say what was measured.
+
+    Example:
+        >>> 'resnet18.fashion_set' in list_hypernets()
+        True
+    """
+    return {name: read_config(folder) for name, folder in embedded().items()}
+
+
+def read_config(folder: Path) -> PudNetConfig:
+    """The config of a hypernetwork's folder.
+
+    Raises:
+        DamagedFileError: It is no JSON, or of a newer format.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        return PudNetConfig.from_dict(json.loads(path.read_text(encoding='utf-8')))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedFileError(f'{path} is not JSON: {error}') from error
+
+
+def load_hypernet(name: str | os.PathLike[str]) -> PudNet:
+    """Loads a hypernetwork, ready to predict.
+
+    Args:
+        name: An architecture (`resnet18`: the hypernetwork that serves it), the name of one that ships with the package
+            (`resnet18.fashion_set`), or a folder that `PudNet.save_pretrained` wrote.
+
+    Raises:
+        NotFoundError: Nothing has that name; the close ones are named.
+        UnsupportedTargetError: timm knows the architecture, but no hypernetwork serves it.
+        DamagedFileError: Its files are damaged.
+
+    Example:
+        >>> load_hypernet('resnet18').name
+        'resnet18.fashion_set'
+    """
+    return PudNet.from_pretrained(_folder(name))
+
+
+def _folder(name: str | os.PathLike[str]) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    text, at_hand = os.fspath(name), embedded()
+    if text in at_hand:
+        return at_hand[text]
+    serving = [folder for key, folder in at_hand.items() if key.split('.')[0] == text]
+    if serving:
+        return serving[0]
+    if os.sep in text or not isinstance(name, str):
+        raise NotFoundError(f'{text}: no such folder. Hypernetworks at hand: {", ".join(at_hand) or "none"}')
+    if '.' not in text:
+        check_architecture(text)
+        raise UnsupportedTargetError(
+            f'no hypernetwork predicts {text}: those at hand are {", ".join(at_hand) or "none"}. '
+            f'Train one for {text} (timm_pudnet.meta_train) or pass hypernet=FOLDER.'
+        )
+    raise NotFoundError(
+        f'no hypernetwork {text!r}.{close_names(text, at_hand)} At hand: {", ".join(at_hand) or "none"}; a folder will do too.'
+    )
+
+
+def resolve_hypernet(model_name: str, hypernet: PudNet | str | os.PathLike[str] | None) -> PudNet:
+    """The hypernetwork to use for an architecture.
+
+    Raises:
+        InputError: timm does not know the architecture.
+        UnsupportedTargetError: The hypernetwork was made for another architecture.
+    """
+    check_architecture(model_name)
+    found = hypernet if isinstance(hypernet, PudNet) else load_hypernet(model_name if hypernet is None else hypernet)
+    if not isinstance(found, PudNet):
+        raise InputError(f'hypernet must be a PudNet, a folder or a name, not a {type(hypernet).__name__}')
+    if found.config.model_name != model_name:
+        raise UnsupportedTargetError(
+            f'hypernetwork {found.name} predicts {found.config.model_name}, not {model_name}: '
+            f'pass another hypernet, or predict {found.config.model_name}'
+        )
+    return found

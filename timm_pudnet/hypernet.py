@@ -1,0 +1,265 @@
+"""PudNet, the hypernetwork: a sketch in, the tensors of the target's state dict out.
+
+Dimension letters: `n` images, `c h w` an image, `m` width of the sketch, `L` predicted layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from timm_pudnet.ahru import AHRU
+from timm_pudnet.config import DamagedFileError, InputConfig, NotFoundError, OutputExistsError, PudNetConfig
+from timm_pudnet.generators import create_generator
+from timm_pudnet.images import open_images
+from timm_pudnet.sketch import Balance, SketchEncoder, StreamingSketch
+from timm_pudnet.target import TargetSpec, describe_target
+
+CONFIG_NAME = 'config.json'
+WEIGHTS_NAME = 'model.safetensors'
+
+
+class PudNet(nn.Module):
+    """A hypernetwork for one target architecture.
+
+    Args:
+        config: Architecture of the target and of the hypernetwork.
+
+    Raises:
+        InputError: timm does not know the target.
+        UnsupportedTargetError: The target has a tensor that nothing can fill.
+
+    Example:
+        >>> hypernet = PudNet.for_target('test_resnet', sketch_width=16)
+        >>> weights = hypernet(torch.zeros(16))
+        >>> weights['conv1.0.weight'].shape
+        torch.Size([8, 3, 3, 3])
+    """
+
+    def __init__(self, config: PudNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.target: TargetSpec = describe_target(
+            config.model_name, predict_norm=config.predict_norm, **config.model_kwargs
+        )
+        layers = self.target.layers
+        self.encoder = SketchEncoder(config.input.input_size[0], config.sketch_width, config.sketch_channels)
+        self.ahru = AHRU(config.sketch_width, len(layers), config.eta)
+        self.generators = nn.ModuleList(
+            create_generator(config.generator, layer, config.sketch_width, config.gain, **config.generator_kwargs)
+            for layer in layers
+        )
+        self.temperature = nn.Parameter(torch.tensor(10.0))  # tau of eq. 7
+        # Torch allows no dots in the names of parameters, and a slash in no name of a module.
+        self.shared = nn.ParameterDict(
+            {_slashed(key): torch.zeros(self.target.shapes[key]) for key in self.target.keys('shared')}
+        )
+        self.norm_statistics = nn.Module()  # of BatchNorms, over all training groups: the prior of calibration
+        for key in self.target.keys('calibrated'):
+            dtype = torch.long if key.endswith('num_batches_tracked') else torch.float32
+            self.norm_statistics.register_buffer(
+                _slashed(key), torch.full(self.target.shapes[key], float(key.endswith('var'))).to(dtype)
+            )
+
+    @classmethod
+    def for_target(cls, model_name: str, *, generator: str = 'paper', **config: Any) -> PudNet:
+        """A new, untrained hypernetwork for a timm architecture; shared parameters start as timm starts them.
+
+        Args:
+            model_name: timm architecture, without a tag.
+            generator: Kind of weight generator.
+            config: Further fields of `PudNetConfig`. Without `input`, the architecture's own input size, mean and std.
+
+        Raises:
+            InputError: timm does not know the target, or a field is out of range.
+            UnsupportedTargetError: The target has a tensor that nothing can fill.
+        """
+        model_kwargs = config.get('model_kwargs', {})
+        describe_target(model_name, **model_kwargs)  # clear errors first
+        model = timm.create_model(model_name, **{**model_kwargs, 'num_classes': 0})
+        if 'input' not in config:
+            data = timm.data.resolve_model_data_config(model)
+            names = [field.name for field in dataclasses.fields(InputConfig)]
+            config['input'] = InputConfig(**{name: data[name] for name in names})
+        hypernet = cls(PudNetConfig(model_name=model_name, generator=generator, **config))
+        start = model.state_dict()
+        with torch.no_grad():
+            for key in hypernet.target.keys('shared'):
+                hypernet.shared[_slashed(key)].copy_(start[key])
+            for layer, weights in zip(hypernet.target.layers, hypernet.generators, strict=True):
+                if len(layer.shape) == 1:
+                    weights.base.copy_(start[layer.key])  # type: ignore[operator]
+        return hypernet
+
+    def sketch(self, images: Any, labels: Any = None, *, balance: Balance | None = None, **kwargs: Any) -> Tensor:
+        """The sketch `[m]` of an image set (eq. 3), read once, in memory that does not grow with it.
+
+        Args:
+            images: Anything that `predict_model` takes.
+            labels: Class of every image; else those of the data.
+            balance: `none`, `class` or `kmeans`; by default `class` where there are labels, else `none`.
+            kwargs: Arguments of `open_images`.
+
+        Raises:
+            InputError: The images cannot be read.
+        """
+        source = open_images(images, labels, input=self.config.input, **kwargs)
+        balance = balance or ('class' if source.labelled else 'none')
+        stream = self.streaming_sketch(balance)
+        for batch, batch_labels in source.batches():
+            stream.add(batch.to(self.device), batch_labels)
+        return stream.result()
+
+    def streaming_sketch(self, balance: Balance = 'none') -> StreamingSketch:
+        """An empty sketch that image batches can be added to."""
+        return StreamingSketch(self.encoder, balance)
+
+    def forward(self, sketch: Tensor) -> dict[str, Tensor]:
+        """Every tensor of the target's state dict but the classifier's.
+
+        Args:
+            sketch: `[m]`.
+
+        Returns:
+            Predicted kernels, shared parameters and, to start calibration from, the norm statistics of training.
+        """
+        codes = self.ahru(sketch)
+        state = {
+            layer.key: generator(code)
+            for layer, generator, code in zip(self.target.layers, self.generators, codes, strict=True)
+        }
+        state.update({key: self.shared[_slashed(key)] for key in self.target.keys('shared')})
+        state.update({key: self.statistics(key) for key in self.target.keys('calibrated')})
+        return state
+
+    def statistics(self, key: str) -> Tensor:
+        """The buffer that holds a norm statistic of the target, over all groups seen in training."""
+        return self.norm_statistics.get_buffer(_slashed(key))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.temperature.device
+
+    @property
+    def name(self) -> str:
+        """`architecture.tag`, as timm writes it."""
+        return '.'.join(filter(None, (self.config.model_name, self.config.tag)))
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, half: bool = False, overwrite: bool = False) -> Path:
+        """Writes `config.json` and `model.safetensors`, whole or not at all.
+
+        Args:
+            folder: Made if it is not there; other files in it are left alone.
+            half: Store floating-point tensors as float16 (all but norm statistics).
+            overwrite: Replace the two files where they exist.
+
+        Raises:
+            OutputExistsError: One of the two files exists and `overwrite` is false.
+        """
+        folder = Path(folder)
+        if not overwrite:
+            for name in (CONFIG_NAME, WEIGHTS_NAME):
+                if (folder / name).exists():
+                    raise OutputExistsError(f'{folder / name} exists: choose another folder or pass overwrite=True')
+        state = {}
+        for key, value in self.state_dict().items():
+            narrow = half and value.is_floating_point() and not key.startswith('norm_statistics.')
+            state[key] = value.detach().cpu().to(torch.float16 if narrow else value.dtype).contiguous()
+        config = dataclasses.replace(self.config, library_versions=library_versions())
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(folder / WEIGHTS_NAME) as path:
+            safetensors.torch.save_file(state, path, metadata={'format': 'pt'})
+        with written_whole(folder / CONFIG_NAME) as path:
+            path.write_text(json.dumps(config.to_dict(), indent=2) + '\n', encoding='utf-8')
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> PudNet:
+        """Reads what `save_pretrained` wrote; ready to predict (eval mode, float32).
+
+        Raises:
+            NotFoundError: The folder or one of its two files is not there.
+            DamagedFileError: A file is truncated, or a tensor is missing, extra, mis-shaped or not finite.
+        """
+        folder = Path(folder)
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (folder / name).is_file():
+                raise NotFoundError(f'{folder} is no hypernetwork: it has no {name}')
+        try:
+            config = PudNetConfig.from_dict(json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8')))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DamagedFileError(f'{folder / CONFIG_NAME} is not JSON: {error}') from error
+        path = folder / WEIGHTS_NAME
+        try:
+            state = safetensors.torch.load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise DamagedFileError(f'{path} is damaged ({error}): fetch or write it again') from error
+        with torch.device('meta'):
+            hypernet = cls(config)
+        expected = hypernet.state_dict()
+        for key in sorted(expected.keys() ^ state.keys()):
+            raise DamagedFileError(f'{path}: tensor {key} is {"missing" if key in expected else "not expected"}')
+        for key, value in state.items():
+            if value.shape != expected[key].shape:
+                found, wanted = tuple(value.shape), tuple(expected[key].shape)
+                raise DamagedFileError(f'{path}: tensor {key} has shape {found}, its config asks for {wanted}')
+            state[key] = value.to(expected[key].dtype)
+            # One sum finds any NaN or infinity at the cost of reading the tensor once.
+            if value.is_floating_point() and not state[key].sum().isfinite():
+                raise DamagedFileError(f'{path}: tensor {key} holds values that are not finite')
+        hypernet.load_state_dict(state, assign=True)
+        return hypernet.requires_grad_(True).eval()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that shape a result."""
+    names = ('timm-pudnet', 'torch', 'timm', 'torchvision', 'safetensors')
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = 'unknown'
+    return found
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a path beside `path` to write to, and renames it when the block ends well; nothing is left when it fails."""
+    handle, name = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
+    os.close(handle)
+    beside = Path(name)
+    try:
+        yield beside
+        beside.chmod(0o666 & ~_umask())
+        os.replace(beside, path)
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            beside.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _slashed(key: str) -> str:
+    return key.replace('.', '/')

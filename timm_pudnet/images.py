@@ -1,0 +1,744 @@
+"""Whatever a caller hands over -> batches of tensors and labels, the same bits as timm's eval transform would give.
+
+Letters: `n` images of the set, `b` of a batch, `c h w` channels, height and width.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import importlib.util
+import itertools
+import math
+import operator
+import os
+import re
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data.dataset_factory import create_dataset
+from timm.data.transforms import center_crop_or_pad
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset
+from torchvision.transforms.functional import pil_to_tensor
+
+from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetError, PudNetWarning, close_names
+
+IMAGE_EXTENSIONS = (
+    *('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif', '.jfif', '.jpe', '.apng', '.dib'),
+    *('.ppm', '.pgm', '.pbm', '.pnm', '.jp2', '.j2k', '.tga', '.ico', '.pcx', '.qoi', '.sgi', '.dds', '.psd'),
+)
+# A file's content decides its format, not its name: without this list PIL would hand an EPS to Ghostscript.
+_FORMATS = (
+    *('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'AVIF', 'DIB', 'PPM', 'JPEG2000'),
+    *('TGA', 'ICO', 'PCX', 'QOI', 'SGI', 'DDS', 'PSD'),
+)
+_TIMM_PACKAGES = {  # prefix of a timm dataset name: (module, name to install)
+    'torch': ('torchvision', 'torchvision'),
+    'hfds': ('datasets', 'datasets'),
+    'hfids': ('datasets', 'datasets'),
+    'wds': ('webdataset', 'webdataset'),
+    'tfds': ('tensorflow_datasets', 'tensorflow-datasets'),
+}
+_SPLIT_NAMES = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test', 'testing'}
+_ACCEPTED = (
+    'a folder, a list of paths or images, an array [n, h, w, c], a tensor [n, c, h, w], a Dataset, a DataLoader '
+    'or a timm dataset name (torch/cifar10)'
+)
+_FLOAT_TOLERANCE = 1e-3
+_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
+_LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # the weights of PIL's convert('L')
+_quiet_lock = threading.Lock()
+
+
+class ImageSource:
+    """A set of images that can be read again and again, in batches; made by `open_images`.
+
+    Attributes:
+        class_names: Name of every class, or None where the data has none.
+        description: One line, '240 images in 4 classes in examples/fashion' for instance.
+        skipped: `(name, reason)` of the images that the latest pass could not read.
+        labels: int64 `[n]` where known before reading, else None.
+        labelled: Whether batches carry labels.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        input: InputConfig,
+        *,
+        where: str,
+        labels: Tensor | None = None,
+        class_names: tuple[str, ...] | None = None,
+        names: Sequence[str] | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.labels = labels
+        self.class_names = class_names
+        self.skipped: list[tuple[str, str]] = []
+        self._data = data
+        self._preprocess = _Preprocess(input)
+        self._where = where
+        self._names = names
+        self._strict = strict
+        self._reported: set[tuple[str, str]] = set()  # shared with subsets, so that a bad file is named once
+        self._started: tuple[Any, Iterator[Any]] | None = None  # a stream's first item and the rest of that pass
+        self._batched = _is_batched(data)
+        self._is_stream = isinstance(data, (DataLoader, IterableDataset))
+        self._positions = np.arange(0 if self._is_stream else len(data))
+        if not self._is_stream and not len(data):
+            raise InputError(f'no images: {where} is empty')
+        self.labelled = self._peek()
+        self.description = self._describe()
+
+    def __len__(self) -> int:
+        if not self._is_stream:
+            return len(self._positions)
+        if self._batched and self._data.batch_size is not None:
+            count = len(self._data.sampler)  # TypeError where it wraps an IterableDataset
+            return count - count % self._data.batch_size if self._data.drop_last else count
+        raise TypeError(f'the number of images of {self._where} is known only after reading them')
+
+    def batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Reads all images once, in order.
+
+        Args:
+            batch_size: Most images in a batch; a batch has fewer where images were skipped.
+
+        Yields:
+            Images, float32 `[b, c, h, w]`, normalised by mean and std, and labels, int64 `[b]` or None; on the CPU.
+
+        Raises:
+            InputError: Pixels or labels cannot be used, an image cannot be read and `strict` is set, or none can.
+
+        Warns:
+            PudNetWarning: Once, after the first full pass, if images were skipped.
+        """
+        if batch_size < 1:
+            raise InputError(f'batch_size must be at least 1, got {batch_size}')
+        skipped = self.skipped = []
+        total = read = 0
+        for images, read_labels in self._groups(batch_size):
+            rows = range(total, total + len(images))
+            total += len(images)
+            x, kept = self._decode(images, rows, skipped)
+            if not kept:
+                continue
+            read += len(kept)
+            y = self._labels_of(rows, read_labels, kept)
+            for start in range(0, len(kept), batch_size):
+                part = slice(start, start + batch_size)
+                yield self._preprocess.normalise(x[part]), (y[part] if y is not None else None)
+        self._finish(total, read, skipped)
+
+    def subset(self, indices: Any) -> ImageSource:
+        """The images at `indices`, in that order, with the class numbers and names of the whole set.
+
+        Args:
+            indices: Positions in 0 to n - 1, as a sequence, an array or a tensor.
+
+        Raises:
+            InputError: The images are a stream, or an index is out of range.
+        """
+        if self._is_stream:
+            raise InputError(f'{self._where} can only be read in order: pass a list, folder or Dataset for a subset')
+        chosen = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
+        if chosen.ndim != 1 or not chosen.size or chosen.dtype.kind not in 'iu':
+            raise InputError(f'subset: indices must be a list of ints with at least one, got {indices!r:.80}')
+        if chosen.min() < 0 or chosen.max() >= len(self):
+            raise InputError(f'subset: an index of {chosen.min()} to {chosen.max()} is outside 0 to {len(self) - 1}')
+        part = object.__new__(ImageSource)
+        part.__dict__.update(self.__dict__)
+        part.skipped = []
+        part._positions = self._positions[chosen]
+        part.labels = None if self.labels is None else self.labels[torch.from_numpy(chosen.astype(np.int64))]
+        part.description = part._describe()
+        return part
+
+    def _describe(self) -> str:
+        what = 'labelled' if self.labelled else 'unlabelled'
+        try:
+            count = len(self)
+        except TypeError:
+            return f'{what} images ({self._where})'
+        where = f'in {self._where}' if self._names is not None else f'({self._where})'
+        plural = 'image' if count == 1 else 'images'
+        if self.labels is None:
+            return f'{count:,} {what} {plural} {where}'
+        classes = len(self.labels.unique())
+        return f'{count:,} {plural} in {classes:,} {"class" if classes == 1 else "classes"} {where}'
+
+    def _peek(self) -> bool:
+        """Whether there are labels; looks at the first item only, and keeps it for the first pass."""
+        if self._is_stream:
+            stream = iter(self._data)
+            first = next(stream, None)
+            if first is None:
+                raise InputError(f'no images: {self._where} is empty')
+            self._started = (first, stream)
+        if self.labels is not None:
+            return True
+        if self._is_stream:
+            _, labels = _split_item(first, self._where, self._batched)
+        elif isinstance(self._data, Dataset):
+            labels = None
+            for position in range(len(self._positions)):
+                with contextlib.suppress(OSError):  # an unreadable image says nothing about labels
+                    _, labels = _split_item(self._data[position], self._where)
+                    break
+        else:
+            return False
+        if labels is None:
+            return False
+        # timm's datasets give -1 where there is no label.
+        return bool((_to_label_tensor(labels if self._batched else [labels], self._where) >= 0).any())
+
+    def _name(self, row: int) -> str:
+        position = row if self._is_stream else self._positions[row]
+        if self._names is not None:
+            return self._names[position]
+        path = self._data[position] if isinstance(self._data, (list, tuple)) else None
+        return os.fspath(path) if isinstance(path, (str, os.PathLike)) else f'image {position}'
+
+    def _groups(self, batch_size: int) -> Iterator[tuple[Any, Any]]:
+        """Undecoded images and the labels that came with them, about a batch at a time.
+
+        Images are a list of single ones, or one array or tensor that holds all of them.
+        """
+        data = self._data
+        if not self._is_stream:
+            for start in range(0, len(self._positions), batch_size):
+                positions = self._positions[start : start + batch_size]
+                if isinstance(data, np.ndarray):
+                    yield data[positions], None
+                elif isinstance(data, Tensor):
+                    yield data[torch.from_numpy(positions).to(data.device)], None
+                elif isinstance(data, Dataset):
+                    items = [_item_or_error(data, position, self._where) for position in positions.tolist()]
+                    yield [image for image, _ in items], [label for _, label in items]
+                else:
+                    yield [data[position] for position in positions], None
+            return
+        stream = iter(data) if self._started is None else itertools.chain([self._started[0]], self._started[1])
+        self._started = None
+        if self._batched:
+            for batch in stream:
+                yield _split_item(batch, self._where, batched=True)
+            return
+        while chunk := [_split_item(item, self._where) for item in itertools.islice(stream, batch_size)]:
+            yield [image for image, _ in chunk], [label for _, label in chunk]
+
+    def _decode(self, images: Any, rows: range, skipped: list[tuple[str, str]]) -> tuple[Tensor, list[int]]:
+        """`[b, c, h, w]`, uint8 or float in 0-1, of the readable images, and which they are; notes the others."""
+        names = [self._name(row) for row in rows]
+        if not isinstance(images, list):
+            try:
+                return self._preprocess.arrays(images, names), list(range(len(images)))
+            except PudNetError:
+                raise
+            except ValueError as error:
+                raise InputError(f'{self._where}: {error}') from error
+        pixels, kept = [], []
+        with _quiet():
+            for index, (image, name) in enumerate(zip(images, names, strict=True)):
+                try:
+                    pixels.append(self._preprocess.any_image(image, name))
+                    kept.append(index)
+                except PudNetError:
+                    raise
+                except Exception as error:  # a damaged file can make PIL raise nearly anything
+                    if self._strict:
+                        raise InputError(f'{name}: cannot be read ({_reason(error)})') from error
+                    skipped.append((name, _reason(error)))
+        if len({image.dtype for image in pixels}) > 1:
+            pixels = [image.float() / 255 if image.dtype == torch.uint8 else image for image in pixels]
+        return (torch.stack(pixels) if pixels else torch.empty(0)), kept
+
+    def _labels_of(self, rows: range, read_labels: Any, kept: list[int]) -> Tensor | None:
+        if not self.labelled:
+            return None
+        if self.labels is not None:
+            if rows.stop > len(self.labels):
+                raise InputError(f'{len(self.labels)} labels for at least {rows.stop} images of {self._where}')
+            return self.labels[rows.start : rows.stop][kept]
+        labels = _to_label_tensor(read_labels, self._where)
+        if len(labels) != len(rows):
+            raise InputError(f'{self._where}: a batch of {len(rows)} images with {len(labels)} labels')
+        if (labels[kept] < 0).any():
+            raise InputError(f'{self._where}: label {labels[kept].min().item()} among others; give all in labels=...')
+        return labels[kept]
+
+    def _finish(self, total: int, read: int, skipped: list[tuple[str, str]]) -> None:
+        if not read:
+            if not skipped:
+                raise InputError(f'{self._where} gave no images on this pass; it must be possible to read it again')
+            raise InputError(f'none of the {total:,} images of {self._where} could be read: {_name_some(skipped)}')
+        if self._is_stream and self.labels is not None and len(self.labels) != total:
+            raise InputError(f'{len(self.labels)} labels for {total} images of {self._where}')
+        fresh = [entry for entry in skipped if entry not in self._reported]
+        if fresh:
+            self._reported.update(fresh)
+            warnings.warn(
+                f'skipped {len(fresh):,} of {total:,} images that could not be read: {_name_some(fresh)}',
+                PudNetWarning,
+                stacklevel=3,
+            )
+
+
+def open_images(
+    images: Any,
+    labels: Any = None,
+    *,
+    input: InputConfig,
+    split: str = 'train',
+    data_dir: str | os.PathLike[str] | None = None,
+    strict: bool = False,
+) -> ImageSource:
+    """Takes images in any form that people have them in, and says at once what is wrong with them.
+
+    Args:
+        images: A folder (its subfolders are the classes; without subfolders there are no labels); a list of paths, PIL
+            images, arrays `[h, w, c]` or tensors `[c, h, w]`; an array `[n, h, w, c]` or tensor `[n, c, h, w]` with 1,
+            3 or 4 channels (one channel may be left out), uint8 or float in 0-1; a `Dataset` whose items are an image
+            or `(image, label, ...)`; a `DataLoader` of tensors or `(tensor, labels)`; a timm dataset name
+            (`torch/cifar10`, `hfds/...`, `wds/...`, `tfds/...`), for which no download is asked (a `hfds` name that is
+            not cached is still fetched by the package `datasets`, unless its HF_HUB_OFFLINE is set).
+        labels: One a image, ints or strings, instead of those of the data. Numbers other than 0 to k - 1, and strings,
+            become 0 to k - 1 in their order, with the originals as class names.
+        input: Size, mean, std and resizing that the target network wants.
+        split: Which part of a timm dataset.
+        data_dir: Where a timm dataset lies.
+        strict: Raise for an image that cannot be read, instead of skipping it with a warning.
+
+    Returns:
+        The images, to be read in batches. Class numbers follow the names of class folders in timm's natural order
+        (`2` before `10`), so that timm's `validate.py` numbers them the same way.
+
+    Raises:
+        InputError: The images or labels cannot be used.
+        NotFoundError: The folder or data set is not there.
+
+    Warns:
+        PudNetWarning: Images or class folders were left out.
+
+    Example:
+        >>> source = open_images(np.zeros((6, 8, 8, 3), np.uint8), ['cat', 'dog'] * 3, input=InputConfig())
+        >>> source.description, source.class_names
+        ('6 images in 2 classes (array)', ('cat', 'dog'))
+        >>> [tuple(x.shape) for x, y in source.batches(4)]
+        [(4, 3, 32, 32), (2, 3, 32, 32)]
+    """
+    names = found_labels = class_names = None
+    if isinstance(images, str) and _is_timm_name(images):
+        where = images
+        images = _timm_dataset(images, data_dir, split, input.input_size[0])
+    elif isinstance(images, (str, os.PathLike)):
+        where = os.fspath(images)
+        images, names, found_labels, class_names = _scan_folder(where)
+    elif isinstance(images, Image.Image):
+        raise InputError('one PIL image: pass a list of images, or the folder that holds them')
+    elif isinstance(images, (np.ndarray, Tensor)):
+        where = 'array' if isinstance(images, np.ndarray) else 'tensor'
+        _refuse_single(images, labels)
+        if len(images):
+            _to_bchw(images[:1], where)  # so that a wrong type or shape is an error here, not at the first batch
+    elif isinstance(images, (list, tuple)):
+        where = 'list'
+        for index, image in enumerate(images):
+            if not isinstance(image, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
+                raise InputError(f'images[{index}] is a {type(image).__name__}, not a path, image, array or tensor')
+    elif isinstance(images, (Dataset, DataLoader)):
+        where = type(images).__name__
+    else:
+        raise InputError(f'images: a {type(images).__name__} cannot be read; pass {_ACCEPTED}')
+
+    data = cast(Any, images)
+    is_stream = isinstance(images, (DataLoader, IterableDataset))
+    is_dataset = isinstance(images, Dataset) and not is_stream
+    if is_dataset and not hasattr(data, '__len__'):
+        raise InputError(f'{where} has no length; make it an IterableDataset, or give it __len__')
+    if labels is not None:
+        found_labels, class_names = _index_labels(labels)
+        if isinstance(images, DataLoader) and isinstance(images.sampler, RandomSampler):
+            raise InputError('labels do not fit a DataLoader that shuffles; pass shuffle=False, or the Dataset itself')
+        if not is_stream and len(found_labels) != len(data):
+            raise InputError(f'{len(found_labels)} labels for {len(data)} images')
+    elif is_stream:
+        class_names = _class_names(getattr(data, 'dataset', data))
+    elif is_dataset:
+        found_labels, class_names = _dataset_labels(data)
+    return ImageSource(
+        data, input, where=where, labels=found_labels, class_names=class_names, names=names, strict=strict
+    )
+
+
+class _Preprocess:
+    """timm's eval transform, split so that normalising is done for a whole batch at once."""
+
+    def __init__(self, input: InputConfig) -> None:
+        self.channels, *self.size = input.input_size
+        self.mean = torch.tensor(input.mean).view(-1, 1, 1)
+        self.std = torch.tensor(input.std).view(-1, 1, 1)
+        self.crop_mode = input.crop_mode
+        self.crop_pct = input.crop_pct
+        self.transform: Any = create_transform(
+            input_size=input.input_size,
+            is_training=False,
+            mean=input.mean,
+            std=input.std,
+            interpolation=input.interpolation,
+            crop_pct=input.crop_pct,
+            crop_mode=input.crop_mode,
+            normalize=False,
+        )
+        self.fill = (self.mean * 255).round() / 255  # timm's border colour
+
+    def fits(self, height: int, width: int) -> bool:
+        """Whether the transform would leave an image of this size as it is."""
+        return self.crop_pct == 1 and [height, width] == self.size
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """`[b, c, h, w]`, uint8 or float in 0-1, as the network wants it."""
+        x = x.to(torch.float32).div_(255) if x.dtype == torch.uint8 else x
+        return x.sub(self.mean).div_(self.std)
+
+    def any_image(self, image: Any, name: str) -> Tensor:
+        """One image of a list or Dataset, `[c, h, w]`."""
+        if isinstance(image, Exception):
+            raise image
+        if isinstance(image, (str, os.PathLike)):
+            with _open_file(image) as opened:
+                return self.picture(opened)
+        if isinstance(image, Image.Image):
+            return self.picture(image)
+        return self.arrays(image[None], [name])[0]
+
+    def picture(self, image: Image.Image) -> Tensor:
+        """A PIL image as uint8 `[c, h, w]`."""
+        if image.mode.startswith('I') or image.mode == 'F':
+            image = _to_8_bit(image)
+        if image.mode != _MODES[self.channels]:
+            image = image.convert(_MODES[self.channels])
+        if self.fits(image.height, image.width):
+            return pil_to_tensor(image)
+        self._refuse_sliver(*image.size)
+        return self.transform(image)
+
+    def arrays(self, value: np.ndarray | Tensor, names: Sequence[str]) -> Tensor:
+        """Arrays or tensors of one size as `[b, c, h, w]`: uint8 for uint8, float32 in 0-1 for floats."""
+        x = _to_bchw(value, names[0])
+        if x.dtype != torch.uint8:
+            _check_range(x, names)
+            x = self._adapt_channels(x)
+            return x if self.fits(*x.shape[2:]) else torch.stack([self._resize_float(image) for image in x])
+        if self.fits(*x.shape[2:]) and (self.channels == 3 or self.channels == x.shape[1]):
+            return self._adapt_channels(x)
+        images = (Image.fromarray(image.permute(1, 2, 0).squeeze(2).contiguous().numpy()) for image in x)
+        return torch.stack([self.picture(image) for image in images])
+
+    def _adapt_channels(self, x: Tensor) -> Tensor:
+        if x.shape[1] == 4 and self.channels < 4:
+            x = x[:, :3]
+        if x.shape[1] == 1 and self.channels > 1:
+            x = x.expand(-1, 3, -1, -1)
+        if x.shape[1] == 3 and self.channels == 1:
+            x = (x * _LUMA).sum(1, keepdim=True)
+        if x.shape[1] == 3 and self.channels == 4:
+            x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        return x
+
+    def _resize_float(self, image: Tensor) -> Tensor:
+        """PIL resizes float planes too, with every filter; torchvision's tensor version lacks three of them."""
+        self._refuse_sliver(image.shape[2], image.shape[1])
+        resize = self.transform.transforms[0]
+        if self.channels == 4:  # as PIL does, so that invisible pixels do not bleed into visible ones
+            image = torch.cat([image[:3] * image[3:], image[3:]])
+        planes = [np.array(resize(Image.fromarray(plane.numpy()))) for plane in image.contiguous()]
+        resized = torch.from_numpy(np.stack(planes))
+        if self.channels == 4:
+            resized[:3] /= resized[3:].clamp_min(1e-6)
+        resized.clamp_(0, 1)  # bicubic overshoots
+        return center_crop_or_pad(resized - self.fill, self.size) + self.fill
+
+    def _refuse_sliver(self, width: int, height: int) -> None:
+        """A 1 x 60000 image with its shorter side made 224 would take gigabytes; with its longer one, have no width."""
+        ratio = max(width, height) / min(width, height)
+        target = max(self.size) / self.crop_pct
+        too_large = self.crop_mode == 'center' and ratio * target**2 > (Image.MAX_IMAGE_PIXELS or math.inf)
+        if too_large or (self.crop_mode == 'border' and ratio > 2 * min(self.size)):
+            raise ValueError(f'{width} x {height} pixels are too long and thin to be resized')
+
+
+def _open_file(path: str | os.PathLike[str]) -> Image.Image:
+    Image.preinit()
+    try:
+        image = Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
+    except UnidentifiedImageError:  # maybe a format that PIL loads on demand, and that its build may lack
+        Image.init()
+        image = Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        image.close()  # PIL itself only warns up to twice the limit
+        raise Image.DecompressionBombError
+    return image
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """16-bit, int and float images as grey ones; PIL's own conversion would clip at 255."""
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError('pixels that are NaN or infinite')
+    top = 65535
+    if image.mode == 'F' and values.max() <= 255:  # float images come in three ranges
+        top = 255 if values.max() > 1 else 1
+    return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+
+
+def _to_bchw(value: np.ndarray | Tensor, name: str) -> Tensor:
+    """Arrays `[b, h, w]`, `[b, h, w, c]` or tensors `[b, h, w]`, `[b, c, h, w]` as uint8 or float32 `[b, c, h, w]`."""
+    is_array = isinstance(value, np.ndarray)
+    dtype = value.dtype.name if is_array else str(value.dtype).removeprefix('torch.')
+    if dtype not in ('bool', 'uint8', 'uint16') and 'float' not in dtype:
+        remedy = ".astype('uint8')" if is_array else '.to(torch.uint8)'
+        raise InputError(f'{name}: pixels of type {dtype}; pass uint8 in 0-255, {remedy}, or float in 0-1')
+    shape = tuple(value.shape)
+    channels = 1 if len(shape) == 3 else shape[-1 if is_array else 1] if len(shape) == 4 else 0
+    if channels not in _MODES or 0 in shape[1:]:
+        raise InputError(
+            f'{name}: shape {shape[1:]} of one image; arrays are (h, w, c) or (h, w), tensors (c, h, w) or (h, w), '
+            'with 1, 3 or 4 channels'
+        )
+    if isinstance(value, np.ndarray):
+        value = np.array(value, np.float32 if 'float' in dtype else value.dtype.newbyteorder('='))
+        x = torch.from_numpy(value.reshape(*shape[:3], channels)).permute(0, 3, 1, 2)
+    else:
+        x = value.detach().cpu().reshape(shape[0], channels, *shape[-2:])
+    if dtype == 'bool':
+        return x.to(torch.uint8) * 255
+    if dtype == 'uint16':
+        return ((x.to(torch.int32) + 128) // 257).to(torch.uint8)
+    return x if dtype == 'uint8' else x.to(torch.float32)
+
+
+def _check_range(x: Tensor, names: Sequence[str]) -> None:
+    finite = x.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise InputError(f'{names[int(finite.int().argmin())]} has pixels that are NaN or infinite')
+    low, high = x.min().item(), x.max().item()
+    if low < -_FLOAT_TOLERANCE:
+        raise InputError(
+            f'float images with values down to {low:.3g} look already normalised: pass pixels in 0-1; '
+            'mean and std are applied here'
+        )
+    if high > 1 + _FLOAT_TOLERANCE:
+        raise InputError(f'float images with values up to {high:.4g}: divide by 255 or pass uint8')
+
+
+def _refuse_single(images: np.ndarray | Tensor, labels: Any) -> None:
+    """`[h, w, 3]` and `[3, h, w]` are far likelier one colour image than grey images; labels settle it."""
+    shape = tuple(images.shape)
+    is_array = isinstance(images, np.ndarray)
+    is_colour = len(shape) == 3 and (shape[2] in (3, 4) if is_array else shape[0] == 3)
+    if 0 not in shape[:1] and (len(shape) < 3 or (is_colour and labels is None)):
+        layout = '[n, h, w, c]' if is_array else '[n, c, h, w]'
+        raise InputError(f'shape {shape} is that of one image: pass {layout}, or a list of images')
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """PIL's remarks on metadata, transparency and sizes stay inside; the lock keeps our threads' filters apart."""
+    with _quiet_lock, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return 'empty or not an image'
+    if isinstance(error, Image.DecompressionBombError):
+        return f'more than {Image.MAX_IMAGE_PIXELS:,} pixels'
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    text = (str(error).splitlines() or [''])[0]
+    return 'truncated' if 'truncated' in text.lower() else text or type(error).__name__
+
+
+def _name_some(entries: Sequence[tuple[str, str]]) -> str:
+    return ', '.join(f'{name} ({reason})' for name, reason in entries[:3]) + (', ...' if len(entries) > 3 else '')
+
+
+def _scan_folder(root: str) -> tuple[list[str], list[str], Tensor | None, tuple[str, ...] | None]:
+    """Paths, names relative to the folder, labels and class names; the last two are None for a flat folder."""
+    parent, name = os.path.split(os.path.abspath(root))
+    if not os.path.exists(root):
+        near = close_names(name, os.listdir(parent)) if os.path.isdir(parent) else ''
+        raise NotFoundError(f'{root}: no such folder.{near}')
+    if not os.path.isdir(root):
+        raise InputError(f'{root} is one file: pass a list of paths, or the folder that holds the images')
+    loose: list[str] = []
+    found: dict[str, list[str]] = {}
+    others: collections.Counter[str] = collections.Counter()
+    for name in _visible_names(root):
+        path = os.path.join(root, name)
+        files = list(_walk(path, {os.path.realpath(root)})) if os.path.isdir(path) else [path]
+        pictures = [file for file in files if file.lower().endswith(IMAGE_EXTENSIONS)]
+        others.update(os.path.splitext(file)[1] or 'no extension' for file in set(files).difference(pictures))
+        if os.path.isdir(path):
+            found[name] = pictures
+        else:
+            loose += pictures
+    classes = [name for name, pictures in found.items() if pictures]
+    if not classes and not loose:
+        kinds = ', '.join(sorted(others))
+        what = f'{others.total()} other files ({kinds})' if others else 'the folder is empty'
+        raise InputError(f'no images in {root}: {what}; images end in {", ".join(IMAGE_EXTENSIONS[:4])}, ...')
+    if not classes:
+        return loose, [os.path.relpath(path, root) for path in loose], None, None
+    if len(classes) > 1 and _SPLIT_NAMES.issuperset(name.lower() for name in classes):
+        raise InputError(f'{root} holds splits, not classes: pass {os.path.join(root, classes[0])} or another of them')
+    if loose:
+        _warn(f'{root}: ignored {len(loose):,} images beside the class folders')
+    if len(classes) < len(found):
+        _warn(f'{root}: ignored folders without images: {", ".join(name for name in found if name not in classes)}')
+    paths = [path for name in classes for path in found[name]]
+    labels = torch.tensor([label for label, name in enumerate(classes) for _ in found[name]])
+    return paths, [os.path.relpath(path, root) for path in paths], labels, tuple(classes)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, PudNetWarning, stacklevel=4)
+
+
+def _visible_names(folder: str) -> list[str]:
+    try:
+        return sorted((name for name in os.listdir(folder) if not name.startswith('.')), key=_natural_key)
+    except OSError as error:
+        raise InputError(f'{folder}: cannot be listed ({error.strerror})') from error
+
+
+def _natural_key(name: str) -> tuple[list[str | int], str]:
+    """The order that timm gives class folders, with ties settled."""
+    parts = re.split(r'(\d+)', name.lower())
+    return [int(part) if part.isdecimal() else part for part in parts], name
+
+
+def _walk(folder: str, seen: set[str]) -> Iterator[str]:
+    """Every visible file below; a folder that links lead to twice is read once."""
+    real = os.path.realpath(folder)
+    if real in seen:
+        return
+    seen.add(real)
+    for name in _visible_names(folder):
+        path = os.path.join(folder, name)
+        if os.path.isdir(path):
+            yield from _walk(path, seen)
+        else:
+            yield path
+
+
+def _index_labels(values: Any, names: Sequence[str] | None = None) -> tuple[Tensor, tuple[str, ...] | None]:
+    """Labels as 0 to k - 1, int64 `[n]`, and class names; `names` are those of the numbers, where known."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    if isinstance(values, (str, bytes, dict)) or not isinstance(values, (Iterable, np.ndarray)):
+        raise InputError(f'labels: a {type(values).__name__}; pass one int or string for each image')
+    values = values if isinstance(values, np.ndarray) else list(values)
+    if all(isinstance(value, str) for value in values):
+        class_names, numbers = np.unique(np.array(values, dtype=np.str_), return_inverse=True)
+        return torch.from_numpy(numbers.astype(np.int64)), tuple(class_names.tolist())
+    labels = _to_label_tensor(values, 'labels')
+    unique, numbers = labels.unique(return_inverse=True)
+    k = len(unique)
+    if names is not None and unique[0] >= 0 and unique[-1] < len(names):
+        return numbers, tuple(str(names[number]) for number in unique.tolist())
+    if unique.tolist() == list(range(k)):
+        return labels, None
+    return numbers, tuple(str(number) for number in unique.tolist())
+
+
+def _to_label_tensor(values: Any, where: str) -> Tensor:
+    """int64 `[b]` of ints in whatever form."""
+    if isinstance(values, (Tensor, np.ndarray)):
+        values = values.tolist()
+    try:
+        return torch.tensor([operator.index(value) for value in values], dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f'{where}: labels must be one int for each image ({error})') from error
+
+
+def _is_batched(data: Any) -> bool:
+    return isinstance(data, DataLoader) and not (data.batch_size is None and data.batch_sampler is None)
+
+
+def _split_item(item: Any, where: str, batched: bool = False) -> tuple[Any, Any]:
+    """Image and label of what a Dataset or DataLoader gave, which is an image or (image, label, ...)."""
+    image, label = (*item, None)[:2] if isinstance(item, (tuple, list)) and item else (item, None)
+    if not isinstance(image, (np.ndarray, Tensor) if batched else (np.ndarray, Tensor, Image.Image)):
+        wanted = 'a tensor or (tensor, labels)' if batched else 'an image or (image, label)'
+        raise InputError(f'{where} must give {wanted}, not a {type(image).__name__}')
+    return image, label
+
+
+def _item_or_error(dataset: Any, position: int, where: str) -> tuple[Any, Any]:
+    try:
+        return _split_item(dataset[position], where)
+    except OSError as error:
+        return error, -1
+
+
+def _class_names(dataset: Any) -> tuple[str, ...] | None:
+    """From torchvision's `classes` or the `class_to_idx` of timm's readers."""
+    classes = getattr(dataset, 'classes', None)
+    numbers = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    if classes is None and isinstance(numbers, dict) and sorted(numbers.values()) == list(range(len(numbers))):
+        classes = sorted(numbers, key=numbers.__getitem__)
+    return tuple(str(name) for name in classes) if classes else None
+
+
+def _dataset_labels(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """Labels and class names that a map-style dataset knows without reading an image."""
+    base, chosen = dataset, slice(None)
+    if isinstance(dataset, Subset):
+        base, chosen = dataset.dataset, list(dataset.indices)
+    names = _class_names(base)
+    targets = getattr(base, 'targets', None)
+    reader: Any = getattr(base, 'reader', None)  # timm's: of a folder, of Hugging Face
+    if targets is None and hasattr(reader, 'samples'):
+        targets = [target for _, target in reader.samples]
+    elif targets is None and hasattr(reader, 'iter_targets'):
+        targets = list(reader.iter_targets())
+    if targets is None or getattr(base, 'target_transform', None) is not None:
+        return None, names
+    try:
+        values = _to_label_tensor(targets, 'targets')[chosen]
+        return _index_labels(values, names) if len(values) == len(dataset) else (None, names)
+    except (InputError, IndexError):  # targets of another kind: the items tell
+        return None, names
+
+
+def _is_timm_name(text: str) -> bool:
+    return text.partition('/')[0] in _TIMM_PACKAGES and '/' in text and not os.path.exists(text)
+
+
+def _timm_dataset(name: str, data_dir: str | os.PathLike[str] | None, split: str, channels: int) -> Dataset:
+    prefix = name.partition('/')[0]
+    module, package = _TIMM_PACKAGES[prefix]
+    if importlib.util.find_spec(module) is None:
+        raise InputError(f'{name}: needs the package {package}: pip install {package}')
+    if data_dir is None and prefix in ('torch', 'wds'):
+        raise InputError(f'{name}: say where the data set lies, data_dir=...')
+    root = None if data_dir is None else os.fspath(data_dir)
+    if root is not None and ':' not in root and not os.path.exists(root):  # wds takes URLs too
+        raise NotFoundError(f'{name}: data_dir {root}: no such folder; nothing is downloaded')
+    mode = '' if prefix == 'hfds' else 'L' if channels == 1 else 'RGB'  # hfds: undecoded, so that we see what is broken
+    try:
+        return create_dataset(name, root=root, split=split, download=False, input_img_mode=mode)
+    except Exception as error:
+        reason = (str(error).splitlines() or [''])[0] or type(error).__name__
+        kind = NotFoundError if 'not found' in reason.lower() else InputError
+        raise kind(f'{name}: not in data_dir={root!r} for split {split!r} ({reason}); nothing is downloaded') from error

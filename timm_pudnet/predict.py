@@ -1,0 +1,285 @@
+"""A prediction from beginning to end: images in, an ordinary timm model out.
+
+Dimension letters: `n` images, `c h w` an image, `m` width of the sketch, `d` features, `k` classes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from timm_pudnet.adapt import StreamingCentroids, calibrate, centroid_classifier
+from timm_pudnet.config import InputConfig, InputError, NotFoundError, OutputExistsError
+from timm_pudnet.hub import resolve_hypernet
+from timm_pudnet.hypernet import PudNet
+from timm_pudnet.images import ImageSource, open_images
+from timm_pudnet.sketch import Balance, ImageSample
+from timm_pudnet.target import TargetSpec, describe_target
+
+Head = Literal['centroid', 'none']
+
+
+def predict_model(
+    model_name: str,
+    images: Any,
+    labels: Any = None,
+    *,
+    hypernet: PudNet | str | os.PathLike[str] | None = None,
+    head: Head = 'centroid',
+    device: str | torch.device | None = None,
+    balance: Balance | None = None,
+    batch_size: int = 256,
+    split: str = 'train',
+    data_dir: str | None = None,
+    strict: bool = False,
+    **timm_kwargs: Any,
+) -> nn.Module:
+    """Predicts the weights of a timm CNN for a set of images, without training on them.
+
+    Compresses the images into a sketch (eq. 3), walks the layers (eq. 4, 5), generates their kernels (eq. 6), calibrates
+    the norm statistics on the images and writes the class centroids into the classifier (eq. 7).
+
+    Args:
+        model_name: timm architecture, without a tag.
+        images: A folder (with a subfolder per class, or flat and then unlabelled), a list of paths or PIL images, a uint8
+            or float array `[n, h, w, c]` or tensor `[n, c, h, w]` with 1, 3 or 4 channels (floats in 0-1), a `Dataset`, a
+            `DataLoader`, or a timm dataset name such as `torch/cifar10`. Images of any size are resized.
+        labels: Class of every image, as numbers or names; else those of the data. Without labels the model has no
+            classifier and gives features.
+        hypernet: A `PudNet`, its folder or its name; by default the one that serves the architecture.
+        head: `centroid`, or `none` for a feature model in spite of labels.
+        device: Where to predict; by default CUDA where there is one. The model is returned there.
+        balance: How the sketch weighs images: `none`, `class` or `kmeans`; by default `class` where there are labels.
+        batch_size: Images read at a time. Changes nothing in the result.
+        split: Split of a timm dataset.
+        data_dir: Root of a timm dataset.
+        strict: An unreadable image is an error; otherwise it is skipped, with a warning that counts them.
+        timm_kwargs: Passed to `timm.create_model`: `drop_rate`, `drop_path_rate` and so on.
+
+    Returns:
+        A timm model in eval mode, whose `pretrained_cfg` has the right input size, mean, std and label names.
+
+    Raises:
+        InputError: The images, labels or arguments cannot be used.
+        NotFoundError: A folder or hypernetwork is not there.
+        UnsupportedTargetError: The hypernetwork was not made for this architecture or these arguments.
+
+    Example:
+        >>> images = torch.rand(6, 3, 28, 28)
+        >>> model = predict_model('resnet18', images, ['cup', 'cup', 'cup', 'jar', 'jar', 'jar'])
+        >>> model(torch.rand(1, 3, 36, 36)).shape, model.pretrained_cfg['label_names']
+        (torch.Size([1, 2]), ('cup', 'jar'))
+    """
+    if head not in ('centroid', 'none'):
+        raise InputError(f'head {head!r}: use centroid or none')
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f'batch_size must be a whole number above zero, got {batch_size!r}')
+    device = _device(device)
+    network = resolve_hypernet(model_name, hypernet)
+    spec = _target_asked_for(network, model_name, timm_kwargs)
+    home, was_training = network.device, network.training
+    source = open_images(images, labels, input=network.config.input, split=split, data_dir=data_dir, strict=strict)
+    try:
+        return _predict(network.to(device).eval(), spec, source, head, device, balance, batch_size, timm_kwargs)
+    finally:
+        network.to(home).train(was_training)
+
+
+def create_model(model_name: str, *args: Any, pretrained_from: Any = None, **kwargs: Any) -> nn.Module:
+    """`timm.create_model` with one more argument: `pretrained_from`, the images to predict weights for.
+
+    Without it this is timm's function, to the bit. With it, `predict_model`: every other argument is timm's, or one of
+    `predict_model`'s own (`labels`, `hypernet`, `device`, ...).
+
+    Args:
+        model_name: timm architecture, without a tag.
+        args: timm's positional arguments; none with `pretrained_from`.
+        pretrained_from: Anything that `predict_model` takes as images.
+        kwargs: timm's arguments. `num_classes` must be the number of classes found, or 0 for a feature model.
+
+    Raises:
+        InputError: An argument contradicts `pretrained_from`, or as `predict_model`.
+
+    Example:
+        >>> create_model('resnet18', num_classes=10).num_classes
+        10
+    """
+    if pretrained_from is None:
+        return timm.create_model(model_name, *args, **kwargs)
+    if args:
+        raise InputError('with pretrained_from, give every argument but the architecture by name')
+    for name in ('pretrained', 'checkpoint_path', 'pretrained_cfg'):
+        if kwargs.pop(name, None):
+            raise InputError(f'{name} and pretrained_from both say where the weights come from: give one of them')
+    return predict_model(model_name, pretrained_from, **kwargs)
+
+
+def predict_state_dict(model_name: str, images: Any, labels: Any = None, **kwargs: Any) -> dict[str, Tensor]:
+    """The state dict of the model that `predict_model` gives for the same arguments: every key of it, ready to load.
+
+    Example:
+        >>> state = predict_state_dict('resnet18', torch.rand(4, 3, 28, 28))
+        >>> state['conv1.weight'].shape, 'fc.weight' in state
+        (torch.Size([64, 3, 7, 7]), False)
+    """
+    return dict(predict_model(model_name, images, labels, **kwargs).state_dict())
+
+
+def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
+    """Saves a model in timm's own format, for `timm.create_model('local-dir:FOLDER', pretrained=True)`.
+
+    Writes `config.json` and `model.safetensors` into a new folder, which appears whole or not at all.
+
+    Raises:
+        OutputExistsError: The folder exists and is not empty, or is a file.
+        NotFoundError: Its parent is not there.
+    """
+    folder = Path(folder).expanduser()
+    check_output(folder)
+    beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
+    try:
+        timm.models.save_for_hf(model, str(beside), safe_serialization=True)
+        beside.chmod(0o755)
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def check_output(folder: Path) -> None:
+    """Raises unless a new folder can be made at this path."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise OutputExistsError(f'{folder} exists: choose another output folder, or remove it first')
+    if not folder.parent.is_dir():
+        raise NotFoundError(f'{folder.parent} is not there: make it first, or choose another output folder')
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    except RuntimeError as error:
+        raise InputError(f'device {device!r}: use cpu, cuda or cuda:0') from error
+
+
+def _target_asked_for(network: PudNet, model_name: str, timm_kwargs: dict[str, Any]) -> TargetSpec:
+    """The target with the caller's arguments; its tensors must be those that the hypernetwork fills."""
+    kwargs = {**network.config.model_kwargs, **timm_kwargs}
+    kwargs = {key: value for key, value in kwargs.items() if key != 'num_classes' and value is not None}
+    spec = describe_target(model_name, predict_norm=network.config.predict_norm, **kwargs)
+    ours = {key: shape for key, shape in network.target.shapes.items() if network.target.roles[key] != 'classifier'}
+    asked = {key: shape for key, shape in spec.shapes.items() if spec.roles[key] != 'classifier'}
+    for key in [*ours, *asked]:
+        if ours.get(key) != asked.get(key):
+            given = ', '.join(f'{key}={value!r}' for key, value in timm_kwargs.items())
+            raise InputError(
+                f'{model_name} with {given} has other weights than hypernetwork {network.name} predicts '
+                f'({key} is {asked.get(key, "not there")}, not {ours.get(key, "not there")}): leave that argument out'
+            )
+    return spec
+
+
+def _predict(
+    network: PudNet,
+    spec: TargetSpec,
+    source: ImageSource,
+    head: Head,
+    device: torch.device,
+    balance: Balance | None,
+    batch_size: int,
+    timm_kwargs: dict[str, Any],
+) -> nn.Module:
+    # First pass over the images: the sketch, and a sample of them for calibration.
+    sketch = network.streaming_sketch(balance or ('class' if source.labelled else 'none'))
+    sample = ImageSample.for_size(network.config.input.input_size)
+    for images, labels in source.batches(batch_size):
+        sketch.add(images.to(device), labels)
+        sample.add(images, labels)
+    num_classes = 0
+    if source.labelled and head == 'centroid':
+        num_classes = len(source.class_names) if source.class_names else sample.top_label + 1
+        if num_classes < 2:
+            raise InputError(
+                f'{source.description}: one class only, a classifier needs two; head="none" gives a feature model'
+            )
+    timm_kwargs = dict(timm_kwargs)
+    asked = timm_kwargs.pop('num_classes', None)
+    if asked == 0:
+        num_classes = 0
+    elif asked is not None and asked != num_classes:
+        raise InputError(f'num_classes is {asked}, but the images have {num_classes} classes: leave it out')
+
+    with torch.inference_mode():
+        weights = network(sketch.result())
+    model = _build(network, spec, weights, num_classes, source.class_names, timm_kwargs).to(device)
+
+    def features(images: Tensor) -> Tensor:
+        if not num_classes:
+            return model(images)
+        return model.forward_head(model.forward_features(images), pre_logits=True)  # type: ignore[operator]
+
+    sampled = calibrate(model, sample.images.to(device), weights, forward=features)
+    if num_classes:
+        centroids = StreamingCentroids(num_classes)
+        if sample.complete:
+            assert sample.labels is not None
+            centroids.add(sampled, sample.labels)
+        else:  # second pass, over more images than one batch holds
+            with torch.inference_mode():
+                for images, labels in source.batches(batch_size):
+                    assert labels is not None
+                    centroids.add(features(images.to(device)), labels)
+        weight, bias = centroid_classifier(centroids.result())
+        classifier = model.get_submodule(spec.classifier)
+        with torch.no_grad():
+            classifier.weight.copy_(weight)  # type: ignore[union-attr, operator]
+            if classifier.bias is not None:
+                classifier.bias.copy_(bias)  # type: ignore[union-attr, operator]
+    return model.eval()
+
+
+def _build(
+    network: PudNet,
+    spec: TargetSpec,
+    weights: dict[str, Tensor],
+    num_classes: int,
+    class_names: tuple[str, ...] | None,
+    timm_kwargs: dict[str, Any],
+) -> nn.Module:
+    """A timm model with these weights, by timm's own way of loading pretrained ones."""
+    state = {key: value.detach() for key, value in weights.items()}
+    if num_classes:
+        for key in spec.keys('classifier'):
+            state[key] = torch.zeros(num_classes, *spec.shapes[key][1:])
+    overlay = {
+        'state_dict': state,
+        'num_classes': num_classes,
+        'tag': network.config.tag or None,
+        **data_config(network.config.input),
+        # What the architecture's own pretrained weights would bring along does not hold for these.
+        **dict.fromkeys(
+            ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'first_conv', 'test_input_size', 'test_crop_pct'), None
+        ),
+        **dict.fromkeys(('license', 'origin_url', 'paper_ids', 'paper_name', 'notes', 'label_descriptions'), None),
+        'label_offset': 0,
+        'label_names': tuple(class_names) if num_classes and class_names else None,
+    }
+    overlay.update(timm_kwargs.pop('pretrained_cfg_overlay', None) or {})
+    kwargs = {**network.config.model_kwargs, **timm_kwargs, 'num_classes': num_classes}
+    model = timm.create_model(network.config.model_name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    model.pretrained_cfg.pop('state_dict', None)  # type: ignore[union-attr, operator]
+    model.default_cfg = model.pretrained_cfg
+    return model
+
+
+def data_config(config: InputConfig) -> dict[str, Any]:
+    """An input config under timm's names."""
+    return {
+        name: getattr(config, name) for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+    }

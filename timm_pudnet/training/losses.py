@@ -1,0 +1,68 @@
+"""The three losses of meta-training (paper III-E, eq. 8-11).
+
+Dimension letters: `n` images, `d` features, `k` classes of the group, `a` all training classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from timm_pudnet.adapt import centroid_logits, class_centroids
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """L1, L2, L3 of eq. 8-10 and their sum (eq. 11), each a scalar."""
+
+    metric: Tensor
+    full: Tensor
+    consistency: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """L1 + L2 + L3."""
+        return self.metric + self.full + self.consistency
+
+
+def group_losses(
+    support: Tensor,
+    query: Tensor,
+    support_classes: Tensor,
+    query_classes: Tensor,
+    full_logits: Tensor,
+    temperature: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+) -> Losses:
+    """The losses of one group.
+
+    Args:
+        support: Features `[n_s, d]` that give the centroids.
+        query: Features `[n_q, d]` that are classified by them.
+        support_classes: Training class `[n_s]` of each support image, in `0..a-1`.
+        query_classes: Training class `[n_q]` of each query image; one of the support's.
+        full_logits: The full head's logits `[n_s + n_q, a]` of support and query, in that order.
+        temperature: `tau`.
+        label_smoothing: Of the full head's cross-entropy.
+
+    Returns:
+        L1: cross-entropy of eq. 7 over the query. L2: cross-entropy of the full head over all images. L3: `KL(q || p)`
+        over the query, `q` the full head's distribution, `p` the softmax of eq. 7's logits, padded with zeros to all
+        training classes.
+    """
+    classes, support_labels = support_classes.unique(return_inverse=True)
+    query_labels = torch.searchsorted(classes, query_classes)
+    centroids = class_centroids(support, support_labels, len(classes))
+    logits = centroid_logits(query, centroids, temperature)
+    padded = logits.new_zeros(len(query), full_logits.shape[1]).index_copy(1, classes, logits)
+    return Losses(
+        metric=F.cross_entropy(logits, query_labels),
+        full=F.cross_entropy(full_logits, torch.cat([support_classes, query_classes]), label_smoothing=label_smoothing),
+        consistency=F.kl_div(
+            padded.log_softmax(1), full_logits[len(support) :].log_softmax(1), log_target=True, reduction='batchmean'
+        ),
+    )

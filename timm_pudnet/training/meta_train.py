@@ -1,0 +1,337 @@
+"""Meta-training (Algorithm 1): learns a hypernetwork from many groups of images.
+
+A checkpoint is one safetensors file that holds the whole state of the run, so that a resumed run goes on as if it had
+never stopped. It is written beside its place and renamed, so it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from timm_pudnet.config import DamagedFileError, InputError, PudNetConfig
+from timm_pudnet.hypernet import PudNet, written_whole
+from timm_pudnet.images import open_images
+from timm_pudnet.training.episodes import GroupSampler, ImageBank, bank_input
+from timm_pudnet.training.losses import group_losses
+from timm_pudnet.training.recipe import Recipe
+
+CHECKPOINT_NAME = 'checkpoint.safetensors'
+LOG_NAME = 'log.jsonl'
+
+
+def meta_train(
+    recipe: Recipe | str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    bank: ImageBank | None = None,
+    device: str | torch.device | None = None,
+    checkpoint_seconds: float = 120.0,
+    max_steps: int | None = None,
+    progress: bool = True,
+) -> PudNet:
+    """Trains a hypernetwork by a recipe; goes on where an earlier run of the same recipe in `folder` stopped.
+
+    Args:
+        recipe: A recipe or the path of its file.
+        folder: Where checkpoint and log go; without it nothing is written.
+        bank: The seen classes' images, if they are in memory already; otherwise they are read as the recipe says.
+        device: Default: CUDA where there is one.
+        checkpoint_seconds: Seconds between checkpoints.
+        max_steps: Stop after so many steps in all, with a checkpoint, as if interrupted.
+        progress: Show a progress bar.
+
+    Returns:
+        The trained hypernetwork, in eval mode, on the CPU.
+
+    Raises:
+        InputError: The recipe, its data, or a checkpoint of another recipe.
+        FloatingPointError: The loss is no longer finite; the last checkpoint remains.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    run = _MetaRun(recipe, bank or load_bank(recipe), _device(device))
+    _go(run, folder, checkpoint_seconds, max_steps, progress)
+    return run.finished()
+
+
+def train_plain(
+    recipe: Recipe | str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    bank: ImageBank | None = None,
+    device: str | torch.device | None = None,
+    checkpoint_seconds: float = 120.0,
+    max_steps: int | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Trains the control *plain*: the recipe's target as an ordinary classifier, on as many images of the same classes.
+
+    Arguments and errors as `meta_train`.
+
+    Returns:
+        The target as a feature model (`num_classes=0`), in eval mode, on the CPU.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    run = _PlainRun(recipe, bank or load_bank(recipe), _device(device))
+    _go(run, folder, checkpoint_seconds, max_steps, progress)
+    return run.target.cpu().eval()
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+
+
+def _go(
+    run: _Run,
+    folder: str | os.PathLike[str] | None,
+    checkpoint_seconds: float,
+    max_steps: int | None,
+    progress: bool,
+) -> None:
+    checkpoint = Path(folder) / CHECKPOINT_NAME if folder is not None else None
+    if checkpoint is not None:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        if checkpoint.exists():
+            run.load(checkpoint)
+    last = min(run.num_steps, max_steps or run.num_steps)
+    saved = time.monotonic()
+    with tqdm(total=last, initial=run.step, disable=not progress, unit='step') as bar:
+        for losses in run.steps(last):
+            bar.update()
+            bar.set_postfix({name: f'{value:.3f}' for name, value in losses.items()}, refresh=False)
+            if checkpoint is not None and (run.step == last or time.monotonic() - saved > checkpoint_seconds):
+                run.save(checkpoint)
+                saved = time.monotonic()
+
+
+def load_bank(recipe: Recipe) -> ImageBank:
+    """Reads the images of the recipe's seen classes into memory."""
+    data = recipe.data
+    source = open_images(data.images, input=bank_input(recipe.hypernet.input), split=data.split, data_dir=data.data_dir)
+    return ImageBank.from_source(source, data.classes or None)
+
+
+def group_sampler(recipe: Recipe, bank: ImageBank) -> GroupSampler:
+    """The sampler that a recipe describes."""
+    groups = recipe.groups
+    return GroupSampler(
+        bank,
+        recipe.hypernet.input,
+        n_way=groups.n_way,
+        n_shot=groups.n_shot,
+        n_query=groups.n_query,
+        turns=groups.turns,
+        augmentation=recipe.augmentation,
+        seed=recipe.seed,
+    )
+
+
+def rate_at(step: int, num_steps: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine down to zero."""
+    schedule = recipe.schedule
+    warm = max(1, round(schedule.warmup * num_steps))
+    if step < warm:
+        return schedule.rate * (step + 1) / warm
+    return schedule.rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, num_steps - warm)))
+
+
+class _Run:
+    """The whole state of a training run: modules, optimiser, sampler, step, log."""
+
+    modules: dict[str, nn.Module]  # what is saved; `target` holds norm statistics, the rest is trained
+
+    def __init__(self, recipe: Recipe, bank: ImageBank, device: torch.device) -> None:
+        self.recipe, self.device, self.step, self.seconds = recipe, device, 0, 0.0
+        self.num_steps = -(-recipe.schedule.images // recipe.groups.images_per_step)
+        self.sampler = group_sampler(recipe, bank)
+        self.log: list[dict[str, float]] = []
+        config = recipe.hypernet
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            self.target = timm.create_model(config.model_name, **{**config.model_kwargs, 'num_classes': 0})
+            self.head = nn.Linear(int(self.target.num_features), self.sampler.num_classes)  # type: ignore[arg-type]
+            self.modules = {name: module.to(device).train() for name, module in self.build(bank).items()}
+        self.parameters = [p for m in self.modules.values() for p in m.parameters() if p.requires_grad]
+        decay = recipe.schedule.weight_decay
+        self.optimizer = torch.optim.AdamW(
+            [
+                {'params': [p for p in self.parameters if p.ndim > 1], 'weight_decay': decay},
+                {'params': [p for p in self.parameters if p.ndim <= 1], 'weight_decay': 0.0},
+            ],
+            lr=recipe.schedule.rate,
+            fused=True,
+        )
+
+    def build(self, bank: ImageBank) -> dict[str, nn.Module]:
+        raise NotImplementedError
+
+    def losses(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a part of the step, and its terms by name."""
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> int:
+        """Parts of a step, each with a backward pass of its own."""
+        raise NotImplementedError
+
+    def steps(self, last: int) -> Iterator[dict[str, float]]:
+        """Trains up to step `last`, and gives the mean terms of the loss of every step."""
+        while self.step < last:
+            started = time.monotonic()
+            for group in self.optimizer.param_groups:
+                group['lr'] = rate_at(self.step, self.num_steps, self.recipe)
+            sums: dict[str, float] = {}
+            for _ in range(self.parts):
+                loss, terms = self.losses()
+                (loss / self.parts).backward()
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0.0) + float(value.detach()) / self.parts
+            if not all(map(math.isfinite, sums.values())):
+                raise FloatingPointError(f'step {self.step}: the loss is {sums}; lower the rate of the recipe')
+            nn.utils.clip_grad_norm_(self.parameters, self.recipe.schedule.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+            self.seconds += time.monotonic() - started
+            self.log.append({'step': self.step, 'rate': self.optimizer.param_groups[0]['lr'], **sums})
+            yield sums
+
+    def features(self, images: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """The target's features `[n, d]` in float32; with its own weights, or with these."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        half = self.recipe.schedule.precision == 'bfloat16'
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            if weights is None:
+                return self.target(images).float()
+            return torch.func.functional_call(self.target, weights, (images,)).float()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {
+            f'{name}.{key}': value
+            for name, module in self.modules.items()
+            for key, value in module.state_dict().items()
+        }
+        for number, parameter in enumerate(self.parameters):
+            for name, value in self.optimizer.state[parameter].items():
+                tensors[f'optimizer.{number}.{name}'] = value
+        tensors['generator'] = self.sampler.generator.get_state()
+        return tensors
+
+    def save(self, path: Path) -> None:
+        """Writes the checkpoint and the log beside it, each whole or not at all."""
+        about = {
+            'kind': type(self).__name__,
+            'recipe': self.recipe.digest,
+            'step': str(self.step),
+            'seconds': str(self.seconds),
+            'log': json.dumps(self.log),
+        }
+        tensors = {key: value.detach().cpu().contiguous() for key, value in self._tensors().items()}
+        with written_whole(path) as beside:
+            safetensors.torch.save_file(tensors, beside, metadata=about)
+        with written_whole(path.with_name(LOG_NAME)) as beside:
+            beside.write_text(''.join(json.dumps(entry) + '\n' for entry in self.log), encoding='utf-8')
+
+    def load(self, path: Path) -> None:
+        """Goes back to the state of a checkpoint."""
+        try:
+            with safe_open(path, 'pt') as file:
+                about = file.metadata() or {}
+            tensors = safetensors.torch.load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise DamagedFileError(f'{path} is damaged ({error}): remove it to start anew') from error
+        if (about.get('recipe'), about.get('kind')) != (self.recipe.digest, type(self).__name__):
+            raise InputError(f'{path} belongs to another recipe: choose another folder, or remove it to start anew')
+        for number, parameter in enumerate(self.parameters):
+            state = _taken(tensors, f'optimizer.{number}.')
+            if state:
+                self.optimizer.state[parameter] = {
+                    name: value if name == 'step' else value.to(self.device) for name, value in state.items()
+                }
+        for name, module in self.modules.items():
+            module.load_state_dict(_taken(tensors, f'{name}.'))
+        self.sampler.generator.set_state(tensors['generator'])
+        self.step, self.seconds = int(about['step']), float(about['seconds'])
+        self.log = json.loads(about['log'])
+
+
+class _MetaRun(_Run):
+    """Algorithm 1. The target lends its forward pass and its norm statistics; its own weights are never used."""
+
+    def build(self, bank: ImageBank) -> dict[str, nn.Module]:
+        self.hypernet = PudNet.for_target(**_fields(self.recipe.hypernet, class_names=bank.class_names))
+        self.target.requires_grad_(False)
+        return {'hypernet': self.hypernet, 'head': self.head, 'target': self.target}
+
+    @property
+    def parts(self) -> int:
+        return self.recipe.groups.per_step
+
+    def losses(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward pass of one group: sketch, weights, features of support and query in one batch, losses."""
+        group = self.sampler.draw()
+        support, query = (images.to(self.device) for images in (group.support, group.query))
+        weights = self.hypernet(self.hypernet.encoder(support).mean(0))
+        for key in self.hypernet.target.keys('calibrated'):
+            del weights[key]  # the target keeps its own: batch statistics in training
+        features = self.features(torch.cat([support, query]), weights)
+        losses = group_losses(
+            *features.split([len(support), len(query)]),
+            group.support_classes.to(self.device),
+            group.query_classes.to(self.device),
+            full_logits=self.head(features),
+            temperature=self.hypernet.temperature,
+            label_smoothing=self.recipe.schedule.label_smoothing,
+        )
+        terms = {'metric': losses.metric, 'full': losses.full, 'consistency': losses.consistency}
+        return losses.total, terms
+
+    def finished(self) -> PudNet:
+        """The hypernetwork, with the norm statistics that the target gathered over the groups."""
+        buffers = dict(self.target.named_buffers())
+        for key in self.hypernet.target.keys('calibrated'):
+            self.hypernet.statistics(key).copy_(buffers[key])
+        return self.hypernet.cpu().eval()
+
+
+class _PlainRun(_Run):
+    """The control *plain*: the target itself as an ordinary classifier of the seen classes."""
+
+    def build(self, bank: ImageBank) -> dict[str, nn.Module]:
+        return {'target': self.target, 'head': self.head}
+
+    @property
+    def parts(self) -> int:
+        return 1
+
+    def losses(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward pass of an ordinary batch, cross-entropy of the full head."""
+        images, labels = self.sampler.batch(self.recipe.groups.images_per_step)
+        logits = self.head(self.features(images.to(self.device)))
+        smoothing = self.recipe.schedule.label_smoothing
+        loss = F.cross_entropy(logits, labels.to(self.device), label_smoothing=smoothing)
+        return loss, {'full': loss}
+
+
+def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Removes the tensors of a prefix and gives them without it."""
+    return {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+
+
+def _fields(config: PudNetConfig, **changes: Any) -> dict[str, Any]:
+    """The fields of a config as arguments, nested configs left whole."""
+    return {**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)}, **changes}

@@ -1,0 +1,160 @@
+"""Recipes: small TOML files that say everything about a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetConfig, reject_unknown_keys
+from timm_pudnet.training.episodes import Augmentation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the images come from.
+
+    Args:
+        images: A folder, or a timm dataset name such as `torch/fashion_mnist`.
+        data_dir: Root of a timm dataset.
+        split: Split of a timm dataset.
+        classes: Names of the classes to train on; all where empty.
+    """
+
+    images: str
+    data_dir: str | None = None
+    split: str = 'train'
+    classes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Groups:
+    """What a group of images is.
+
+    Args:
+        n_way: Classes in a group.
+        n_shot: Support images a class: they give sketch and centroids.
+        n_query: Query images a class.
+        turns: With 2 or 4, classes turned by a half or by quarter turns count as further classes.
+        per_step: Groups in an optimiser step.
+    """
+
+    n_way: int = 8
+    n_shot: int = 8
+    n_query: int = 8
+    turns: int = 1
+    per_step: int = 2
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that one optimiser step sees."""
+        return self.n_way * (self.n_shot + self.n_query) * self.per_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long and how fast.
+
+    Args:
+        images: Images seen in all.
+        rate: Largest rate of AdamW.
+        warmup: Share of the steps in which the rate rises; it then falls to zero by a cosine.
+        weight_decay: Decoupled.
+        clip: Largest norm of the gradient.
+        label_smoothing: Of the full head's loss.
+        precision: `float32` or `bfloat16` (mixed, for the target's passes).
+    """
+
+    images: int = 100_000
+    rate: float = 3e-3
+    warmup: float = 0.15
+    weight_decay: float = 0.05
+    clip: float = 5.0
+    label_smoothing: float = 0.1
+    precision: str = 'float32'
+
+    def __post_init__(self) -> None:
+        if self.precision not in ('float32', 'bfloat16'):
+            raise InputError(f'precision {self.precision!r}: use float32 or bfloat16')
+        if self.images < 1 or not 0 < self.rate or not 0 <= self.warmup < 1:
+            raise InputError('schedule: images and rate must be above zero, warmup in [0, 1)')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything about a training run; `Recipe.load` reads one from a TOML file.
+
+    Args:
+        hypernet: Architecture of target and hypernetwork.
+        data: Where the images come from.
+        groups: What a group is.
+        augmentation: Random changes of every image.
+        schedule: How long and how fast.
+        seed: Of everything random.
+    """
+
+    hypernet: PudNetConfig
+    data: Data
+    groups: Groups = dataclasses.field(default_factory=Groups)
+    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    seed: int = 0
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Reads a recipe file.
+
+        Raises:
+            NotFoundError: There is no such file.
+            InputError: It is no TOML, or has an unknown key (the close ones are named) or a value out of range.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise NotFoundError(f'{path}: no such recipe file')
+        try:
+            return cls.from_dict(tomllib.loads(path.read_text(encoding='utf-8')), str(path))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f'{path} is no recipe: {error}') from error
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = 'recipe') -> Recipe:
+        """Builds a recipe from nested mappings; `where` names them in errors."""
+        reject_unknown_keys(data, [field.name for field in dataclasses.fields(cls)], where)
+        for name in ('hypernet', 'data'):
+            if name not in data:
+                raise InputError(f'{where}: the table [{name}] is missing')
+        values: dict[str, Any] = dict(data)
+        hypernet = dict(values['hypernet'])
+        if isinstance(hypernet.get('input'), Mapping):
+            hypernet['input'] = _build(InputConfig, hypernet['input'], f'{where}: [hypernet.input]')
+        values['hypernet'] = _build(PudNetConfig, hypernet, f'{where}: [hypernet]')
+        tables = {'data': Data, 'groups': Groups, 'augmentation': Augmentation, 'schedule': Schedule}
+        for name, kind in tables.items():
+            if name in values:
+                values[name] = _build(kind, values[name], f'{where}: [{name}]')
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON can hold it."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @property
+    def digest(self) -> str:
+        """A short hash that tells one recipe from another."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _build(kind: Any, table: Mapping[str, Any], where: str) -> Any:
+    if not isinstance(table, Mapping):
+        raise InputError(f'{where} must be a table')
+    reject_unknown_keys(table, [field.name for field in dataclasses.fields(kind)], where)
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    try:
+        return kind(**values)
+    except (TypeError, InputError) as error:
+        raise InputError(f'{where}: {error}') from error
