@@ -13,8 +13,8 @@ class AHRU(nn.Module):
     """Walks the layers of the target with shared weights, starting from the sketch (eq. 4, 5).
 
     `r = sigmoid(W_r [d, a])`, `z = sigmoid(W_z [d, a])`, `d~ = tanh(W_h [r * d, a])`, `d <- (1 - z) * d + z * d~`,
-    `a = sigmoid(W_o d)`, and the code of the layer is `(1 - eta) a + eta s`. The paper leaves the first `a` open: here it
-    is a learned parameter.
+    `a = sigmoid(W_o d)`, and the code of the layer is `(1 - eta) a + eta s`. The paper leaves the first `a` open:
+    here it is a learned parameter.
 
     Args:
         width: `m`.

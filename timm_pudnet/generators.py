@@ -1,7 +1,7 @@
 """Weight generators (paper III-D3): a layer's code becomes that layer's tensor.
 
-Dimension letters: `m` width of a code, `o i kh kw` a kernel tensor, `t = kh * kw` its taps, `p` flattened kernels of the
-embedding, `q` basis kernels between the two 1x1 convs.
+Dimension letters: `m` width of a code, `o i kh kw` a kernel tensor, `t = kh * kw` its taps, `p` flattened kernels of
+the embedding, `q` basis kernels between the two 1x1 convs.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class PaperGenerator(nn.Module):
     kernels `[q, t]`, and the second mixes these into all `o * i` kernels. With `q >= t` every kernel tensor can be
     reached exactly. Its size is about `q * o * i`.
 
-    It starts with basis kernels near the identity, so that the second conv's weight is the kernel tensor itself in units
-    of its initial scale: the start of ordinary training, bent a little by the sketch.
+    It starts with basis kernels near the identity, so that the second conv's weight is the kernel tensor itself in
+    units of its initial scale: the start of ordinary training, bent a little by the sketch.
 
     Args:
         layer: The kernel to predict.
@@ -101,7 +101,7 @@ class PaperGenerator(nn.Module):
         self.embed = nn.Linear(width, embed_kernels * taps)
         self.mix = nn.Linear(embed_kernels, basis_kernels)  # the first 1x1 conv: it acts on each tap alone
         self.expand = nn.Parameter(torch.randn(out_chans, in_chans, basis_kernels) * SPREAD)  # the second one's weight
-        nn.init.normal_(self.embed.weight, std=0.2 / math.sqrt(width))
+        nn.init.normal_(self.embed.weight, std=0.2)
         nn.init.zeros_(self.mix.bias)
         with torch.no_grad():
             # mix @ embedding = the identity (its first t columns); the square and the wide case alike.
@@ -115,7 +115,9 @@ class PaperGenerator(nn.Module):
 
     def basis(self, code: Tensor) -> Tensor:
         """The `q` basis kernels `[q, t]` of a code `[m]`, scaled for the layer."""
-        embedding = rearrange(self.embed(code), '(p t) -> t p', p=self.mix.in_features)
+        # Over sqrt(m), else one step on so many weights at once would turn the whole kernel tensor.
+        flat = self.embed(code / math.sqrt(len(code)))
+        embedding = rearrange(flat, '(p t) -> t p', p=self.mix.in_features)
         return F.leaky_relu(self.mix(embedding), 0.1).t() * self.scale
 
     def forward(self, code: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ def mix_kernels(weight: Tensor, basis: Tensor) -> Tensor:
     Written as a 1x1 convolution over `o` images of `i` pixels with `q` channels: with so few columns a matrix product
     runs several times slower than the bytes it moves.
     """
-    basis_kernels, taps = basis.shape
+    _basis_kernels, taps = basis.shape
     if taps == 1:
         return weight @ basis
     pixels = rearrange(weight, 'o i q -> o q i 1')  # a view; in memory it is channels-last already

@@ -97,7 +97,8 @@ def _folder(name: str | os.PathLike[str]) -> Path:
             f'Train one for {text} (timm_pudnet.meta_train) or pass hypernet=FOLDER.'
         )
     raise NotFoundError(
-        f'no hypernetwork {text!r}.{close_names(text, at_hand)} At hand: {", ".join(at_hand) or "none"}; a folder will do too.'
+        f'no hypernetwork {text!r}.{close_names(text, at_hand)} '
+        f'At hand: {", ".join(at_hand) or "none"}; a folder will do too.'
     )
 
 

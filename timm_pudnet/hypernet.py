@@ -240,7 +240,7 @@ def library_versions() -> dict[str, str]:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, and renames it when the block ends well; nothing is left when it fails."""
+    """Gives a path beside `path` to write to, renamed when the block ends well; nothing is left when it fails."""
     handle, name = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
     os.close(handle)
     beside = Path(name)

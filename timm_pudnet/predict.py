@@ -43,14 +43,14 @@ def predict_model(
 ) -> nn.Module:
     """Predicts the weights of a timm CNN for a set of images, without training on them.
 
-    Compresses the images into a sketch (eq. 3), walks the layers (eq. 4, 5), generates their kernels (eq. 6), calibrates
-    the norm statistics on the images and writes the class centroids into the classifier (eq. 7).
+    Compresses the images into a sketch (eq. 3), walks the layers (eq. 4, 5), generates their kernels (eq. 6),
+    calibrates the norm statistics on the images and writes the class centroids into the classifier (eq. 7).
 
     Args:
         model_name: timm architecture, without a tag.
-        images: A folder (with a subfolder per class, or flat and then unlabelled), a list of paths or PIL images, a uint8
-            or float array `[n, h, w, c]` or tensor `[n, c, h, w]` with 1, 3 or 4 channels (floats in 0-1), a `Dataset`, a
-            `DataLoader`, or a timm dataset name such as `torch/cifar10`. Images of any size are resized.
+        images: A folder (with a subfolder per class, or flat and then unlabelled), a list of paths or PIL images, a
+            uint8 or float array `[n, h, w, c]` or tensor `[n, c, h, w]` with 1, 3 or 4 channels (floats in 0-1), a
+            `Dataset`, a `DataLoader`, or a timm dataset name such as `torch/cifar10`. Images of any size are resized.
         labels: Class of every image, as numbers or names; else those of the data. Without labels the model has no
             classifier and gives features.
         hypernet: A `PudNet`, its folder or its name; by default the one that serves the architecture.

@@ -5,6 +5,7 @@ Dimension letters: `n` images, `c h w` an image, `m` width of the sketch, `k` cl
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Literal
 
@@ -20,14 +21,17 @@ Balance = Literal['none', 'class', 'kmeans']
 class RunningBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm that normalises by its running statistics in training too.
 
-    The mean of an ordinary BatchNorm's output over the images that it normalised is its bias, whatever they are: a sketch
-    behind it is a constant in training. Here each batch updates the running statistics first and is then normalised by
-    them, so that what sets one image set apart from the others survives (DESIGN section 2, *the sketch's norm*).
+    The mean of an ordinary BatchNorm's output over the images that it normalised is its bias, whatever they are: a
+    sketch behind it is a constant in training. Here each batch updates the running statistics first and is then
+    normalised by them, so that what sets one image set apart from the others survives (DESIGN section 2, *the
+    sketch's norm*).
     """
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.BatchNorm2d's own name
+    def forward(self, input: Tensor) -> Tensor:
         """Normalises `[n, c, h, w]` per channel by the running statistics."""
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         if self.training:
             with torch.no_grad():
                 self.num_batches_tracked += 1
@@ -60,7 +64,7 @@ class SketchEncoder(nn.Module):
                 nn.Sequential(
                     nn.Conv2d(before, after, 5, stride=2, padding=2), nn.LeakyReLU(0.1), RunningBatchNorm2d(after)
                 )
-                for before, after in zip(sizes[:-1], sizes[1:], strict=True)
+                for before, after in itertools.pairwise(sizes)
             )
         )
 

@@ -87,8 +87,8 @@ def describe_target(model_name: str, *, predict_norm: bool = False, **model_kwar
     """Puts every state-dict key of a timm CNN into predicted, shared, calibrated or classifier.
 
     Conv kernels are *predicted*; the statistics of BatchNorm are *calibrated* on the caller's images; the final
-    `Linear` is the *classifier*; every other parameter (norm affine, biases, gains, `Linear` inside blocks) is *shared*,
-    that is learned once and the same for every data set. Nothing is built but on the meta device.
+    `Linear` is the *classifier*; every other parameter (norm affine, biases, gains, `Linear` inside blocks) is
+    *shared*, that is learned once and the same for every data set. Nothing is built but on the meta device.
 
     Args:
         model_name: timm architecture, without a tag.
@@ -123,7 +123,7 @@ def check_architecture(model_name: str) -> None:
         raise InputError(
             f'{model_name!r}: give the architecture alone, resnet18 for instance; its weights are predicted'
         )
-    name = model_name.split('.')[0]
+    name = model_name.split('.', maxsplit=1)[0]
     if name != model_name and timm.is_model(name):
         raise InputError(f'{model_name!r}: give the architecture without a tag ({name}); its weights are predicted')
     raise InputError(
@@ -179,7 +179,7 @@ def _describe(model_name: str, predict_norm: bool, kwargs_json: str) -> TargetSp
     if spec.predicted_share < MIN_PREDICTED_SHARE:
         hint = _conv_mlp_hint(model)
         raise UnsupportedTargetError(
-            f'{model_name}: convs hold {spec.predicted_share:.1%} of its weights, and only their kernels are predicted. '
+            f'{model_name}: convs hold {spec.predicted_share:.1%} of its weights, only their kernels are predicted. '
             + (hint or 'Choose a convolutional network, resnet18 for instance.')
         )
     return spec
@@ -206,11 +206,11 @@ def _role(
 ) -> Role:
     if key.startswith(f'{classifier}.'):
         return 'classifier'
-    if isinstance(module, nn.modules.batchnorm._NormBase) and short in BATCH_NORM_BUFFERS:  # noqa: SLF001
+    if isinstance(module, nn.modules.batchnorm._NormBase) and short in BATCH_NORM_BUFFERS:
         return 'calibrated'
     if not isinstance(tensor, nn.Parameter):
         raise UnsupportedTargetError(
-            f'{model_name}: {key} is a buffer of a {type(module).__name__}, of which it is not known where its values come from'
+            f'{model_name}: {key} is a buffer of a {type(module).__name__}; where its values come from is not known'
         )
     if isinstance(module, nn.Conv2d) and short == 'weight':
         return 'predicted'
@@ -221,12 +221,12 @@ def _role(
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module normalises its input and may carry an affine weight and bias."""
-    kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)  # noqa: SLF001
+    kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     return isinstance(module, kinds)
 
 
 def _conv_mlp_hint(model: nn.Module) -> str:
-    """timm's ConvNeXt and kin can hold their MLPs as 1x1 convs; then they are predicted."""
+    """Timm's ConvNeXt and kin can hold their MLPs as 1x1 convs; then they are predicted."""
     name = type(model).__name__
     return 'Pass conv_mlp=True, so that its MLPs are 1x1 convs.' if name == 'ConvNeXt' else ''
 
@@ -234,5 +234,5 @@ def _conv_mlp_hint(model: nn.Module) -> str:
 def batch_norms(model: nn.Module) -> Iterable[tuple[str, nn.modules.batchnorm._NormBase]]:
     """The BatchNorm layers of a model whose statistics are calibrated, by name, in the order of the network."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:  # noqa: SLF001
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             yield name, module

@@ -35,9 +35,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy of predicted networks over groups of unseen classes, beside the controls.
 
-    For every group the support images give the sketch, the norm statistics and the class centroids; the query images are
-    classified by eq. 7 in eval mode, so no query image touches anything that classifies it. Every network below gets the
-    same support, head and calibration:
+    For every group the support images give the sketch, the norm statistics and the class centroids; the query images
+    are classified by eq. 7 in eval mode, so no query image touches anything that classifies it. Every network below
+    gets the same support, head and calibration:
 
     - `predicted`: the hypernetwork with the group's own sketch;
     - `swapped_sketch`: with the sketch of the group before it;

@@ -123,8 +123,8 @@ def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Te
 class GroupSampler:
     """Draws groups from a bank; every choice comes from one generator, whose state a checkpoint can hold.
 
-    With `turns` above 1 every class turned by quarter turns counts as a further class (`class + k * turn`), so that a few
-    classes make many groups.
+    With `turns` above 1 every class turned by quarter turns counts as a further class (`class + k * turn`), so that
+    a few classes make many groups.
 
     Args:
         bank: The images of the seen classes.

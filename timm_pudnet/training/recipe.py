@@ -81,7 +81,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.precision not in ('float32', 'bfloat16'):
             raise InputError(f'precision {self.precision!r}: use float32 or bfloat16')
-        if self.images < 1 or not 0 < self.rate or not 0 <= self.warmup < 1:
+        if self.images < 1 or not self.rate > 0 or not 0 <= self.warmup < 1:
             raise InputError('schedule: images and rate must be above zero, warmup in [0, 1)')
 
 

@@ -1,0 +1,240 @@
+"""The command line, `timm-pudnet`: calls the public API, says what it found, what it wrote and what to do next."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from timm_pudnet.config import InputError, PudNetError
+
+
+class _Commands(click.Group):
+    """Turns what goes wrong into one line and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
+        except (PudNetError, OSError, FloatingPointError) as error:
+            text = ' '.join(str(error).split())
+            click.echo(f'Error: {text}', err=True)
+            ctx.exit(2)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f'Warning: {" ".join(str(message).split())}', err=True)
+
+
+@click.group(cls=_Commands, context_settings={'help_option_names': ['-h', '--help']})
+@click.version_option(package_name='timm-pudnet')
+def main() -> None:
+    """Predict the weights of timm's convolutional networks for images that they have never seen."""
+
+
+def _data_options(split: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        command = click.option('--split', default=split, show_default=True, help='Split of a timm dataset.')(command)
+        return click.option('--data-dir', help='Root of a timm dataset.')(command)
+
+    return add
+
+
+@main.command()
+@click.argument('model_name')
+@click.argument('images')
+@click.option('--out', type=click.Path(path_type=Path), help='New folder for the model, in timm format.')
+@click.option('--hypernet', help='Hypernetwork: a name or a folder; by default the one that serves MODEL_NAME.')
+@click.option(
+    '--holdout', default=0.25, show_default=True, help='Share of the labelled images kept aside for the test.'
+)
+@click.option('--seed', default=0, show_default=True, help='Of the choice of images kept aside.')
+@click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
+@click.option('--strict', is_flag=True, help='An unreadable image is an error, not a warning.')
+@_data_options('train')
+def predict(
+    model_name: str,
+    images: str,
+    out: Path | None,
+    hypernet: str | None,
+    holdout: float,
+    seed: int,
+    device: str | None,
+    strict: bool,
+    data_dir: str | None,
+    split: str,
+) -> None:
+    """Predict MODEL_NAME's weights for IMAGES, a folder (one subfolder a class) or a timm dataset name."""
+    from timm_pudnet import predict as room
+    from timm_pudnet.evaluation import held_out_accuracy, split_held_out
+    from timm_pudnet.hub import resolve_hypernet
+    from timm_pudnet.images import open_images
+
+    if not 0 <= holdout < 1:
+        raise InputError(f'--holdout must be in [0, 1), got {holdout}')
+    if out is not None:
+        room.check_output(out)
+    network = resolve_hypernet(model_name, hypernet)
+    config = network.config.input
+    source = open_images(images, input=config, split=split, data_dir=data_dir, strict=strict)
+    click.echo(f'Found      {source.description}')
+    kept, tested = split_held_out(source, holdout, seed)
+    if tested is not None and source.class_names:
+        click.echo(f'Classes    {_some(source.class_names)}')
+        click.echo(f'Kept aside {len(tested):,} of them for the test, {len(kept):,} give the weights')
+    chans, height, width = config.input_size
+    started = time.perf_counter()
+    model = room.predict_model(model_name, kept, hypernet=network, device=device)
+    seconds = time.perf_counter() - started
+    where = next(model.parameters()).device
+    count = sum(parameter.numel() for parameter in model.parameters())
+    click.echo(
+        f'Predicted  {count / 1e6:.1f}M weights of {model_name} with {network.name} on {where}, '
+        f'input {chans}x{height}x{width}, in {seconds:.2f} s'
+    )
+    if tested is not None:
+        for row in held_out_accuracy(model, kept, tested):
+            click.echo(row)
+    elif not source.labelled:
+        click.echo(
+            'No labels  the model gives features; put the images of each class into a subfolder for a classifier'
+        )
+    if out is None:
+        click.echo('Not saved: add --out FOLDER to keep the model')
+        return
+    room.save_model(model, out)
+    size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+    click.echo(f'Wrote      {out} ({size:.0f} MB, timm format). Next, in Python, without this package if you like:')
+    click.echo(
+        f"\n    import timm\n    model = timm.create_model('local-dir:{out}', pretrained=True).eval()\n"
+        '    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n'
+    )
+
+
+@main.command()
+@click.argument('recipe', type=click.Path(path_type=Path))
+@click.option(
+    '--out', type=click.Path(path_type=Path), required=True, help='Folder for the result and its checkpoints.'
+)
+@click.option('--plain', is_flag=True, help='Train the control instead: the target as an ordinary classifier.')
+@click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
+@click.option('--data-dir', help="Root of a timm dataset, in place of the recipe's.")
+def train(recipe: Path, out: Path, plain: bool, device: str | None, data_dir: str | None) -> None:
+    """Train a hypernetwork by a RECIPE file; goes on where an earlier run in --out stopped."""
+    from timm_pudnet import training
+    from timm_pudnet.predict import check_output, save_model
+
+    loaded = training.Recipe.load(recipe)
+    result = out / ('plain' if plain else 'model.safetensors')
+    check_output(result) if plain and out.is_dir() else None
+    if result.is_file():
+        raise InputError(f'{result} exists: this recipe is trained already; choose another --out')
+    if data_dir is not None:
+        loaded = dataclasses.replace(loaded, data=dataclasses.replace(loaded.data, data_dir=data_dir))
+    bank = training.load_bank(loaded)
+    click.echo(f'Found      {len(bank.labels):,} images in {len(bank.class_names)} classes: {_some(bank.class_names)}')
+    click.echo(f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} images; stop and resume at will')
+    if plain:
+        save_model(training.train_plain(loaded, out / 'run-plain', bank=bank, device=device), result)
+    else:
+        hypernet = training.meta_train(loaded, out / 'run', bank=bank, device=device)
+        hypernet.save_pretrained(out, half=True)
+        if recipe.resolve() != (out / 'recipe.toml').resolve():
+            shutil.copyfile(recipe, out / 'recipe.toml')
+    click.echo(f'Wrote      {result}. Next:')
+    click.echo(f'\n    timm-pudnet evaluate {out} {loaded.data.images} --data-dir {loaded.data.data_dir}\n')
+
+
+@main.command()
+@click.argument('hypernet')
+@click.argument('images')
+@click.option('--plain', type=click.Path(path_type=Path), help='Folder of the control that `train --plain` wrote.')
+@click.option('--groups', default=500, show_default=True, help='Groups of unseen classes.')
+@click.option('--n-way', default=None, type=int, help='Classes a group; by default all unseen ones, at most 5.')
+@click.option('--n-shot', default=10, show_default=True, help='Labelled images a class.')
+@click.option('--n-query', default=15, show_default=True, help='Tested images a class.')
+@click.option('--seed', default=0, show_default=True, help='Of the groups and of the random weights.')
+@click.option('--save', is_flag=True, help='Write results.json and groups.json into the folder of HYPERNET.')
+@click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
+@_data_options('test')
+def evaluate(
+    hypernet: str,
+    images: str,
+    plain: Path | None,
+    groups: int,
+    n_way: int | None,
+    n_shot: int,
+    n_query: int,
+    seed: int,
+    save: bool,
+    device: str | None,
+    data_dir: str | None,
+    split: str,
+) -> None:
+    """Measure HYPERNET on those classes of IMAGES that it was not trained on, beside its controls."""
+    import timm
+    import torch
+
+    from timm_pudnet import evaluation
+    from timm_pudnet.hub import load_hypernet
+    from timm_pudnet.hypernet import written_whole
+    from timm_pudnet.images import open_images
+    from timm_pudnet.training.episodes import ImageBank, bank_input
+
+    if groups < 2:
+        raise InputError(f'--groups must be at least 2, got {groups}')
+    if save and not Path(hypernet).is_dir():
+        raise InputError(f'--save needs the folder of a hypernetwork, {hypernet} is none')
+    network = load_hypernet(hypernet)
+    source = open_images(images, input=bank_input(network.config.input), split=split, data_dir=data_dir)
+    unseen = [name for name in source.class_names or () if name not in network.config.class_names]
+    if len(unseen) < 2:
+        raise InputError(
+            f'{source.description}: {len(unseen)} classes that {network.name} was not trained on; two needed'
+        )
+    bank = ImageBank.from_source(source, unseen)
+    click.echo(f'Found      {len(bank.labels):,} images in {len(unseen)} unseen classes: {_some(bank.class_names)}')
+    drawn = evaluation.TestGroups.draw(
+        bank, count=groups, n_way=n_way or min(5, len(unseen)), n_shot=n_shot, n_query=n_query, seed=seed
+    )
+    control = None
+    if plain is not None:
+        control = timm.create_model(f'local-dir:{plain}', pretrained=True, num_classes=0)
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    result = evaluation.evaluate(network.to(device), bank, drawn, plain=control, seed=seed)
+    click.echo(evaluation.format_table(result))
+    if save:
+        folder = Path(hypernet)
+        drawn.save(folder / 'groups.json')
+        with written_whole(folder / 'results.json') as beside:
+            beside.write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
+        click.echo(f'Wrote      {folder / "results.json"}, {folder / "groups.json"}')
+
+
+@main.command(name='list')
+def list_command() -> None:
+    """List the hypernetworks at hand."""
+    from timm_pudnet.hub import list_hypernets
+
+    for name, config in list_hypernets().items():
+        click.echo(
+            f'{name:32}{config.model_name}, {len(config.class_names)} classes seen, input {config.input.input_size}'
+        )
+
+
+def _some(names: tuple[str, ...], most: int = 8) -> str:
+    shown = ', '.join(names[:most])
+    return shown if len(names) <= most else f'{shown}, ... ({len(names)} in all)'
+
+
+if __name__ == '__main__':
+    sys.exit(main())
