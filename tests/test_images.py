@@ -23,6 +23,11 @@ RGB = InputConfig(input_size=(3, 16, 16), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0
 GREY = InputConfig(input_size=(1, 16, 16), mean=(0.4,), std=(0.2,))
 
 
+leaves_files_open = pytest.mark.filterwarnings(  # timm's readers and webdataset do
+    'ignore::pytest.PytestUnraisableExceptionWarning', 'ignore::ResourceWarning'
+)
+
+
 def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
@@ -192,8 +197,9 @@ def test_channels_are_adapted_as_pil_does(mode, channels):
         if mode in ('L', 'RGB', 'RGBA'):
             same(read(open_images(np.asarray(image)[None], [0], input=config))[0], expect([image], config))
             floats = np.asarray(image)[None].astype(np.float64) / 255
+            steps = 6 if mode == 'RGBA' and channels == 4 else 1.6  # PIL rounds colours multiplied by alpha >= 64
             x = read(open_images(floats, [0], input=config))[0]
-            torch.testing.assert_close(x, expect([image], config), rtol=0, atol=1.6 / 255 / 0.25)
+            torch.testing.assert_close(x, expect([image], config), rtol=0, atol=steps / 255 / 0.25)
 
 
 def test_palette_with_transparency_and_animation_give_no_warning(tmp_path):
@@ -213,7 +219,7 @@ def test_orientation_is_left_alone_as_timm_does(tmp_path):
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    pixels = np.array([[0, 257, 32896, 65535]] * 16, dtype=np.uint16).repeat(4, 1)
+    pixels = np.array([[0, 200, 32896, 65535]] * 16, dtype=np.uint16).repeat(4, 1)
     eight = np.array([[0, 1, 128, 255]] * 16, dtype=np.uint8).repeat(4, 1)
     want = expect([Image.fromarray(eight)], GREY)
     png = save(tmp_path / 'x.png', pixels)
@@ -428,6 +434,7 @@ def test_targets_and_classes_of_a_dataset_are_known_before_reading():
     assert open_images(DataLoader(dataset, collate_fn=stack), input=RGB).class_names == ('a', 'b', 'c')
 
 
+@leaves_files_open
 def test_a_map_style_dataset_of_timm_knows_its_labels(folder):
     source = open_images(timm.data.create_dataset('', root=str(folder)), input=RGB)
     assert source.labels.tolist() == read(source)[1].tolist() == [0, 0, 1, 1, 1]
@@ -744,9 +751,7 @@ def test_names_that_timm_cannot_open(fashion, monkeypatch, tmp_path):
     assert len(open_images('torch/mine', input=RGB)) == 1  # a folder of that name goes first
 
 
-@pytest.mark.filterwarnings(
-    'ignore::pytest.PytestUnraisableExceptionWarning', 'ignore::ResourceWarning'
-)  # webdataset's
+@leaves_files_open
 def test_a_web_dataset(tmp_path):
     pytest.importorskip('webdataset')
     import json

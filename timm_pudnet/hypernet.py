@@ -20,6 +20,7 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from timm_pudnet.ahru import AHRU
@@ -92,7 +93,7 @@ class PudNet(nn.Module):
         describe_target(model_name, **model_kwargs)  # clear errors first
         model = timm.create_model(model_name, **{**model_kwargs, 'num_classes': 0})
         if 'input' not in config:
-            data = timm.data.resolve_model_data_config(model)
+            data = resolve_model_data_config(model)
             names = [field.name for field in dataclasses.fields(InputConfig)]
             config['input'] = InputConfig(**{name: data[name] for name in names})
         hypernet = cls(PudNetConfig(model_name=model_name, generator=generator, **config))

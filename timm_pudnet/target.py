@@ -189,7 +189,8 @@ def _classifier_name(model: nn.Module, model_name: str) -> str:
     """Name of the one Linear that turns pooled features into logits."""
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier')
     names = [names] if isinstance(names, str) else list(names or [])
-    head = model.get_classifier() if callable(getattr(model, 'get_classifier', None)) else None
+    get_classifier = getattr(model, 'get_classifier', None)
+    head = get_classifier() if callable(get_classifier) else None
     found = [name for name, module in model.named_modules() if module is head] if isinstance(head, nn.Module) else names
     if len(found) != 1:
         raise UnsupportedTargetError(f'{model_name}: has {len(found)} classifiers ({", ".join(found)}); one is needed')

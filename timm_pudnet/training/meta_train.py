@@ -289,8 +289,10 @@ class _MetaRun(_Run):
         for key in self.hypernet.target.keys('calibrated'):
             del weights[key]  # the target keeps its own: batch statistics in training
         features = self.features(torch.cat([support, query]), weights)
+        halves = features.split([len(support), len(query)])
         losses = group_losses(
-            *features.split([len(support), len(query)]),
+            halves[0],
+            halves[1],
             group.support_classes.to(self.device),
             group.query_classes.to(self.device),
             full_logits=self.head(features),

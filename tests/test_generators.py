@@ -1,0 +1,135 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from timm_pudnet import generators
+from timm_pudnet.config import InputError
+from timm_pudnet.generators import AffineGenerator, PaperGenerator, create_generator, mix_kernels, register_generator
+from timm_pudnet.target import LayerSpec
+
+SHAPES = [(24, 16, 3, 3), (32, 16, 1, 1), (16, 3, 7, 7), (32, 1, 3, 3), (8, 4, 1, 5), (16, 8, 5, 1)]
+
+
+def make(shape, width=16, **kwargs):
+    return PaperGenerator(LayerSpec('conv.weight', shape), width, **kwargs)
+
+
+def plain_kernel(generator, code, shape, scale):
+    """Eq. 6, rewritten in float64 with explicit loops."""
+    o, i, kh, kw = shape
+    taps = kh * kw
+    flat = torch.einsum('rm,m->r', generator.embed.weight.double(), code.double()) + generator.embed.bias.double()
+    kernels = flat.reshape(-1, taps)  # p flattened kernels
+    mix, bias, expand = generator.mix.weight.double(), generator.mix.bias.double(), generator.expand.double()
+    basis = torch.zeros(len(mix), taps, dtype=torch.float64)
+    for q in range(len(mix)):
+        for tap in range(taps):
+            value = float(bias[q]) + sum(float(mix[q, p]) * float(kernels[p, tap]) for p in range(len(kernels)))
+            basis[q, tap] = max(value, 0.1 * value)
+    return scale * torch.einsum('oiq,qt->oit', expand, basis).reshape(o, i, kh, kw)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('kwargs', [{}, {'embed_kernels': 4, 'basis_kernels': 20}], ids=['default', 'wide'])
+def test_kernels_are_those_of_a_plain_rewrite(shape, kwargs):
+    generator, code = make(shape, gain=1.5, **kwargs), torch.rand(16)
+    for parameter in generator.parameters():
+        nn.init.normal_(parameter)
+    scale = math.sqrt(1.5 / math.prod(shape[1:])) / generators.SPREAD
+    expected = plain_kernel(generator, code, shape, scale)
+    assert_close(generator(code).double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_any_kernel_tensor_can_be_reached_and_with_fewer_basis_kernels_than_taps_none_could(shape):
+    generator, code, wanted = make(shape, basis_kernels=1), torch.rand(16), torch.randn(shape)
+    taps = shape[2] * shape[3]
+    assert generator.mix.out_features == taps  # raised from 1
+    rows, basis = wanted.reshape(-1, taps).double(), generator.basis(code).detach().double()
+    answer = torch.linalg.lstsq(basis.t(), rows.t()).solution.t()
+    with torch.no_grad():
+        generator.expand.copy_(answer.view_as(generator.expand))
+    assert_close(generator(code), wanted, rtol=1e-3, atol=1e-3)
+    if taps > 1:
+        short = basis[: taps - 1]
+        nearest = torch.linalg.lstsq(short.t(), rows.t()).solution.t() @ short
+        assert (nearest - rows).abs().max() > 0.1
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('gain', [1.0, 2.0])
+def test_new_kernels_have_the_scale_of_ordinary_initialisation(shape, gain):
+    generator = make(shape, 128, gain=gain)
+    spread = float(generator(torch.rand(128)).detach().square().mean().sqrt())
+    assert 0.8 < spread / math.sqrt(gain / math.prod(shape[1:])) < 1.3
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_new_basis_is_the_identity_bent_a_little_by_the_code(shape):
+    generator, taps = make(shape, 64), shape[2] * shape[3]
+    identity = torch.eye(generator.mix.out_features, taps)
+    assert_close(generator.basis(torch.zeros(64)).detach() / generator.scale, identity, rtol=0, atol=1e-5)
+    bend = (generator.basis(torch.rand(64)).detach() / generator.scale - identity).abs()
+    assert 1e-3 < bend.max() < 0.8
+
+
+@settings(max_examples=30, deadline=None)
+@given(*(st.integers(1, 12) for _ in range(4)))
+def test_mix_kernels_is_a_matrix_product(out_chans, in_chans, basis_kernels, taps):
+    weight = torch.randn(out_chans, in_chans, basis_kernels)
+    basis = torch.randn(basis_kernels, taps)
+    expected = (weight.double() @ basis.double()).float()
+    found = mix_kernels(weight, basis)
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert found.shape == (out_chans, in_chans, taps)
+
+
+def test_gradients_reach_every_parameter_of_a_generator():
+    for shape in SHAPES:
+        generator, code = make(shape), torch.rand(16, requires_grad=True)
+        (generator(code) * torch.randn(shape)).sum().backward()
+        for name, tensor in [*generator.named_parameters(), ('code', code)]:
+            assert tensor.grad is not None, name
+            assert tensor.grad.abs().sum() > 0, name
+
+
+def test_registry_makes_kinds_by_name_and_refuses_a_taken_one(monkeypatch):
+    monkeypatch.setattr(generators, '_KINDS', dict(generators._KINDS))
+
+    @register_generator('constant')
+    class Constant(nn.Module):
+        def __init__(self, layer, width, gain, *, value=1.0):
+            super().__init__()
+
+    layer = LayerSpec('conv.weight', (4, 3, 3, 3))
+    assert isinstance(create_generator('constant', layer, 8, 2.0, value=2.0), Constant)
+    with pytest.raises(InputError, match=r"'constant' is already registered by Constant"):
+        register_generator('constant')(PaperGenerator)
+    assert isinstance(create_generator('constant', layer, 8, 2.0), Constant)
+
+
+def test_unknown_kinds_and_arguments_are_named(one_line):
+    layer = LayerSpec('conv.weight', (4, 3, 3, 3))
+    with pytest.raises(InputError) as error:
+        create_generator('papr', layer, 8, 2.0)
+    one_line(error, "'papr'", 'Did you mean paper?')
+    with pytest.raises(InputError) as error:
+        create_generator('paper', layer, 8, 2.0, basis=9)
+    one_line(error, "'paper'", 'basis')
+    with pytest.raises(InputError, match='at least 1'):
+        create_generator('paper', layer, 8, 2.0, basis_kernels=0)
+
+
+def test_affine_parameters_are_a_learned_vector_and_a_linear_change():
+    generator, code = create_generator('paper', LayerSpec('bn.weight', (6,)), 8, 2.0), torch.rand(8)
+    assert isinstance(generator, AffineGenerator)
+    nn.init.normal_(generator.base)
+    assert_close(generator(code), generator.base)  # new: the code changes nothing
+    nn.init.normal_(generator.change)
+    expected = generator.base.double() + torch.einsum('om,m->o', generator.change.double(), code.double())
+    assert_close(generator(code).double(), expected, rtol=1e-5, atol=1e-6)
