@@ -23,7 +23,8 @@ def plain_kernel(generator, code, shape, scale):
     """Eq. 6, rewritten in float64 with explicit loops."""
     o, i, kh, kw = shape
     taps = kh * kw
-    flat = torch.einsum('rm,m->r', generator.embed.weight.double(), code.double()) + generator.embed.bias.double()
+    flat = torch.einsum('rm,m->r', generator.embed.weight.double(), code.double() / math.sqrt(len(code)))
+    flat = flat + generator.embed.bias.double()
     kernels = flat.reshape(-1, taps)  # p flattened kernels
     mix, bias, expand = generator.mix.weight.double(), generator.mix.bias.double(), generator.expand.double()
     basis = torch.zeros(len(mix), taps, dtype=torch.float64)

@@ -117,7 +117,7 @@ def test_order_and_chunking_do_not_change_a_kmeans_sketch(order, chunk):
 def sketch_distance_in_training(encoder, first, second):
     """Relative distance of the sketches of two image sets that an encoder gives while it trains."""
     encoder.train()
-    a, b = encoder(first).mean(0), encoder(second).mean(0)
+    a, b = encoder(first).mean(0).detach(), encoder(second).mean(0).detach()
     return float((a - b).norm() / (a.norm() + b.norm()))
 
 

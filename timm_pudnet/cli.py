@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from timm_pudnet.config import InputError, PudNetError
+from timm_pudnet.config import InputError, OutputExistsError, PudNetError
 
 
 class _Commands(click.Group):
@@ -125,26 +125,31 @@ def predict(
 @click.option(
     '--out', type=click.Path(path_type=Path), required=True, help='Folder for the result and its checkpoints.'
 )
-@click.option('--plain', is_flag=True, help='Train the control instead: the target as an ordinary classifier.')
+@click.option(
+    '--control',
+    type=click.Choice(['plain', 'plain_instance']),
+    help='Train a control instead: the target as an ordinary classifier, or that with the instance loss of the recipe.',
+)
 @click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
 @click.option('--data-dir', help="Root of a timm dataset, in place of the recipe's.")
-def train(recipe: Path, out: Path, plain: bool, device: str | None, data_dir: str | None) -> None:
+def train(recipe: Path, out: Path, control: str | None, device: str | None, data_dir: str | None) -> None:
     """Train a hypernetwork by a RECIPE file; goes on where an earlier run in --out stopped."""
     from timm_pudnet import training
-    from timm_pudnet.predict import check_output, save_model
+    from timm_pudnet.predict import save_model
 
     loaded = training.Recipe.load(recipe)
-    result = out / ('plain' if plain else 'model.safetensors')
-    check_output(result) if plain and out.is_dir() else None
-    if result.is_file():
-        raise InputError(f'{result} exists: this recipe is trained already; choose another --out')
+    result = out / (control or 'model.safetensors')
+    if result.exists():
+        raise OutputExistsError(f'{result} exists: it is trained already; choose another --out, or remove it first')
     if data_dir is not None:
         loaded = dataclasses.replace(loaded, data=dataclasses.replace(loaded.data, data_dir=data_dir))
     bank = training.load_bank(loaded)
     click.echo(f'Found      {len(bank.labels):,} images in {len(bank.class_names)} classes: {_some(bank.class_names)}')
     click.echo(f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} images; stop and resume at will')
-    if plain:
-        save_model(training.train_plain(loaded, out / 'run-plain', bank=bank, device=device), result)
+    if control:
+        instance = control == 'plain_instance'
+        model = training.train_plain(loaded, out / f'run-{control}', instance=instance, bank=bank, device=device)
+        save_model(model, result)
     else:
         hypernet = training.meta_train(loaded, out / 'run', bank=bank, device=device)
         hypernet.save_pretrained(out, half=True)
@@ -157,7 +162,7 @@ def train(recipe: Path, out: Path, plain: bool, device: str | None, data_dir: st
 @main.command()
 @click.argument('hypernet')
 @click.argument('images')
-@click.option('--plain', type=click.Path(path_type=Path), help='Folder of the control that `train --plain` wrote.')
+@click.option('--control', 'controls', multiple=True, type=click.Path(path_type=Path), help='Folder of a control.')
 @click.option('--groups', default=500, show_default=True, help='Groups of unseen classes.')
 @click.option('--n-way', default=None, type=int, help='Classes a group; by default all unseen ones, at most 5.')
 @click.option('--n-shot', default=10, show_default=True, help='Labelled images a class.')
@@ -169,7 +174,7 @@ def train(recipe: Path, out: Path, plain: bool, device: str | None, data_dir: st
 def evaluate(
     hypernet: str,
     images: str,
-    plain: Path | None,
+    controls: tuple[Path, ...],
     groups: int,
     n_way: int | None,
     n_shot: int,
@@ -206,11 +211,9 @@ def evaluate(
     drawn = evaluation.TestGroups.draw(
         bank, count=groups, n_way=n_way or min(5, len(unseen)), n_shot=n_shot, n_query=n_query, seed=seed
     )
-    control = None
-    if plain is not None:
-        control = timm.create_model(f'local-dir:{plain}', pretrained=True, num_classes=0)
+    rivals = {path.name: timm.create_model(f'local-dir:{path}', pretrained=True) for path in controls}
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    result = evaluation.evaluate(network.to(device), bank, drawn, plain=control, seed=seed)
+    result = evaluation.evaluate(network.to(device), bank, drawn, controls=rivals, seed=seed)
     click.echo(evaluation.format_table(result))
     if save:
         folder = Path(hypernet)

@@ -123,8 +123,8 @@ class PudNetConfig:
         gain: Predicted kernels are scaled by `sqrt(gain / fan_in)`.
         tag: The part of a hypernetwork's name after the architecture, `cifar100_set` for instance.
         class_names: Classes seen in training.
+        training: What training cost: images seen, seconds, machine, and the digest of the recipe.
         library_versions: Versions of the libraries that wrote the file.
-        results: Measured results, as `evaluate` wrote them.
 
     Raises:
         InputError: A value is out of range.
@@ -146,8 +146,8 @@ class PudNetConfig:
     gain: float = 2.0
     tag: str = ''
     class_names: tuple[str, ...] = ()
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
     library_versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    results: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.model_name or not isinstance(self.model_name, str):

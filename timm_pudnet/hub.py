@@ -37,7 +37,7 @@ def embedded() -> dict[str, Path]:
 
 
 def list_hypernets() -> dict[str, PudNetConfig]:
-    """Config of every hypernetwork at hand, by name; its `results` say what was measured.
+    """Config of every hypernetwork at hand, by name; `results.json` beside it says what was measured.
 
     Example:
         >>> 'resnet18.fashion_set' in list_hypernets()

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,20 +129,21 @@ class PudNet(nn.Module):
         """An empty sketch that image batches can be added to."""
         return StreamingSketch(self.encoder, balance)
 
-    def forward(self, sketch: Tensor) -> dict[str, Tensor]:
+    def forward(self, sketch: Tensor, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Every tensor of the target's state dict but the classifier's.
 
         Args:
             sketch: `[m]`.
+            out: Tensors by key to write the predicted kernels into, a model's state dict for instance, instead of new
+                memory. Without gradients.
 
         Returns:
             Predicted kernels, shared parameters and, to start calibration from, the norm statistics of training.
         """
-        codes = self.ahru(sketch)
-        state = {
-            layer.key: generator(code)
-            for layer, generator, code in zip(self.target.layers, self.generators, codes, strict=True)
-        }
+        state = {}
+        for layer, generator, code in zip(self.target.layers, self.generators, self.ahru(sketch), strict=True):
+            tensor = generator(code)
+            state[layer.key] = tensor if out is None else out[layer.key].copy_(tensor)
         state.update({key: self.shared[_slashed(key)] for key in self.target.keys('shared')})
         state.update({key: self.statistics(key) for key in self.target.keys('calibrated')})
         return state

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from timm_pudnet.evaluation.protocols import TestGroups
 from timm_pudnet.hypernet import PudNet, library_versions
 from timm_pudnet.training.episodes import ImageBank
 
+# Features of the support and of the query, from their images.
+Classifier = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 @torch.inference_mode()
 def evaluate(
@@ -29,7 +32,7 @@ def evaluate(
     bank: ImageBank,
     groups: TestGroups,
     *,
-    plain: nn.Module | None = None,
+    controls: Mapping[str, nn.Module] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -42,8 +45,8 @@ def evaluate(
     - `predicted`: the hypernetwork with the group's own sketch;
     - `swapped_sketch`: with the sketch of the group before it;
     - `mean_sketch`: with the mean sketch of all groups;
-    - `plain`: the same architecture trained as an ordinary classifier of the seen classes, where given, and
-      `plain_own_statistics` with its own norm statistics instead of calibrated ones;
+    - each of `controls` by its name, the same architecture trained without a hypernetwork, and `..._own_statistics`:
+      the same with its own norm statistics instead of calibrated ones;
     - `random_weights`: timm's random init;
     - `raw_pixels`: no network, the normalised pixels as features.
 
@@ -51,13 +54,13 @@ def evaluate(
         hypernet: The hypernetwork to measure.
         bank: Images of the unseen classes.
         groups: Which of them make up each group.
-        plain: The control *plain*: a feature model, as `train_plain` gives it.
+        controls: Feature models, as `train_plain` gives them, by name: `plain`, `plain_instance`.
         seed: Of the random weights.
         progress: Show a progress bar.
 
     Returns:
         A mapping that JSON can hold: `accuracy` in percent with the half-width of the 95 % interval over groups,
-        `conditioning_gain` and `gain_over_plain` likewise, of the differences group by group.
+        `conditioning_gain` and `gain_over_<control>` likewise, of the differences group by group.
     """
     hypernet.eval()
     config = hypernet.config
@@ -75,30 +78,24 @@ def evaluate(
     initial = {key: value.clone() for key, value in scratch.state_dict().items()}
     model = scratch
 
-    def with_weights(weights: dict[str, Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def with_weights(weights: dict[str, Tensor], calibrated: bool = True) -> Classifier:
         def run(support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
             model.load_state_dict(weights)
-            return calibrate(model, support, weights), model(query)
+            return calibrate(model, support, weights) if calibrated else model(support), model(query)
 
         return run
 
-    arms: dict[str, Callable[[int], Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]] = {
+    arms: dict[str, Callable[[int], Classifier]] = {
         'predicted': lambda number: with_weights(hypernet(sketches[number])),
         'swapped_sketch': lambda number: with_weights(hypernet(sketches[number - 1])),
         'mean_sketch': lambda number: with_weights(hypernet(average)),
         'random_weights': lambda number: with_weights(initial),
         'raw_pixels': lambda number: lambda support, query: (support.flatten(1), query.flatten(1)),
     }
-    if plain is not None:
-        plain = plain.to(device).eval()
-        own = {key: value.clone() for key, value in plain.state_dict().items()}
-        arms['plain'] = lambda number: with_weights(own)
-
-        def own_statistics(support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-            model.load_state_dict(own)
-            return model(support), model(query)
-
-        arms['plain_own_statistics'] = lambda number: own_statistics
+    for name, control in (controls or {}).items():
+        own = {key: value.to(device) for key, value in control.state_dict().items()}
+        arms[name] = lambda number, own=own: with_weights(own)
+        arms[f'{name}_own_statistics'] = lambda number, own=own: with_weights(own, calibrated=False)
 
     n_way, n_shot, n_query = groups.support.shape[1], groups.support.shape[2], groups.query.shape[2]
     labels, answers = torch.arange(n_way).repeat_interleave(n_shot), torch.arange(n_way).repeat_interleave(n_query)
@@ -125,14 +122,14 @@ def evaluate(
         'classes': list(bank.class_names),
         'input_size': list(config.input.input_size),
         'chance': 100 / n_way,
+        'training': config.training,
         'accuracy': {name: mean_interval(values) for name, values in scores.items()},
         'conditioning_gain': gain('swapped_sketch'),
         'conditioning_gain_over_mean_sketch': gain('mean_sketch'),
         'library_versions': library_versions(),
         'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {device.type}',
     }
-    if plain is not None:
-        result['gain_over_plain'] = gain('plain')
+    result.update({f'gain_over_{name}': gain(name) for name in controls or {}})
     return result
 
 
@@ -150,10 +147,7 @@ def format_table(result: dict[str, Any]) -> str:
     lines = [
         f'{result["hypernet"]}: {result["groups"]} groups, {result["n_way"]}-way, {result["n_shot"]} labels a class'
     ]
-    rows = dict(result['accuracy'])
-    for name in ('conditioning_gain', 'conditioning_gain_over_mean_sketch', 'gain_over_plain'):
-        if name in result:
-            rows[name] = result[name]
+    rows = {**result['accuracy'], **{name: row for name, row in result.items() if 'gain' in name}}
     lines += [f'  {name:36}{row["mean"]:7.2f} +- {row["interval"]:.2f}' for name, row in rows.items()]
     return '\n'.join(lines)
 

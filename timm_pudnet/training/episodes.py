@@ -19,7 +19,10 @@ from timm_pudnet.images import ImageSource
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """One group: `[n, c, h, w]` images, normalised, and their training classes `[n]`."""
+    """One group: `[n, c, h, w]` images, normalised, and their training classes `[n]`.
+
+    With several views the views of an image follow each other.
+    """
 
     support: Tensor
     support_classes: Tensor
@@ -133,6 +136,7 @@ class GroupSampler:
         n_shot: Support images a class.
         n_query: Query images a class.
         turns: 1, 2 or 4 quarter turns.
+        views: Augmented views of each image.
         augmentation: Random changes of each image.
         seed: Of the generator.
 
@@ -149,12 +153,16 @@ class GroupSampler:
         n_shot: int,
         n_query: int,
         turns: int = 1,
+        views: int = 1,
         augmentation: Augmentation | None = None,
         seed: int = 0,
     ) -> None:
         if turns not in (1, 2, 4):
             raise InputError(f'turns must be 1, 2 or 4, got {turns}')
-        self.bank, self.n_way, self.n_shot, self.n_query, self.turns = bank, n_way, n_shot, n_query, turns
+        if views not in (1, 2):
+            raise InputError(f'views must be 1 or 2, got {views}')
+        self.bank, self.n_way, self.n_shot, self.n_query = bank, n_way, n_shot, n_query
+        self.turns, self.views = turns, views
         self.num_classes = len(bank.class_names) * turns
         if not 2 <= n_way <= self.num_classes:
             raise InputError(f'n_way is {n_way}, but there are {self.num_classes} classes to draw from')
@@ -170,26 +178,23 @@ class GroupSampler:
         """The next group; support and query share no image."""
         each = self.n_shot + self.n_query
         classes = torch.randperm(self.num_classes, generator=self.generator)[: self.n_way]
-        picks = []
-        for label in classes.tolist():
-            members = self.bank.members[label % len(self.bank.members)]
-            pick = torch.randperm(len(members), generator=self.generator)[:each]
-            picks.append(members[pick])
-        labels = classes.repeat_interleave(each)
-        images = self._prepared(torch.cat(picks), labels).unflatten(0, (self.n_way, each))
-        labels = labels.view(self.n_way, each)
-        support, query = images.split([self.n_shot, self.n_query], 1)
-        return Group(
-            support.flatten(0, 1),
-            labels[:, : self.n_shot].flatten(),
-            query.flatten(0, 1),
-            labels[:, self.n_shot :].flatten(),
-        )
+        members = [self.bank.members[label % len(self.bank.members)] for label in classes.tolist()]
+        picks = [m[torch.randperm(len(m), generator=self.generator)[:each]] for m in members]
+        picks = torch.cat(picks).repeat_interleave(self.views)
+        labels = classes.repeat_interleave(each * self.views)
+        images = self._prepared(picks, labels).unflatten(0, (self.n_way, -1))
+        labels = labels.view(self.n_way, -1)
+        sizes = [self.n_shot * self.views, self.n_query * self.views]
+        support, query = images.split(sizes, 1)
+        support_classes, query_classes = labels.split(sizes, 1)
+        return Group(support.flatten(0, 1), support_classes.flatten(), query.flatten(0, 1), query_classes.flatten())
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """An ordinary batch of `size` images of all classes, and their classes."""
-        picks = torch.randint(len(self.bank.labels), (size,), generator=self.generator)
-        turns = torch.randint(self.turns, (size,), generator=self.generator)
+        """An ordinary batch of `size` images of all classes; with several views fewer images, their views together."""
+        views = self.views
+        picks = torch.randint(len(self.bank.labels), (size // views,), generator=self.generator)
+        turns = torch.randint(self.turns, (size // views,), generator=self.generator)
+        picks, turns = picks.repeat_interleave(views), turns.repeat_interleave(views)
         labels = self.bank.labels[picks] + turns * len(self.bank.members)
         return self._prepared(picks, labels), labels
 

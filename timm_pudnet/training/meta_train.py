@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from timm_pudnet.config import DamagedFileError, InputError, PudNetConfig
 from timm_pudnet.hypernet import PudNet, written_whole
 from timm_pudnet.images import open_images
 from timm_pudnet.training.episodes import GroupSampler, ImageBank, bank_input
-from timm_pudnet.training.losses import group_losses
+from timm_pudnet.training.losses import group_losses, instance_loss
 from timm_pudnet.training.recipe import Recipe
 
 CHECKPOINT_NAME = 'checkpoint.safetensors'
@@ -72,6 +73,7 @@ def train_plain(
     recipe: Recipe | str | os.PathLike[str],
     folder: str | os.PathLike[str] | None = None,
     *,
+    instance: bool = False,
     bank: ImageBank | None = None,
     device: str | torch.device | None = None,
     checkpoint_seconds: float = 120.0,
@@ -80,12 +82,25 @@ def train_plain(
 ) -> nn.Module:
     """Trains the control *plain*: the recipe's target as an ordinary classifier, on as many images of the same classes.
 
-    Arguments and errors as `meta_train`.
+    Args:
+        recipe: As `meta_train`.
+        folder: As `meta_train`.
+        instance: Add the instance loss where the recipe has it (`views = 2`): all that the hypernetwork has but the
+            hypernetwork. Otherwise the control is an ordinary classifier.
+        bank: As `meta_train`.
+        device: As `meta_train`.
+        checkpoint_seconds: As `meta_train`.
+        max_steps: As `meta_train`.
+        progress: As `meta_train`.
 
     Returns:
         The target as a feature model (`num_classes=0`), in eval mode, on the CPU.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    if not instance:  # one view an image, and so more images, in batches of the same size
+        groups, views = recipe.groups, recipe.groups.views
+        groups = dataclasses.replace(groups, views=1, n_shot=groups.n_shot * views, n_query=groups.n_query * views)
+        recipe = dataclasses.replace(recipe, groups=groups)
     run = _PlainRun(recipe, bank or load_bank(recipe), _device(device))
     _go(run, folder, checkpoint_seconds, max_steps, progress)
     return run.target.cpu().eval()
@@ -135,6 +150,7 @@ def group_sampler(recipe: Recipe, bank: ImageBank) -> GroupSampler:
         n_shot=groups.n_shot,
         n_query=groups.n_query,
         turns=groups.turns,
+        views=groups.views,
         augmentation=recipe.augmentation,
         seed=recipe.seed,
     )
@@ -300,13 +316,24 @@ class _MetaRun(_Run):
             label_smoothing=self.recipe.schedule.label_smoothing,
         )
         terms = {'metric': losses.metric, 'full': losses.full, 'consistency': losses.consistency}
-        return losses.total, terms
+        total = losses.total
+        if self.sampler.views == 2:
+            terms['instance'] = instance_loss(features, self.hypernet.temperature)
+            total = total + terms['instance']
+        return total, terms
 
     def finished(self) -> PudNet:
         """The hypernetwork, with the norm statistics that the target gathered over the groups."""
         buffers = dict(self.target.named_buffers())
         for key in self.hypernet.target.keys('calibrated'):
             self.hypernet.statistics(key).copy_(buffers[key])
+        cost = {
+            'images': self.step * self.recipe.groups.images_per_step,
+            'seconds': round(self.seconds),
+            'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {self.device.type}',
+            'recipe_digest': self.recipe.digest,
+        }
+        self.hypernet.config = dataclasses.replace(self.hypernet.config, training=cost)
         return self.hypernet.cpu().eval()
 
 
@@ -314,6 +341,7 @@ class _PlainRun(_Run):
     """The control *plain*: the target itself as an ordinary classifier of the seen classes."""
 
     def build(self, bank: ImageBank) -> dict[str, nn.Module]:
+        self.head.temperature = nn.Parameter(torch.tensor(10.0))
         return {'target': self.target, 'head': self.head}
 
     @property
@@ -323,10 +351,12 @@ class _PlainRun(_Run):
     def losses(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward pass of an ordinary batch, cross-entropy of the full head."""
         images, labels = self.sampler.batch(self.recipe.groups.images_per_step)
-        logits = self.head(self.features(images.to(self.device)))
+        features = self.features(images.to(self.device))
         smoothing = self.recipe.schedule.label_smoothing
-        loss = F.cross_entropy(logits, labels.to(self.device), label_smoothing=smoothing)
-        return loss, {'full': loss}
+        terms = {'full': F.cross_entropy(self.head(features), labels.to(self.device), label_smoothing=smoothing)}
+        if self.sampler.views == 2:
+            terms['instance'] = instance_loss(features, self.head.temperature)  # type: ignore[arg-type]
+        return torch.stack(list(terms.values())).sum(), terms
 
 
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

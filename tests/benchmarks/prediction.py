@@ -1,0 +1,158 @@
+"""Speed and memory of a prediction, as ratios in one run on one machine (DESIGN section 6).
+
+    python tests/benchmarks/prediction.py [--out FILE.json]
+
+Run it on an otherwise idle machine. Every figure is the median of several runs after a warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import timm
+import torch
+from torch.nn import functional as F
+
+import timm_pudnet
+from timm_pudnet.hypernet import library_versions
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / 'examples' / 'fashion'
+
+
+def median_seconds(function, runs=15):
+    function()
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def naive_generation(hypernet, sketch):
+    """The paper's generators as one would first write them: a matrix product a layer, a list of outputs."""
+    weights = {}
+    for layer, generator, code in zip(hypernet.target.layers, hypernet.generators, hypernet.ahru(sketch), strict=True):
+        out_chans, in_chans, height, width = layer.shape
+        embedding = generator.embed(code / math.sqrt(len(code))).view(-1, height * width)
+        basis = F.leaky_relu(generator.mix.weight @ embedding + generator.mix.bias[:, None], 0.1)
+        kernels = generator.expand.view(out_chans * in_chans, -1) @ basis
+        weights[layer.key] = kernels.view(layer.shape) * generator.scale
+    return weights
+
+
+@torch.inference_mode()
+def generation(hypernet):
+    """Weight generation against reading the hypernetwork's bytes once and writing the target's once."""
+    sketch = torch.randn(hypernet.config.sketch_width)
+    tensors = [value for value in hypernet.state_dict().values() if value.is_floating_point()]
+    target = [torch.empty(shape) for shape in hypernet.target.shapes.values()]
+
+    def floor():
+        for tensor in tensors:
+            tensor.sum()
+        for tensor in target:
+            tensor.fill_(1.0)
+
+    into = {key: value.clone() for key, value in hypernet(sketch).items()}
+    expected = naive_generation(hypernet, sketch)
+    for key, value in hypernet(sketch, out=into).items():
+        if key in expected:
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
+    floor_seconds = median_seconds(floor, 41)
+    seconds = {
+        'new_tensors': median_seconds(lambda: hypernet(sketch), 41),
+        'into_given_tensors': median_seconds(lambda: hypernet(sketch, out=into), 41),
+        'naive_loop': median_seconds(lambda: naive_generation(hypernet, sketch), 41),
+    }
+    return {
+        'floor_ms': 1e3 * floor_seconds,
+        **{f'{name}_ms': 1e3 * value for name, value in seconds.items()},
+        **{f'{name}_over_floor': value / floor_seconds for name, value in seconds.items()},
+    }
+
+
+@torch.inference_mode()
+def prediction(name):
+    """`predict_model` on the example images, from files, the hypernetwork's loading included."""
+    model = timm_pudnet.predict_model(name, EXAMPLES)
+    config = timm_pudnet.load_hypernet(name).config.input
+    batches = list(timm_pudnet.open_images(EXAMPLES, input=config).batches(1024))
+    images = torch.cat([batch for batch, _ in batches])
+    forward = median_seconds(lambda: model(images))
+    seconds = {
+        'predict_model': median_seconds(lambda: timm_pudnet.predict_model(name, EXAMPLES)),
+        'load_hypernet': median_seconds(lambda: timm_pudnet.load_hypernet(name)),
+        'read_images': median_seconds(lambda: list(timm_pudnet.open_images(EXAMPLES, input=config).batches(1024))),
+        'timm_create_model': median_seconds(lambda: timm.create_model(name)),
+    }
+    return {
+        'images': len(images),
+        'forward_ms': 1e3 * forward,
+        **{f'{key}_ms': 1e3 * value for key, value in seconds.items()},
+        'predict_model_over_forward': seconds['predict_model'] / forward,
+    }
+
+
+class Noise(torch.utils.data.Dataset):
+    """Images made when asked for, so that only the prediction's own memory counts."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        pixels = torch.randint(256, (1, 28, 28), generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
+        return pixels, index % 4
+
+
+def peak_of(name, count, queue):
+    timm_pudnet.predict_model(name, Noise(count))
+    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def memory(name, counts=(1_000, 100_000)):
+    """Peak resident memory of predictions over few and many images, each in a process of its own."""
+    context = multiprocessing.get_context('spawn')
+    peaks = {}
+    for count in counts:
+        queue = context.Queue()
+        process = context.Process(target=peak_of, args=(name, count, queue))
+        process.start()
+        peaks[count] = queue.get()
+        process.join()
+    first, *_, last = peaks.values()
+    return {'peak_mb': {f'{count}_images': peak for count, peak in peaks.items()}, 'last_over_first': last / first}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--name', default='resnet18')
+    parser.add_argument('--out', type=Path, help='write the JSON here too')
+    arguments = parser.parse_args()
+    result = {
+        'machine': f'{platform.machine()}, {torch.get_num_threads()} threads',
+        'library_versions': library_versions(),
+        'generation': generation(timm_pudnet.load_hypernet(arguments.name)),
+        'prediction': prediction(arguments.name),
+        'memory': memory(arguments.name),
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + '\n')
+
+
+if __name__ == '__main__':
+    main()

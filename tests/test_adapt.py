@@ -1,0 +1,175 @@
+import copy
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+from timm_pudnet.adapt import (
+    StreamingCentroids,
+    calibrate,
+    centroid_classifier,
+    centroid_logits,
+    class_centroids,
+)
+from timm_pudnet.config import InputError
+from timm_pudnet.target import batch_norms
+
+
+@pytest.fixture
+def model():
+    """A feature model whose weights and statistics are unlike those of a new one."""
+    model = timm.create_model('test_resnet', num_classes=0)
+    for _, norm in batch_norms(model):
+        nn.init.normal_(norm.weight, 1.0, 0.2)
+        nn.init.normal_(norm.bias, std=0.2)
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2.0)
+    return model
+
+
+def statistics(model):
+    return {key: value.clone() for key, value in model.state_dict().items() if 'running' in key}
+
+
+def test_calibrating_gives_what_the_calibrated_model_gives(model, random_images):
+    images, prior = random_images()[0], statistics(model)
+    found = calibrate(model.train(), images, prior)
+    assert not model.training
+    with torch.no_grad():
+        assert_close(found, model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_prior_the_statistics_are_those_of_the_batch(model, random_images):
+    images = random_images()[0]
+    rival, rows = copy.deepcopy(model).train(), {}
+    for name, norm in batch_norms(rival):
+        norm.momentum = 1.0
+        norm.register_forward_pre_hook(lambda _, x, name=name: rows.update({name: x[0].numel() // x[0].shape[1]}))
+    with torch.no_grad():
+        rival(images)
+    calibrate(model, images, statistics(model), prior_images=0)
+    theirs = dict(batch_norms(rival))
+    for name, norm in batch_norms(model):
+        biased = theirs[name].running_var * (rows[name] - 1) / rows[name]
+        assert_close(norm.running_mean, theirs[name].running_mean, rtol=1e-4, atol=1e-4)
+        assert_close(norm.running_var, biased, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prior_of_very_many_images_stays(model, random_images):
+    prior = statistics(model)
+    calibrate(model, random_images()[0], prior, prior_images=1e12)
+    assert_close(statistics(model), prior, rtol=1e-5, atol=1e-5)
+
+
+def test_blended_statistics_are_the_moments_of_the_mixture():
+    norm, images = nn.BatchNorm2d(3), 2 * torch.randn(6, 3, 5, 5) + 1
+    prior = {'0.running_mean': torch.tensor([0.0, -1.0, 4.0]), '0.running_var': torch.tensor([1.0, 0.1, 3.0])}
+    calibrate(nn.Sequential(norm), images, prior, prior_images=2)
+    rows = images.double().transpose(0, 1).flatten(1)
+    mean = (6 * rows.mean(1) + 2 * prior['0.running_mean']) / 8
+    square = (6 * rows.square().mean(1) + 2 * (prior['0.running_var'] + prior['0.running_mean'].square())) / 8
+    assert_close(norm.running_mean.double(), mean, rtol=1e-5, atol=1e-5)
+    assert_close(norm.running_var.double(), square - mean.square(), rtol=1e-5, atol=1e-5)
+
+
+def test_after_calibrating_an_answer_does_not_depend_on_the_rest_of_the_batch(model, random_images):
+    images = random_images(8)[0]
+    calibrate(model, images, statistics(model))
+    with torch.no_grad():
+        alone = torch.cat([model(image[None]) for image in images])
+        assert_close(model(images), alone, rtol=1e-4, atol=1e-4)
+        among_others = model(torch.cat([images[:1], 100 * torch.randn(5, 3, 32, 32)]))
+        assert_close(among_others[:1], alone[:1], rtol=1e-4, atol=1e-4)
+
+
+def test_one_image_is_enough_to_calibrate(model):
+    found = calibrate(model, torch.full((1, 3, 32, 32), 0.3), statistics(model))
+    assert found.isfinite().all()
+
+
+def test_no_images_are_refused(model):
+    with pytest.raises(InputError, match='at least one'):
+        calibrate(model, torch.zeros(0, 3, 32, 32), statistics(model))
+
+
+def test_a_failed_calibration_leaves_no_hooks(model, random_images):
+    def fail(images):
+        model(images)
+        raise RuntimeError('stop')
+
+    with pytest.raises(RuntimeError, match='stop'):
+        calibrate(model, random_images()[0], statistics(model), forward=fail)
+    before = statistics(model)
+    with torch.no_grad():
+        model(random_images(seed=1)[0])
+    assert_close(statistics(model), before, rtol=0, atol=0)
+
+
+def plain_logits(support, labels, query, num_classes, temperature):
+    """Eq. 7, rewritten in float64 with explicit loops."""
+    centroids = []
+    for label in range(num_classes):
+        rows = [row.double() for row, y in zip(support, labels, strict=True) if y == label]
+        centroids.append(sum(rows) / len(rows))
+    return torch.stack(
+        [
+            torch.stack([temperature * (f @ u) / (f.square().sum().sqrt() * u.square().sum().sqrt()) for u in centroids])
+            for f in query.double()
+        ]
+    )
+
+
+def labelled_features(count=40, num_classes=4, width=9):
+    labels = torch.arange(count) % (num_classes + 1) % num_classes  # class 0 has twice as many
+    return torch.randn(count, width) + torch.eye(num_classes, width)[labels], labels
+
+
+def test_logits_are_those_of_a_plain_rewrite():
+    support, labels = labelled_features()
+    query = torch.randn(7, 9)
+    found = centroid_logits(query, class_centroids(support, labels, 4), torch.tensor(3.5))
+    assert_close(found.double(), plain_logits(support, labels, query, 4, 3.5), rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifier_of_centroids_has_the_same_top_1():
+    support, labels = labelled_features()
+    query, centroids = torch.randn(500, 9) * torch.rand(500, 1) * 10, class_centroids(support, labels, 4)
+    centroids = centroids * torch.tensor([0.1, 1.0, 10.0, 3.0])[:, None]  # cosines do not see this
+    weight, bias = centroid_classifier(centroids)
+    guesses = (query @ weight.t() + bias).argmax(1)
+    assert torch.equal(guesses, plain_logits(centroids, torch.arange(4), query, 4, 10.0).argmax(1))
+    assert not torch.equal(guesses, (query @ centroids.t()).argmax(1))
+
+
+@settings(max_examples=25, deadline=None)
+@given(chunks=st.lists(st.integers(1, 20), min_size=1, max_size=8), order=st.permutations(range(40)))
+def test_streamed_centroids_are_the_class_means(chunks, order):
+    torch.manual_seed(0)
+    features, labels = labelled_features()
+    expected = class_centroids(features.double(), labels, 4).float()
+    features, labels, stream, start = features[list(order)], labels[list(order)], StreamingCentroids(4), 0
+    for chunk in [*chunks, 40]:
+        stream.add(features[start : start + chunk], labels[start : start + chunk])
+        start += chunk
+    assert_close(stream.result(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_an_empty_class_is_named():
+    stream = StreamingCentroids(3)
+    with pytest.raises(InputError, match='no image of class 0, 1, 2'):
+        stream.result()
+    stream.add(torch.ones(2, 5), torch.tensor([0, 2]))
+    with pytest.raises(InputError, match='no image of class 1: '):
+        stream.result()
+
+
+def test_gradients_flow_through_centroids_and_logits():
+    support, labels = labelled_features()
+    support, query = support.requires_grad_(), torch.randn(5, 9, requires_grad=True)
+    temperature = torch.tensor(10.0, requires_grad=True)
+    (centroid_logits(query, class_centroids(support, labels, 4), temperature) * torch.randn(5, 4)).sum().backward()
+    assert all((tensor.grad.abs() > 0).all() for tensor in (support, query, temperature))

@@ -1,0 +1,340 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch.testing import assert_close
+
+import timm_pudnet
+from timm_pudnet.adapt import centroid_logits, class_centroids
+from timm_pudnet.config import (
+    DamagedFileError,
+    InputConfig,
+    InputError,
+    NotFoundError,
+    OutputExistsError,
+    PudNetError,
+    PudNetWarning,
+)
+from timm_pudnet.hypernet import CONFIG_NAME, WEIGHTS_NAME, PudNet
+
+SMALL = InputConfig(input_size=(3, 32, 32))
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    return tiny.save_pretrained(tmp_path / 'net')
+
+
+@pytest.fixture
+def trained():
+    """A hypernetwork none of whose tensors is at its start."""
+    hypernet = PudNet.for_target('test_resnet', sketch_width=16, input=SMALL, predict_norm=True, tag='a_tag')
+    with torch.no_grad():
+        for value in hypernet.state_dict().values():
+            if value.is_floating_point():
+                value.add_(0.1 * torch.rand_like(value))
+    return hypernet.eval()
+
+
+def change_weights(folder, change):
+    state = safetensors.torch.load_file(folder / WEIGHTS_NAME)
+    change(state)
+    safetensors.torch.save_file(state, folder / WEIGHTS_NAME)
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps({**config, **changes}))
+
+
+def digest(weights):
+    text = hashlib.sha256()
+    for key, value in sorted(weights.items()):
+        text.update(key.encode() + value.detach().contiguous().numpy().tobytes())
+    return text.hexdigest()
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet', 'resnet18', 'nf_regnet_b0'])
+def test_prediction_is_the_whole_state_dict_but_the_classifier(name):
+    hypernet = PudNet.for_target(name, sketch_width=8, input=SMALL)
+    with torch.no_grad():
+        weights = hypernet(torch.rand(8))
+    model = timm.create_model(name, num_classes=0)
+    state = model.state_dict()
+    assert {key: (value.shape, value.dtype) for key, value in weights.items()} == {
+        key: (value.shape, value.dtype) for key, value in state.items()
+    }
+    model.load_state_dict(weights, strict=True)
+    assert model.eval()(torch.randn(2, 3, 32, 32)).isfinite().all()
+
+
+def test_a_new_hypernetwork_starts_from_timm_s_shared_parameters():
+    hypernet = PudNet.for_target('resnet18', sketch_width=8, input=SMALL, predict_norm=True)
+    weights = hypernet(torch.rand(8))
+    start = timm.create_model('resnet18', num_classes=0).state_dict()
+    for key in start:
+        if 'bn' in key or 'downsample.1' in key:
+            assert_close(weights[key].detach(), start[key], rtol=0, atol=0)
+
+
+def test_without_an_input_the_architecture_s_own_is_taken():
+    config = PudNet.for_target('test_resnet', sketch_width=8).config.input
+    assert (config.input_size, config.crop_pct, config.interpolation) == ((3, 160, 160), 0.95, 'bilinear')
+
+
+@pytest.mark.parametrize(
+    'config',
+    [
+        {'input': InputConfig(input_size=(1, 32, 32), mean=(0.5,), std=(0.5,))},
+        {'input': SMALL, 'model_kwargs': {'in_chans': 1}},
+    ],
+    ids=['grey input, colour target', 'colour input, grey target'],
+)
+def test_a_target_that_cannot_take_the_input_s_channels_is_refused(config):
+    with pytest.raises(PudNetError, match='in_chans'):
+        PudNet.for_target('test_resnet', sketch_width=8, **config)
+
+
+def test_another_sketch_gives_other_kernels_and_the_same_shared_parameters(tiny):
+    with torch.no_grad():
+        first, second = tiny(torch.zeros(16)), tiny(torch.randn(16))
+    for key, role in tiny.target.roles.items():
+        if role == 'predicted':
+            assert (first[key] - second[key]).abs().max() > 1e-4 * first[key].abs().max(), key
+        elif role != 'classifier':
+            assert_close(first[key], second[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('predict_norm', [False, True])
+def test_gradients_reach_every_parameter_through_the_target(predict_norm, random_images):
+    hypernet = PudNet.for_target('test_resnet', sketch_width=16, input=SMALL, predict_norm=predict_norm).train()
+    with torch.no_grad():
+        for parameter in hypernet.parameters():  # timm starts the last norm of a block at zero, which stops gradients
+            parameter.add_(0.1 * torch.rand_like(parameter))
+    images, labels = random_images()
+    weights = hypernet(hypernet.encoder(images).mean(0))
+    statistics = {key for key, role in hypernet.target.roles.items() if role == 'calibrated'}
+    target = timm.create_model('test_resnet', num_classes=0).train()
+    weights = {key: value for key, value in weights.items() if key not in statistics}
+    features = torch.func.functional_call(target, weights, (images,))
+    logits = centroid_logits(features, class_centroids(features, labels, 3), hypernet.temperature)
+    torch.nn.functional.cross_entropy(logits, labels).backward()
+    for name, parameter in hypernet.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_sketching_leaves_a_hypernetwork_in_training(random_images):
+    hypernet = PudNet.for_target('test_resnet', sketch_width=16, input=SMALL).train()
+    hypernet.sketch(torch.rand(3, 3, 32, 32))
+    assert all(module.training for module in hypernet.modules())
+
+
+def test_the_sketch_of_images_is_the_mean_feature_of_the_normalised_ones(tiny):
+    images = torch.rand(9, 3, 32, 32)
+    with torch.no_grad():
+        expected = tiny.encoder((images - 0.5) / 0.5).mean(0)
+    assert_close(tiny.sketch(images), expected, rtol=1e-5, atol=1e-6)
+    labels = [0] * 7 + [1] * 2
+    with torch.no_grad():
+        features = tiny.encoder((images - 0.5) / 0.5)
+    assert_close(
+        tiny.sketch(images, labels), (features[:7].mean(0) + features[7:].mean(0)) / 2, rtol=1e-5, atol=1e-6
+    )
+    assert_close(tiny.sketch(images, labels, balance='none'), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_fresh_process_predicts_the_same_bits(trained, tmp_path):
+    trained.save_pretrained(tmp_path / 'net')
+    images = torch.rand(5, 3, 32, 32)
+    safetensors.torch.save_file({'images': images}, tmp_path / 'images.safetensors')
+    script = (
+        'import sys, torch, safetensors.torch\n'
+        'torch.set_num_threads(1)\n'
+        'import timm_pudnet\n'
+        'folder = sys.argv[1]\n'
+        'hypernet = timm_pudnet.load_hypernet(folder + "/net")\n'
+        'images = safetensors.torch.load_file(folder + "/images.safetensors")["images"]\n'
+        'with torch.no_grad():\n'
+        '    weights = hypernet(hypernet.sketch(images))\n'
+        'safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, folder + "/out.safetensors")\n'
+        'print(hypernet.name, hypernet.training)\n'
+    )
+    root = str(Path(timm_pudnet.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, '-c', script, str(tmp_path)],
+        env={**os.environ, 'PYTHONPATH': root, 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ['test_resnet.a_tag', 'False']
+    with torch.no_grad():
+        expected = trained(trained.sketch(images))
+    assert digest(safetensors.torch.load_file(tmp_path / 'out.safetensors')) == digest(expected)
+
+
+def test_everything_of_the_config_survives(tmp_path):
+    hypernet = PudNet.for_target(
+        'test_resnet',
+        sketch_width=8,
+        sketch_channels=(4, 6),
+        eta=0.25,
+        gain=1.5,
+        predict_norm=True,
+        tag='shop',
+        class_names=('cup', 'jar'),
+        generator_kwargs={'basis_kernels': 12},
+        model_kwargs={'drop_rate': 0.1, 'in_chans': 1},
+        input=InputConfig(input_size=(1, 24, 40), mean=(0.1,), std=(0.3,), crop_mode='squash'),
+    )
+    config = PudNet.from_pretrained(hypernet.save_pretrained(tmp_path / 'net')).config
+    assert config.library_versions['torch'] == torch.__version__
+    assert {**config.to_dict(), 'library_versions': {}} == hypernet.config.to_dict()
+
+
+def test_half_precision_halves_the_file_and_keeps_the_statistics(trained, tmp_path):
+    whole, half = trained.save_pretrained(tmp_path / 'whole'), trained.save_pretrained(tmp_path / 'half', half=True)
+    assert (half / WEIGHTS_NAME).stat().st_size < 0.6 * (whole / WEIGHTS_NAME).stat().st_size
+    loaded = PudNet.from_pretrained(half)
+    assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
+    for key in trained.target.keys('calibrated'):
+        assert_close(loaded.statistics(key), trained.statistics(key), rtol=0, atol=0)
+    assert_close(loaded.state_dict(), trained.state_dict(), rtol=1e-3, atol=1e-6)
+    again = PudNet.from_pretrained(loaded.save_pretrained(tmp_path / 'again', half=True))
+    assert_close(again.state_dict(), loaded.state_dict(), rtol=0, atol=0)
+
+
+def test_loading_draws_no_random_numbers_and_new_ones_follow_the_seed(saved):
+    before = torch.get_rng_state()
+    hypernet = PudNet.from_pretrained(saved)
+    hypernet(torch.zeros(16))
+    assert torch.equal(torch.get_rng_state(), before)
+
+    def new(seed):
+        torch.manual_seed(seed)
+        return digest(PudNet.for_target('test_resnet', sketch_width=8, input=SMALL).state_dict())
+
+    assert new(1) == new(1) != new(2)
+
+
+def test_nothing_is_overwritten_unasked(tiny, saved, one_line):
+    with pytest.raises(OutputExistsError) as error:
+        tiny.save_pretrained(saved)
+    one_line(error, saved, 'overwrite=True')
+    (saved / 'README.md').write_text('mine')
+    tiny.save_pretrained(saved, overwrite=True)
+    assert sorted(path.name for path in saved.iterdir()) == ['README.md', CONFIG_NAME, WEIGHTS_NAME]
+    assert (saved / 'README.md').read_text() == 'mine'
+
+
+def truncate(folder, keep):
+    path = folder / WEIGHTS_NAME
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+
+
+def poison(state, value):
+    state['ahru.start'][3] = value
+
+
+DAMAGES = {
+    'half a file': (lambda folder: truncate(folder, 0.5), [WEIGHTS_NAME]),
+    'an empty file': (lambda folder: truncate(folder, 0), [WEIGHTS_NAME]),
+    'not safetensors': (lambda folder: (folder / WEIGHTS_NAME).write_bytes(b'PK' * 500), [WEIGHTS_NAME]),
+    'a missing tensor': (
+        lambda folder: change_weights(folder, lambda state: state.pop('ahru.start')),
+        [WEIGHTS_NAME, 'ahru.start', 'missing'],
+    ),
+    'an extra tensor': (
+        lambda folder: change_weights(folder, lambda state: state.update(extra=torch.zeros(1))),
+        [WEIGHTS_NAME, 'extra', 'not expected'],
+    ),
+    'a wrong shape': (
+        lambda folder: change_weights(folder, lambda state: state.update({'ahru.start': torch.zeros(15)})),
+        [WEIGHTS_NAME, 'ahru.start', '(15,)', '(16,)'],
+    ),
+    'a NaN': (lambda folder: change_weights(folder, lambda s: poison(s, torch.nan)), [WEIGHTS_NAME, 'ahru.start']),
+    'an infinity': (lambda folder: change_weights(folder, lambda s: poison(s, -torch.inf)), [WEIGHTS_NAME, 'finite']),
+    'a config of another width': (lambda folder: change_config(folder, sketch_width=17), [WEIGHTS_NAME, '17']),
+    'a config that is no JSON': (lambda folder: (folder / CONFIG_NAME).write_text('{"model'), [CONFIG_NAME]),
+    'a config that is no text': (lambda folder: (folder / CONFIG_NAME).write_bytes(b'\xff\xfe\x00'), [CONFIG_NAME]),
+    'a config that is a list': (lambda folder: (folder / CONFIG_NAME).write_text('[]'), [CONFIG_NAME]),
+    'a newer format': (lambda folder: change_config(folder, format_version=2), [CONFIG_NAME, 'update']),
+    'an input out of range': (lambda folder: change_config(folder, input={'std': [0, 0, 0]}), [CONFIG_NAME, 'std']),
+    'a width of the wrong type': (lambda folder: change_config(folder, sketch_width='x'), [CONFIG_NAME, 'sketch_width']),
+    'arguments of the wrong type': (lambda folder: change_config(folder, model_kwargs=5), [CONFIG_NAME]),
+    'an unknown architecture': (lambda folder: change_config(folder, model_name='resnet81'), [CONFIG_NAME, 'resnet81']),
+    'an unknown generator': (lambda folder: change_config(folder, generator='papr'), [CONFIG_NAME, 'papr']),
+}
+
+
+@pytest.mark.parametrize('name', DAMAGES)
+def test_damage_is_told_in_one_line_that_names_the_file(name, saved, one_line):
+    damage, needles = DAMAGES[name]
+    damage(saved)
+    with pytest.raises(PudNetError) as error:
+        PudNet.from_pretrained(saved)
+    one_line(error, saved, *needles)
+    assert isinstance(error.value, (DamagedFileError, InputError))
+
+
+@pytest.mark.parametrize('name', [CONFIG_NAME, WEIGHTS_NAME])
+def test_an_absent_file_is_named(name, saved, one_line):
+    (saved / name).unlink()
+    with pytest.raises(NotFoundError) as error:
+        PudNet.from_pretrained(saved)
+    one_line(error, saved, name)
+
+
+def test_keys_of_a_newer_library_are_ignored_with_a_warning(saved, tiny):
+    change_config(saved, colour='blue', shade=3)
+    with pytest.warns(PudNetWarning, match='ignored colour, shade'):
+        loaded = PudNet.from_pretrained(saved)
+    assert_close(loaded.state_dict(), tiny.state_dict(), rtol=0, atol=0)
+
+
+def disk_full(tensors, path, metadata=None):
+    Path(path).write_bytes(safetensors.torch.save(tensors, metadata)[:1000])
+    raise OSError(28, 'No space left on device')
+
+
+def test_a_save_that_fails_leaves_nothing(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors.torch, 'save_file', disk_full)
+    with pytest.raises(OSError, match='No space left'):
+        tiny.save_pretrained(tmp_path / 'net')
+    assert not list(tmp_path.rglob('*.*'))
+
+
+def test_a_save_that_fails_leaves_the_earlier_files(trained, saved, monkeypatch):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    monkeypatch.setattr(safetensors.torch, 'save_file', disk_full)
+    with pytest.raises(OSError, match='No space left'):
+        trained.save_pretrained(saved, overwrite=True)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize('overwrite', [False, True])
+def test_a_save_that_fails_at_the_config_changes_neither_file(overwrite, tiny, trained, tmp_path, monkeypatch):
+    folder = tmp_path / 'net'
+    if overwrite:
+        tiny.save_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()} if overwrite else {}
+
+    def fail(self, *args, **kwargs):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(Path, 'write_text', fail)
+    with pytest.raises(OSError, match='No space left'):
+        trained.save_pretrained(folder, overwrite=overwrite)
+    found = {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+    assert found == before

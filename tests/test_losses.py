@@ -1,0 +1,90 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from timm_pudnet.training.losses import group_losses
+
+SUPPORT_CLASSES = torch.tensor([7, 7, 2, 2, 5, 5])  # of 9 training classes, in no order
+QUERY_CLASSES = torch.tensor([2, 5, 7, 7])
+
+
+def make(width=6, num_classes=9):
+    support, query = 2 * torch.randn(6, width), 2 * torch.randn(4, width)
+    return support, query, torch.randn(10, num_classes), torch.tensor(4.0)
+
+
+def softmax(values):
+    top = max(values)
+    powers = [math.exp(value - top) for value in values]
+    return [power / sum(powers) for power in powers]
+
+
+def cosine(a, b):
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def plain_losses(support, query, full_logits, temperature, smoothing=0.0):
+    """Eq. 8-11, rewritten with Python's floats."""
+    support, query, full = support.double().tolist(), query.double().tolist(), full_logits.double().tolist()
+    centroids = {}
+    for label in (2, 5, 7):
+        rows = [row for row, y in zip(support, SUPPORT_CLASSES.tolist(), strict=True) if y == label]
+        centroids[label] = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    metric = consistency = 0.0
+    for place, (feature, label) in enumerate(zip(query, QUERY_CLASSES.tolist(), strict=True)):
+        logits = {k: temperature * cosine(feature, u) for k, u in centroids.items()}
+        metric -= math.log(softmax(list(logits.values()))[list(logits).index(label)])
+        p = softmax([logits.get(k, 0.0) for k in range(9)])
+        q = softmax(full[len(support) + place])
+        consistency += sum(b * math.log(b / a) for a, b in zip(p, q, strict=True))
+    cross = 0.0
+    for row, label in zip(full, [*SUPPORT_CLASSES.tolist(), *QUERY_CLASSES.tolist()], strict=True):
+        wanted = [smoothing / 9 + (1 - smoothing) * (k == label) for k in range(9)]
+        cross -= sum(w * math.log(s) for w, s in zip(wanted, softmax(row), strict=True))
+    return metric / len(query), cross / len(full), consistency / len(query)
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_losses_are_those_of_a_plain_rewrite(smoothing):
+    support, query, full_logits, temperature = make()
+    found = group_losses(
+        support, query, SUPPORT_CLASSES, QUERY_CLASSES, full_logits, temperature, label_smoothing=smoothing
+    )
+    metric, full, consistency = plain_losses(support, query, full_logits, 4.0, smoothing)
+    assert_close(float(found.metric), metric, rtol=1e-4, atol=1e-5)
+    assert_close(float(found.full), full, rtol=1e-4, atol=1e-5)
+    assert_close(float(found.consistency), consistency, rtol=1e-4, atol=1e-5)
+    assert_close(float(found.total), metric + full + consistency, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_are_padded_with_zeros_to_all_classes():
+    support, query, _, temperature = make()
+    centroids = torch.stack([support[SUPPORT_CLASSES == label].mean(0) for label in (2, 5, 7)])
+    logits = torch.zeros(4, 9)
+    logits[:, [2, 5, 7]] = temperature * torch.cosine_similarity(query[:, None], centroids[None], dim=-1)
+    full_logits = torch.cat([torch.randn(6, 9), logits])
+    found = group_losses(support, query, SUPPORT_CLASSES, QUERY_CLASSES, full_logits, temperature)
+    assert_close(found.consistency, torch.tensor(0.0), rtol=0, atol=1e-5)
+    full_logits[6:, 0] += 1.0  # a class outside the group counts
+    found = group_losses(support, query, SUPPORT_CLASSES, QUERY_CLASSES, full_logits, temperature)
+    assert found.consistency > 1e-3
+
+
+@pytest.mark.parametrize('term', ['metric', 'full', 'consistency', 'total'])
+def test_gradients_reach_what_each_loss_teaches(term):
+    support, query, _, temperature = make()
+    head = nn.Linear(6, 9)
+    tensors = {'support': support, 'query': query, 'temperature': temperature}
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    full_logits = head(torch.cat([support, query]))
+    losses = group_losses(support, query, SUPPORT_CLASSES, QUERY_CLASSES, full_logits, temperature)
+    getattr(losses, term).backward()
+    reached = {name for name, tensor in tensors.items() if tensor.grad is not None and tensor.grad.abs().sum() > 0}
+    reached |= {'head'} if head.weight.grad is not None and head.weight.grad.abs().sum() > 0 else set()
+    everything = {'support', 'query', 'temperature', 'head'}
+    assert reached == {'metric': everything - {'head'}, 'full': everything - {'temperature'}}.get(term, everything)
