@@ -117,7 +117,9 @@ def plain_logits(support, labels, query, num_classes, temperature):
         centroids.append(sum(rows) / len(rows))
     return torch.stack(
         [
-            torch.stack([temperature * (f @ u) / (f.square().sum().sqrt() * u.square().sum().sqrt()) for u in centroids])
+            torch.stack(
+                [temperature * (f @ u) / (f.square().sum().sqrt() * u.square().sum().sqrt()) for u in centroids]
+            )
             for f in query.double()
         ]
     )

@@ -104,7 +104,9 @@ def test_groups_follow_the_seed_and_survive_a_file(bank, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['groups.json']
 
 
-@pytest.mark.parametrize('text', ['{"support": [[[1', '{"support": [[[1]]]}', '[]', '{"support": [[1], []], "query": 1}'])
+@pytest.mark.parametrize(
+    'text', ['{"support": [[[1', '{"support": [[[1]]]}', '[]', '{"support": [[1], []], "query": 1}']
+)
 def test_a_file_without_groups_is_told_in_one_line(text, tmp_path, one_line):
     (tmp_path / 'groups.json').write_text(text)
     with pytest.raises(DamagedFileError) as error:
@@ -127,7 +129,7 @@ def test_colours_are_told_apart_and_the_result_is_json(hypernet, bank, groups):
     plain = timm.create_model('test_resnet', num_classes=0)
     torch.set_rng_state(before)
     plain_before = copy.deepcopy(plain.state_dict())
-    result = evaluate(hypernet, bank, groups, plain=plain, progress=False)
+    result = evaluate(hypernet, bank, groups, controls={'plain': plain}, progress=False)
     assert torch.equal(torch.get_rng_state(), before)
     assert_close(dict(plain.state_dict()), dict(plain_before), rtol=0, atol=0)
     assert json.loads(json.dumps(result)) == result
@@ -207,7 +209,7 @@ def test_a_query_image_s_features_do_not_depend_on_the_other_query_images(hypern
 def test_plain_with_its_own_statistics_is_the_model_itself(hypernet, bank, groups, recorded):
     plain = timm.create_model('test_resnet', num_classes=0)
     plain.bn1.running_mean.fill_(0.2)
-    evaluate(hypernet, bank, groups, plain=plain, progress=False)
+    evaluate(hypernet, bank, groups, controls={'plain': plain}, progress=False)
     arms = len(ARMS) + 2
     with torch.no_grad():
         expected = plain.eval()(bank.images[groups.query[2].flatten()].float() / 127.5 - 1)

@@ -19,6 +19,7 @@ def make(shape, width=16, **kwargs):
     return PaperGenerator(LayerSpec('conv.weight', shape), width, **kwargs)
 
 
+@torch.no_grad()
 def plain_kernel(generator, code, shape, scale):
     """Eq. 6, rewritten in float64 with explicit loops."""
     o, i, kh, kw = shape

@@ -75,7 +75,9 @@ def test_sketch_is_the_mean_feature():
 
 def test_class_balanced_sketch_is_the_mean_of_class_means():
     features = plain_features(ENCODER, IMAGES)
-    means = [torch.stack([f for f, y in zip(features, LABELS, strict=True) if y == label]).mean(0) for label in range(3)]
+    means = [
+        torch.stack([f for f, y in zip(features, LABELS, strict=True) if y == label]).mean(0) for label in range(3)
+    ]
     expected = (sum(means) / 3).float()
     assert_close(sketch(IMAGES, LABELS, 'class'), expected, rtol=1e-4, atol=1e-5)
     assert (sketch(IMAGES) - expected).abs().max() > 1e-3  # the classes are unequal, so balancing changes something

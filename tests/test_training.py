@@ -94,6 +94,16 @@ def test_a_bank_holds_the_pixels_of_a_folder_by_class(tmp_path, one_line):
     assert_close(load_bank(make_recipe(data=data)).images, torch.stack(pixels['jar']), rtol=0, atol=0)
 
 
+def test_a_selection_of_classes_is_numbered_anew():
+    bank = unique_bank()
+    part = bank.select(['class 2', 'class 0'])
+    assert part.class_names == ('class 2', 'class 0')
+    for label, name in enumerate(part.class_names):
+        expected = bank.images[bank.members[bank.class_names.index(name)]]
+        assert_close(part.images[part.members[label]], expected, rtol=0, atol=0)
+    assert len(part.images) == 24
+
+
 def test_a_group_has_the_right_classes_and_no_image_twice():
     bank = unique_bank()
     sampler = GroupSampler(bank, PIXELS, n_way=2, n_shot=3, n_query=4)
@@ -120,9 +130,9 @@ def test_turned_classes_are_further_classes(turns):
     images, labels = torch.cat([group.support, group.query]), torch.cat([group.support_classes, group.query_classes])
     assert sorted(group.query_classes.tolist()) == list(range(3 * turns))
     for (place, turn), label in zip(origins(images, bank), labels.tolist(), strict=True):
-        assert (int(bank.labels[place]), turn) == (label % 3, label // 3)
+        assert (int(bank.labels[place]), turn) == (label % 3, label // 3 * (4 // turns))  # two turns are half turns
     images, labels = sampler.batch(200)
-    found = [int(bank.labels[place]) + 3 * turn for place, turn in origins(images, bank)]
+    found = [int(bank.labels[place]) + 3 * turn * turns // 4 for place, turn in origins(images, bank)]
     assert found == labels.tolist()
     assert len(set(found)) == 3 * turns
 
@@ -197,7 +207,9 @@ def test_quarter_turns_of_oblong_images_are_refused():
     bank = ImageBank(torch.zeros(20, 3, 12, 16, dtype=torch.uint8), torch.arange(20) % 2, ['a', 'b'])
     config = InputConfig(input_size=(3, 12, 16))
     with pytest.raises(InputError, match='square'):
-        GroupSampler(bank, config, n_way=4, n_shot=2, n_query=2, turns=4).draw()
+        GroupSampler(bank, config, n_way=4, n_shot=2, n_query=2, turns=4)
+    group = GroupSampler(bank, config, n_way=4, n_shot=2, n_query=2, turns=2).draw()
+    assert group.support.shape == (8, 3, 12, 16)
 
 
 RECIPE = """
@@ -300,8 +312,14 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
 
 
+def easy_recipe():
+    groups = Groups(n_way=4, n_shot=3, n_query=3, per_step=1)
+    schedule = Schedule(images=40 * groups.images_per_step, rate=5e-3)
+    return make_recipe(groups=groups, schedule=schedule, augmentation=Augmentation(flip=False, rotation=0))
+
+
 def test_meta_training_learns(bank, tmp_path):
-    recipe = make_recipe(steps=40, schedule=Schedule(images=40 * 24, rate=5e-3))
+    recipe = easy_recipe()
     hypernet = meta_train(recipe, tmp_path, bank=bank, device='cpu', progress=False)
     log = log_of(tmp_path)
     assert [entry['step'] for entry in log] == list(range(1, 41))
@@ -443,7 +461,9 @@ def test_a_gradient_that_is_not_finite_never_gets_into_a_checkpoint(bank, tmp_pa
 
     def broken(*args, **kwargs):
         found = losses(*args, **kwargs)
-        return type(found)(found.metric + (found.metric * 0).sqrt(), found.full, found.consistency)  # slope 0 * infinity
+        return type(found)(
+            found.metric + (found.metric * 0).sqrt(), found.full, found.consistency
+        )  # slope 0 * infinity
 
     monkeypatch.setattr(loop, 'group_losses', broken)
     with pytest.raises(FloatingPointError):
@@ -452,8 +472,55 @@ def test_a_gradient_that_is_not_finite_never_gets_into_a_checkpoint(bank, tmp_pa
     assert all(value.isfinite().all() for value in tensors.values() if value.is_floating_point())
 
 
+def test_two_views_of_an_image_come_one_after_the_other():
+    bank = unique_bank()
+    kwargs = {'n_way': 2, 'n_shot': 3, 'n_query': 2, 'turns': 4, 'views': 2}
+    sampler = GroupSampler(bank, PIXELS, **kwargs)
+    group = sampler.draw()
+    assert (len(group.support), len(group.query)) == (12, 8)
+    for images, labels in ((group.support, group.support_classes), (group.query, group.query_classes)):
+        assert_close(images[::2], images[1::2], rtol=0, atol=0)
+        assert [int(bank.labels[k]) + 3 * turn for k, turn in origins(images, bank)] == labels.tolist()
+    found = {k for k, _ in origins(torch.cat([group.support, group.query]), bank)}
+    assert len(found) == 10
+    images, labels = sampler.batch(30)
+    assert_close(images[::2], images[1::2], rtol=0, atol=0)
+    assert_close(labels[::2], labels[1::2], rtol=0, atol=0)
+    changed = GroupSampler(bank, PIXELS, augmentation=Augmentation(), **kwargs).draw().support
+    assert (changed[::2] - changed[1::2]).abs().flatten(1).amax(1).min() > 0.02
+
+
+def views_recipe():
+    return make_recipe(steps=3, groups=Groups(n_way=3, n_shot=3, n_query=3, views=2, per_step=1))
+
+
+def test_two_views_add_the_instance_loss_and_resume(bank, tmp_path):
+    recipe = views_recipe()
+    straight = run(meta_train, recipe, tmp_path / 'straight', bank)
+    assert all('instance' in entry for entry in log_of(tmp_path / 'straight'))
+    run(meta_train, recipe, tmp_path / 'resumed', bank, max_steps=2)
+    resumed = run(meta_train, recipe, tmp_path / 'resumed', bank)
+    assert_same_run(tmp_path / 'straight', straight, tmp_path / 'resumed', resumed)
+    run(train_plain, recipe, tmp_path / 'instance', bank, instance=True)
+    assert all('instance' in entry for entry in log_of(tmp_path / 'instance'))
+
+
+def test_the_plain_control_trains_where_the_hypernetwork_does(bank, tmp_path):
+    run(train_plain, views_recipe(), tmp_path, bank)  # 10 images a class: enough for 3 + 3, whatever the views
+    assert all('instance' not in entry for entry in log_of(tmp_path))
+    assert len(log_of(tmp_path)) == len(range(0, views_recipe().schedule.images, views_recipe().groups.images_per_step))
+
+
+def test_the_hypernetwork_says_what_its_training_cost(bank):
+    recipe = make_recipe()
+    training = meta_train(recipe, None, bank=bank, device='cpu', progress=False, max_steps=2).config.training
+    assert training['images'] == 2 * recipe.groups.images_per_step == 48
+    assert training['recipe_digest'] == recipe.digest
+    assert training['seconds'] >= 0
+
+
 def test_plain_training_gives_a_feature_model_that_learned(bank, tmp_path):
-    recipe = make_recipe(steps=40, schedule=Schedule(images=40 * 24, rate=5e-3))
+    recipe = easy_recipe()
     model = train_plain(recipe, tmp_path, bank=bank, device='cpu', progress=False)
     losses = [entry['full'] for entry in log_of(tmp_path)]
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])

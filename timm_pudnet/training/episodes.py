@@ -70,6 +70,12 @@ class ImageBank:
             labels.append(label[label >= 0])
         return cls(torch.cat(images), torch.cat(labels), chosen)
 
+    def select(self, classes: Sequence[str]) -> ImageBank:
+        """The images of some classes, numbered in the order of `classes`."""
+        members = [self.members[self.class_names.index(name)] for name in classes]
+        labels = torch.arange(len(members)).repeat_interleave(torch.tensor([len(m) for m in members]))
+        return ImageBank(self.images[torch.cat(members)], labels, classes)
+
 
 def bank_input(config: InputConfig) -> InputConfig:
     """The same input, its pixels left in 0-1."""
@@ -135,7 +141,7 @@ class GroupSampler:
         n_way: Classes in a group.
         n_shot: Support images a class.
         n_query: Query images a class.
-        turns: 1, 2 or 4 quarter turns.
+        turns: 1 for none, 2 for half turns, 4 for quarter turns.
         views: Augmented views of each image.
         augmentation: Random changes of each image.
         seed: Of the generator.
@@ -159,6 +165,9 @@ class GroupSampler:
     ) -> None:
         if turns not in (1, 2, 4):
             raise InputError(f'turns must be 1, 2 or 4, got {turns}')
+        height, width = bank.images.shape[2:]
+        if turns == 4 and height != width:
+            raise InputError(f'turns = 4 needs square images, these are {height}x{width}: use 2 or 1')
         if views not in (1, 2):
             raise InputError(f'views must be 1 or 2, got {views}')
         self.bank, self.n_way, self.n_shot, self.n_query = bank, n_way, n_shot, n_query
@@ -203,7 +212,7 @@ class GroupSampler:
         images = self.bank.images[picks].float().div_(255)
         if self.augmentation is not None:
             images = augment(images, self.augmentation, self.generator)
-        images = quarter_turns(images, labels // len(self.bank.members))
+        images = quarter_turns(images, labels // len(self.bank.members) * (4 // self.turns))
         return (images - self.mean) / self.std
 
 
@@ -211,7 +220,6 @@ def quarter_turns(images: Tensor, turns: Tensor) -> Tensor:
     """Images `[n, c, h, w]`, each turned by its own number of quarter turns `[n]`."""
     turned = images.clone()
     for turn in turns.unique().tolist():
-        if turn:
-            chosen = turns == turn
-            turned[chosen] = images[chosen].rot90(turn, (2, 3))
+        chosen = turns == turn
+        turned[chosen] = images[chosen].rot90(turn, (2, 3))
     return turned

@@ -1,0 +1,84 @@
+"""How much does the choice of unseen classes matter? A short recipe on 20 of the 210 choices of four of Fashion-MNIST.
+
+    python examples/fashion_choices.py --data-dir .data --out hub/resnet18.fashion_set/choices.json
+
+Takes the recipe of `hub/resnet18.fashion_set`, shortened, trains it once for every tenth choice in lexical order of the
+unseen classes ({0, 1, 2, 3} is the first), and measures each on 100 groups of its four unseen classes. Choices that are
+in the output file already are not trained again, so it can be stopped and started.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import timm_pudnet
+from timm_pudnet.evaluation import TestGroups, mean_interval
+from timm_pudnet.training import ImageBank, Recipe, meta_train
+from timm_pudnet.training.episodes import bank_input
+
+RECIPE = Path(__file__).parents[1] / 'hub' / 'resnet18.fashion_set' / 'recipe.toml'
+PUBLISHED = (6, 7, 8, 9)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data-dir', default='.data', help="root of torchvision's FashionMNIST")
+    parser.add_argument('--images', type=int, default=40_000, help='images that each training sees')
+    parser.add_argument('--groups', type=int, default=100, help='test groups of each choice')
+    parser.add_argument('--every', type=int, default=10, help='train every so many-th choice')
+    parser.add_argument('--part', type=int, nargs=2, default=(0, 1), metavar=('I', 'N'), help='only the I-th of N parts')
+    parser.add_argument('--out', type=Path, required=True)
+    arguments = parser.parse_args()
+
+    base = Recipe.load(RECIPE)
+    input_config = bank_input(base.hypernet.input)
+    sources = {
+        split: timm_pudnet.open_images(
+            'torch/fashion_mnist', data_dir=arguments.data_dir, split=split, input=input_config
+        )
+        for split in ('train', 'test')
+    }
+    names = sources['train'].class_names
+    banks = {split: ImageBank.from_source(source) for split, source in sources.items()}
+    choices = [unseen for unseen in itertools.combinations(range(len(names)), 4) if unseen != PUBLISHED]
+    chosen = choices[: 20 * arguments.every : arguments.every]
+    part, parts = arguments.part
+    done = json.loads(arguments.out.read_text())['choices'] if arguments.out.exists() else {}
+    for number, unseen in enumerate(chosen):
+        key = ' '.join(map(str, unseen))
+        if key in done or number % parts != part:
+            continue
+        seen = [name for label, name in enumerate(names) if label not in unseen]
+        recipe = dataclasses.replace(
+            base,
+            data=dataclasses.replace(base.data, classes=tuple(seen)),
+            schedule=dataclasses.replace(base.schedule, images=arguments.images),
+        )
+        hypernet = meta_train(recipe, bank=banks['train'].select(seen), progress=False)
+        test = banks['test'].select([names[label] for label in unseen])
+        groups = TestGroups.draw(test, count=arguments.groups, n_way=4, seed=number)
+        result = timm_pudnet.evaluate(hypernet, test, groups, progress=False)
+        done[key] = {name: result[name] for name in ('classes', 'accuracy', 'conditioning_gain', 'training')}
+        arguments.out.write_text(json.dumps(summary(done, arguments), indent=2) + '\n')
+        print(key, {name: round(row['mean'], 2) for name, row in result['accuracy'].items()}, flush=True)
+
+
+def summary(done, arguments):
+    """Means over choices; the interval is that of the choices, each one value."""
+    arms = next(iter(done.values()))['accuracy']
+    return {
+        'images_each': arguments.images,
+        'groups_each': arguments.groups,
+        'number_of_choices': len(done),
+        'mean_over_choices': {
+            name: mean_interval([choice['accuracy'][name]['mean'] for choice in done.values()]) for name in arms
+        },
+        'conditioning_gain': mean_interval([choice['conditioning_gain']['mean'] for choice in done.values()]),
+        'choices': done,
+    }
+
+
+if __name__ == '__main__':
+    main()
