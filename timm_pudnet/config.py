@@ -157,6 +157,9 @@ class PudNetConfig:
         channels = tuple(self.sketch_channels)
         if len(channels) != 2 or not all(isinstance(width, int) and 1 <= width <= 8192 for width in channels):
             raise InputError(f'sketch_channels must be two widths in 1-8192, got {channels}')
+        for name in ('model_kwargs', 'generator_kwargs', 'training', 'library_versions'):
+            if not isinstance(getattr(self, name), dict):
+                raise InputError(f'{name} must be a mapping, got {getattr(self, name)!r}')
         if not 0 <= self.eta <= 1:
             raise InputError(f'eta must be in [0, 1], got {self.eta}')
         if not 0 < self.gain < math.inf:
@@ -176,11 +179,11 @@ class PudNetConfig:
             DamagedFileError: The format is newer than this library, or a value is missing or of the wrong type.
         """
         if not isinstance(data, Mapping):
-            raise DamagedFileError(f'config.json holds a {type(data).__name__}, not an object')
+            raise DamagedFileError(f'holds a {type(data).__name__}, not an object')
         version = data.get('format_version')
         if version != FORMAT_VERSION:
             raise DamagedFileError(
-                f'config.json has format version {version!r}, this library reads {FORMAT_VERSION}: '
+                f'format version {version!r}, this library reads {FORMAT_VERSION}: '
                 'update timm-pudnet (pip install -U timm-pudnet)'
             )
         names = {field.name for field in dataclasses.fields(cls)}
@@ -196,4 +199,4 @@ class PudNetConfig:
             values['input'] = InputConfig(**values.get('input', {}))
             return cls(**values)
         except (TypeError, AttributeError, InputError) as error:
-            raise DamagedFileError(f'config.json: {error}') from error
+            raise DamagedFileError(str(error)) from error

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from timm_pudnet.config import (
-    DamagedFileError,
     InputError,
     NotFoundError,
     PudNetConfig,
     UnsupportedTargetError,
     close_names,
 )
-from timm_pudnet.hypernet import CONFIG_NAME, PudNet
+from timm_pudnet.hypernet import CONFIG_NAME, PudNet, read_config
 from timm_pudnet.target import check_architecture
 
 
@@ -43,20 +41,7 @@ def list_hypernets() -> dict[str, PudNetConfig]:
         >>> 'resnet18.fashion_set' in list_hypernets()
         True
     """
-    return {name: read_config(folder) for name, folder in embedded().items()}
-
-
-def read_config(folder: Path) -> PudNetConfig:
-    """The config of a hypernetwork's folder.
-
-    Raises:
-        DamagedFileError: It is no JSON, or of a newer format.
-    """
-    path = folder / CONFIG_NAME
-    try:
-        return PudNetConfig.from_dict(json.loads(path.read_text(encoding='utf-8')))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DamagedFileError(f'{path} is not JSON: {error}') from error
+    return {name: read_config(folder / CONFIG_NAME) for name, folder in embedded().items()}
 
 
 def load_hypernet(name: str | os.PathLike[str]) -> PudNet:

@@ -24,7 +24,14 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from timm_pudnet.ahru import AHRU
-from timm_pudnet.config import DamagedFileError, InputConfig, NotFoundError, OutputExistsError, PudNetConfig
+from timm_pudnet.config import (
+    DamagedFileError,
+    InputConfig,
+    InputError,
+    NotFoundError,
+    OutputExistsError,
+    PudNetConfig,
+)
 from timm_pudnet.generators import create_generator
 from timm_pudnet.images import open_images
 from timm_pudnet.sketch import Balance, SketchEncoder, StreamingSketch
@@ -48,7 +55,7 @@ class PudNet(nn.Module):
         >>> hypernet = PudNet.for_target('test_resnet', sketch_width=16)
         >>> weights = hypernet(torch.zeros(16))
         >>> weights['conv1.0.weight'].shape
-        torch.Size([8, 3, 3, 3])
+        torch.Size([16, 3, 3, 3])
     """
 
     def __init__(self, config: PudNetConfig) -> None:
@@ -58,7 +65,13 @@ class PudNet(nn.Module):
             config.model_name, predict_norm=config.predict_norm, **config.model_kwargs
         )
         layers = self.target.layers
-        self.encoder = SketchEncoder(config.input.input_size[0], config.sketch_width, config.sketch_channels)
+        chans = config.input.input_size[0]
+        if chans != self.target.in_chans:
+            raise InputError(
+                f'input_size has {chans} channels, but {config.model_name} takes {self.target.in_chans}: '
+                f'set one to the other (model_kwargs in_chans={chans} makes such a target)'
+            )
+        self.encoder = SketchEncoder(chans, config.sketch_width, config.sketch_channels)
         self.ahru = AHRU(config.sketch_width, len(layers), config.eta)
         self.generators = nn.ModuleList(
             create_generator(config.generator, layer, config.sketch_width, config.gain, **config.generator_kwargs)
@@ -183,11 +196,16 @@ class PudNet(nn.Module):
             narrow = half and value.is_floating_point() and not key.startswith('norm_statistics.')
             state[key] = value.detach().cpu().to(torch.float16 if narrow else value.dtype).contiguous()
         config = dataclasses.replace(self.config, library_versions=library_versions())
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder / WEIGHTS_NAME) as path:
-            safetensors.torch.save_file(state, path, metadata={'format': 'pt'})
-        with written_whole(folder / CONFIG_NAME) as path:
-            path.write_text(json.dumps(config.to_dict(), indent=2) + '\n', encoding='utf-8')
+        try:  # neither file takes its place before both are written
+            with written_whole(folder / WEIGHTS_NAME) as weights, written_whole(folder / CONFIG_NAME) as text:
+                safetensors.torch.save_file(state, weights, metadata={'format': 'pt'})
+                text.write_text(json.dumps(config.to_dict(), indent=2) + '\n', encoding='utf-8')
+        except BaseException:
+            if made:
+                folder.rmdir()
+            raise
         return folder
 
     @classmethod
@@ -202,17 +220,17 @@ class PudNet(nn.Module):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).is_file():
                 raise NotFoundError(f'{folder} is no hypernetwork: it has no {name}')
-        try:
-            config = PudNetConfig.from_dict(json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8')))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DamagedFileError(f'{folder / CONFIG_NAME} is not JSON: {error}') from error
+        config = read_config(folder / CONFIG_NAME)
         path = folder / WEIGHTS_NAME
         try:
             state = safetensors.torch.load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise DamagedFileError(f'{path} is damaged ({error}): fetch or write it again') from error
-        with torch.device('meta'):
-            hypernet = cls(config)
+        try:
+            with torch.device('meta'):
+                hypernet = cls(config)
+        except InputError as error:
+            raise DamagedFileError(f'{folder / CONFIG_NAME}: {error}') from error
         expected = hypernet.state_dict()
         for key in sorted(expected.keys() ^ state.keys()):
             raise DamagedFileError(f'{path}: tensor {key} is {"missing" if key in expected else "not expected"}')
@@ -220,12 +238,27 @@ class PudNet(nn.Module):
             if value.shape != expected[key].shape:
                 found, wanted = tuple(value.shape), tuple(expected[key].shape)
                 raise DamagedFileError(f'{path}: tensor {key} has shape {found}, its config asks for {wanted}')
-            state[key] = value.to(expected[key].dtype)
+            # A copy, since memory that is mapped from the file is aligned otherwise, and kernels round by alignment.
+            state[key] = value.to(expected[key].dtype, copy=True)
             # One sum finds any NaN or infinity at the cost of reading the tensor once.
             if value.is_floating_point() and not state[key].sum().isfinite():
                 raise DamagedFileError(f'{path}: tensor {key} holds values that are not finite')
         hypernet.load_state_dict(state, assign=True)
         return hypernet.requires_grad_(True).eval()
+
+
+def read_config(path: Path) -> PudNetConfig:
+    """The config of a hypernetwork.
+
+    Raises:
+        DamagedFileError: It is no JSON, of a newer format, or a value is missing or out of range.
+    """
+    try:
+        return PudNetConfig.from_dict(json.loads(path.read_text(encoding='utf-8')))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedFileError(f'{path} is not JSON: {error}') from error
+    except DamagedFileError as error:
+        raise DamagedFileError(f'{path}: {error}') from error
 
 
 def library_versions() -> dict[str, str]:

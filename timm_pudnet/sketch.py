@@ -80,7 +80,7 @@ class StreamingSketch:
     beyond float32 rounding.
 
     Args:
-        encoder: The trained encoder; used in eval mode.
+        encoder: The encoder; used in eval mode, and left in the mode that it has.
         balance: `none`: the mean over all images (eq. 3). `class`: the mean of the class means, for unequal classes.
             `kmeans`: the mean of k-means centroids, for unequal classes without labels (paper III-C, discussion).
         num_clusters: `k` of `kmeans`.
@@ -94,7 +94,7 @@ class StreamingSketch:
     def __init__(self, encoder: SketchEncoder, balance: Balance = 'none', num_clusters: int = 8) -> None:
         if balance not in ('none', 'class', 'kmeans'):
             raise InputError(f'balance {balance!r}: use none, class or kmeans')
-        self.encoder, self.balance, self.num_clusters = encoder.eval(), balance, num_clusters
+        self.encoder, self.balance, self.num_clusters = encoder, balance, num_clusters
         self.sums: dict[int, Tensor] = {}
         self.counts: dict[int, int] = {}
         self.sample = ImageSample(self.sample_size)  # of the images' features, for k-means
@@ -102,7 +102,9 @@ class StreamingSketch:
     @torch.inference_mode()
     def add(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Takes in a batch `[n, c, h, w]` and its labels `[n]`."""
-        features = self.encoder(images).double().cpu()
+        was_training = self.encoder.training
+        features = self.encoder.eval()(images).double().cpu()
+        self.encoder.train(was_training)
         if self.balance == 'kmeans':
             self.sample.add(features, keys=content_keys(images))
         if self.balance == 'class':

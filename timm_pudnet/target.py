@@ -58,6 +58,7 @@ class TargetSpec:
         layers: The predicted tensors in the order in which the network holds them.
         num_features: Width of the features that the classifier reads.
         classifier: Name of the classifier module.
+        in_chans: Channels of the images that it takes.
     """
 
     model_name: str
@@ -67,6 +68,7 @@ class TargetSpec:
     layers: tuple[LayerSpec, ...]
     num_features: int
     classifier: str
+    in_chans: int
 
     def keys(self, role: Role) -> Iterator[str]:
         """Keys of one role, in the order of the state dict."""
@@ -117,7 +119,7 @@ def describe_target(model_name: str, *, predict_norm: bool = False, **model_kwar
 
 def check_architecture(model_name: str) -> None:
     """Raises InputError, with the close names, unless timm knows the architecture."""
-    if timm.is_model(model_name):
+    if '.' not in model_name and timm.is_model(model_name):
         return
     if model_name.startswith(('hf-hub:', 'local-dir:', 'hf_hub:')):
         raise InputError(
@@ -175,6 +177,7 @@ def _describe(model_name: str, predict_norm: bool, kwargs_json: str) -> TargetSp
         layers=tuple(LayerSpec(key, shapes[key]) for key in state if roles[key] == 'predicted'),
         num_features=int(model.get_submodule(classifier).in_features),  # type: ignore[arg-type]
         classifier=classifier,
+        in_chans=_in_chans(model, model_kwargs),
     )
     if spec.predicted_share < MIN_PREDICTED_SHARE:
         hint = _conv_mlp_hint(model)
@@ -224,6 +227,13 @@ def is_norm(module: nn.Module) -> bool:
     """Whether a module normalises its input and may carry an affine weight and bias."""
     kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     return isinstance(module, kinds)
+
+
+def _in_chans(model: nn.Module, model_kwargs: dict[str, Any]) -> int:
+    """Channels of the images: as asked for, else what the architecture's config says."""
+    if 'in_chans' in model_kwargs:
+        return int(model_kwargs['in_chans'])
+    return int((getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3,))[0])
 
 
 def _conv_mlp_hint(model: nn.Module) -> str:

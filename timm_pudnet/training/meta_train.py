@@ -97,11 +97,7 @@ def train_plain(
         The target as a feature model (`num_classes=0`), in eval mode, on the CPU.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    if not instance:  # one view an image, and so more images, in batches of the same size
-        groups, views = recipe.groups, recipe.groups.views
-        groups = dataclasses.replace(groups, views=1, n_shot=groups.n_shot * views, n_query=groups.n_query * views)
-        recipe = dataclasses.replace(recipe, groups=groups)
-    run = _PlainRun(recipe, bank or load_bank(recipe), _device(device))
+    run = (_PlainInstanceRun if instance else _PlainRun)(recipe, bank or load_bank(recipe), _device(device))
     _go(run, folder, checkpoint_seconds, max_steps, progress)
     return run.target.cpu().eval()
 
@@ -140,7 +136,7 @@ def load_bank(recipe: Recipe) -> ImageBank:
     return ImageBank.from_source(source, data.classes or None)
 
 
-def group_sampler(recipe: Recipe, bank: ImageBank) -> GroupSampler:
+def group_sampler(recipe: Recipe, bank: ImageBank, views: int) -> GroupSampler:
     """The sampler that a recipe describes."""
     groups = recipe.groups
     return GroupSampler(
@@ -150,7 +146,7 @@ def group_sampler(recipe: Recipe, bank: ImageBank) -> GroupSampler:
         n_shot=groups.n_shot,
         n_query=groups.n_query,
         turns=groups.turns,
-        views=groups.views,
+        views=views,
         augmentation=recipe.augmentation,
         seed=recipe.seed,
     )
@@ -168,12 +164,13 @@ def rate_at(step: int, num_steps: int, recipe: Recipe) -> float:
 class _Run:
     """The whole state of a training run: modules, optimiser, sampler, step, log."""
 
+    views: int | None = None  # of each image; None: as the recipe says
     modules: dict[str, nn.Module]  # what is saved; `target` holds norm statistics, the rest is trained
 
     def __init__(self, recipe: Recipe, bank: ImageBank, device: torch.device) -> None:
         self.recipe, self.device, self.step, self.seconds = recipe, device, 0, 0.0
         self.num_steps = -(-recipe.schedule.images // recipe.groups.images_per_step)
-        self.sampler = group_sampler(recipe, bank)
+        self.sampler = group_sampler(recipe, bank, self.views or recipe.groups.views)
         self.log: list[dict[str, float]] = []
         config = recipe.hypernet
         with torch.random.fork_rng():
@@ -181,6 +178,7 @@ class _Run:
             self.target = timm.create_model(config.model_name, **{**config.model_kwargs, 'num_classes': 0})
             self.head = nn.Linear(int(self.target.num_features), self.sampler.num_classes)  # type: ignore[arg-type]
             self.modules = {name: module.to(device).train() for name, module in self.build(bank).items()}
+            self.random_state = torch.get_rng_state()  # of torch itself, which dropout in the target draws from
         self.parameters = [p for m in self.modules.values() for p in m.parameters() if p.requires_grad]
         decay = recipe.schedule.weight_decay
         self.optimizer = torch.optim.AdamW(
@@ -211,14 +209,20 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group['lr'] = rate_at(self.step, self.num_steps, self.recipe)
             sums: dict[str, float] = {}
-            for _ in range(self.parts):
-                loss, terms = self.losses()
-                (loss / self.parts).backward()
-                for name, value in terms.items():
-                    sums[name] = sums.get(name, 0.0) + float(value.detach()) / self.parts
-            if not all(map(math.isfinite, sums.values())):
-                raise FloatingPointError(f'step {self.step}: the loss is {sums}; lower the rate of the recipe')
-            nn.utils.clip_grad_norm_(self.parameters, self.recipe.schedule.clip)
+            with torch.random.fork_rng():
+                torch.set_rng_state(self.random_state)
+                for _ in range(self.parts):
+                    loss, terms = self.losses()
+                    (loss / self.parts).backward()
+                    for name, value in terms.items():
+                        sums[name] = sums.get(name, 0.0) + float(value.detach()) / self.parts
+                self.random_state = torch.get_rng_state()
+            norm = float(nn.utils.clip_grad_norm_(self.parameters, self.recipe.schedule.clip))
+            if not all(map(math.isfinite, [norm, *sums.values()])):
+                raise FloatingPointError(
+                    f'step {self.step}: the loss is {sums}, the norm of its gradient {norm}; lower the rate of the recipe. '
+                    'The last checkpoint is as it was'
+                )
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.step += 1
@@ -245,6 +249,7 @@ class _Run:
             for name, value in self.optimizer.state[parameter].items():
                 tensors[f'optimizer.{number}.{name}'] = value
         tensors['generator'] = self.sampler.generator.get_state()
+        tensors['target_generator'] = self.random_state
         return tensors
 
     def save(self, path: Path) -> None:
@@ -281,6 +286,7 @@ class _Run:
         for name, module in self.modules.items():
             module.load_state_dict(_taken(tensors, f'{name}.'))
         self.sampler.generator.set_state(tensors['generator'])
+        self.random_state = tensors['target_generator']
         self.step, self.seconds = int(about['step']), float(about['seconds'])
         self.log = json.loads(about['log'])
 
@@ -338,7 +344,9 @@ class _MetaRun(_Run):
 
 
 class _PlainRun(_Run):
-    """The control *plain*: the target itself as an ordinary classifier of the seen classes."""
+    """The control *plain*: the target itself as an ordinary classifier of the seen classes, one view an image."""
+
+    views = 1
 
     def build(self, bank: ImageBank) -> dict[str, nn.Module]:
         self.head.temperature = nn.Parameter(torch.tensor(10.0))
@@ -357,6 +365,12 @@ class _PlainRun(_Run):
         if self.sampler.views == 2:
             terms['instance'] = instance_loss(features, self.head.temperature)  # type: ignore[arg-type]
         return torch.stack(list(terms.values())).sum(), terms
+
+
+class _PlainInstanceRun(_PlainRun):
+    """The same with the instance loss, where the recipe has it."""
+
+    views = None
 
 
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import tomllib
+import types
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,12 @@ class Groups:
     turns: int = 1
     views: int = 1
     per_step: int = 1
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            least = 2 if field.name == 'n_way' else 1
+            if getattr(self, field.name) < least:
+                raise InputError(f'groups: {field.name} must be at least {least}, got {getattr(self, field.name)}')
 
     @property
     def images_per_step(self) -> int:
@@ -131,10 +139,12 @@ class Recipe:
             if name not in data:
                 raise InputError(f'{where}: the table [{name}] is missing')
         values: dict[str, Any] = dict(data)
-        hypernet = dict(values['hypernet'])
-        if isinstance(hypernet.get('input'), Mapping):
-            hypernet['input'] = _build(InputConfig, hypernet['input'], f'{where}: [hypernet.input]')
+        hypernet = values['hypernet']
+        if isinstance(hypernet, Mapping) and 'input' in hypernet:
+            hypernet = {**hypernet, 'input': _build(InputConfig, hypernet['input'], f'{where}: [hypernet.input]')}
         values['hypernet'] = _build(PudNetConfig, hypernet, f'{where}: [hypernet]')
+        if 'seed' in values:
+            values['seed'] = _typed(values['seed'], int, f'{where}: seed')
         tables = {'data': Data, 'groups': Groups, 'augmentation': Augmentation, 'schedule': Schedule}
         for name, kind in tables.items():
             if name in values:
@@ -151,12 +161,34 @@ class Recipe:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _build(kind: Any, table: Mapping[str, Any], where: str) -> Any:
+def _build(kind: Any, table: Any, where: str) -> Any:
     if not isinstance(table, Mapping):
-        raise InputError(f'{where} must be a table')
-    reject_unknown_keys(table, [field.name for field in dataclasses.fields(kind)], where)
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+        raise InputError(f'{where} must be a table, got {table!r}')
+    hints = typing.get_type_hints(kind)
+    reject_unknown_keys(table, list(hints), where)
+    values = {key: _typed(value, hints[key], f'{where} {key}') for key, value in table.items()}
     try:
         return kind(**values)
     except (TypeError, InputError) as error:
         raise InputError(f'{where}: {error}') from error
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """The value as its field wants it, or an InputError that says what the field wants."""
+    kinds = [typing.get_origin(one) or one for one in typing.get_args(hint) if typing.get_origin(hint) is not tuple]
+    kinds = kinds if isinstance(hint, types.UnionType) else [typing.get_origin(hint) or hint]
+    if isinstance(value, list) and tuple in kinds:
+        return tuple(value)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, tuple(kinds)) and (not isinstance(value, bool) or bool in kinds):
+        return value
+    wanted = {
+        int: 'a whole number',
+        float: 'a number',
+        str: 'a text',
+        bool: 'true or false',
+        tuple: 'a list',
+        dict: 'a table',
+    }
+    raise InputError(f'{where} must be {" or ".join(wanted[one] for one in kinds if one in wanted)}, got {value!r}')
