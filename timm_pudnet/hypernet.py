@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,9 @@ class PudNet(nn.Module):
                 _slashed(key), torch.full(self.target.shapes[key], float(key.endswith('var'))).to(dtype)
             )
 
+        self._shared_names = [(key, _slashed(key)) for key in self.target.keys('shared')]
+        self._statistics_names = [(key, _slashed(key)) for key in self.target.keys('calibrated')]
+
     @classmethod
     def for_target(cls, model_name: str, *, generator: str = 'paper', **config: Any) -> PudNet:
         """A new, untrained hypernetwork for a timm architecture; shared parameters start as timm starts them.
@@ -142,23 +145,20 @@ class PudNet(nn.Module):
         """An empty sketch that image batches can be added to."""
         return StreamingSketch(self.encoder, balance)
 
-    def forward(self, sketch: Tensor, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def forward(self, sketch: Tensor) -> dict[str, Tensor]:
         """Every tensor of the target's state dict but the classifier's.
 
         Args:
             sketch: `[m]`.
-            out: Tensors by key to write the predicted kernels into, a model's state dict for instance, instead of new
-                memory. Without gradients.
 
         Returns:
             Predicted kernels, shared parameters and, to start calibration from, the norm statistics of training.
         """
-        state = {}
-        for layer, generator, code in zip(self.target.layers, self.generators, self.ahru(sketch), strict=True):
-            tensor = generator(code)
-            state[layer.key] = tensor if out is None else out[layer.key].copy_(tensor)
-        state.update({key: self.shared[_slashed(key)] for key in self.target.keys('shared')})
-        state.update({key: self.statistics(key) for key in self.target.keys('calibrated')})
+        parts = zip(self.target.layers, self.generators, self.ahru(sketch), strict=True)
+        state = {layer.key: generator(code) for layer, generator, code in parts}
+        shared, statistics = dict(self.shared.items()), dict(self.norm_statistics.named_buffers())
+        state.update({key: shared[name] for key, name in self._shared_names})
+        state.update({key: statistics[name] for key, name in self._statistics_names})
         return state
 
     def statistics(self, key: str) -> Tensor:

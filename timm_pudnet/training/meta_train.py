@@ -220,8 +220,8 @@ class _Run:
             norm = float(nn.utils.clip_grad_norm_(self.parameters, self.recipe.schedule.clip))
             if not all(map(math.isfinite, [norm, *sums.values()])):
                 raise FloatingPointError(
-                    f'step {self.step}: the loss is {sums}, the norm of its gradient {norm}; lower the rate of the recipe. '
-                    'The last checkpoint is as it was'
+                    f'step {self.step}: the loss is {sums}, the norm of its gradient {norm}; lower the rate of the '
+                    'recipe. The last checkpoint is as it was'
                 )
             self.optimizer.step()
             self.optimizer.zero_grad()
