@@ -28,7 +28,9 @@ def main():
     parser.add_argument('--images', type=int, default=40_000, help='images that each training sees')
     parser.add_argument('--groups', type=int, default=100, help='test groups of each choice')
     parser.add_argument('--every', type=int, default=10, help='train every so many-th choice')
-    parser.add_argument('--part', type=int, nargs=2, default=(0, 1), metavar=('I', 'N'), help='only the I-th of N parts')
+    parser.add_argument(
+        '--part', type=int, nargs=2, default=(0, 1), metavar=('I', 'N'), help='only the I-th of N parts'
+    )
     parser.add_argument('--out', type=Path, required=True)
     arguments = parser.parse_args()
 

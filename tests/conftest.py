@@ -1,8 +1,19 @@
 """What several rooms' tests share."""
 
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import timm_pudnet
 from timm_pudnet import InputConfig, PudNet
 
 
@@ -57,3 +68,100 @@ def one_line():
             assert str(needle) in text, f'{needle!r} is not in: {text}'
 
     return check
+
+
+@pytest.fixture(scope='session')
+def tiny_folder(tmp_path_factory):
+    """The folder of a new, tiny hypernetwork `test_resnet.tiny`; not to be changed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hypernet = PudNet.for_target(
+            'test_resnet',
+            sketch_width=16,
+            input=InputConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
+            tag='tiny',
+            class_names=('ball', 'hat'),
+        )
+    return hypernet.save_pretrained(tmp_path_factory.mktemp('hypernets') / 'test_resnet.tiny')
+
+
+@pytest.fixture(scope='session')
+def pictures():
+    """Makes pictures uint8 `[n, h, w, 3]` and their class names: a coarse pattern for each class, under noise."""
+
+    def make(count=18, names=('cup', 'jar', 'pan'), size=32, seed=0):
+        rng = np.random.default_rng(99)
+        patterns = rng.integers(0, 200, (len(names), 4, 4, 3)).repeat(-(-size // 4), 1).repeat(-(-size // 4), 2)
+        labels = np.arange(count) % len(names)
+        noise = np.random.default_rng(seed).integers(0, 56, (count, size, size, 3))
+        return (patterns[labels, :size, :size] + noise).astype(np.uint8), [names[label] for label in labels]
+
+    return make
+
+
+@pytest.fixture(scope='session')
+def write_folder():
+    """Writes pictures as PNG files `root/<class>/<number>.png`, or `root/<number>.png` without names; gives paths."""
+
+    def write(root, pixels, names=None):
+        paths = []
+        for number, image in enumerate(pixels):
+            folder = root / names[number] if names is not None else root
+            folder.mkdir(parents=True, exist_ok=True)
+            paths.append(folder / f'{number:04}.png')
+            Image.fromarray(image).save(paths[-1])
+        return paths
+
+    return write
+
+
+@pytest.fixture(scope='session')
+def fresh_process():
+    """Runs `python ARGS` in a new process, one thread, that can import this package; gives what it printed."""
+
+    def run(*args, cwd=None):
+        done = subprocess.run(
+            [sys.executable, *map(str, args)],
+            env={**os.environ, 'PYTHONPATH': str(Path(timm_pudnet.__file__).parents[1]), 'OMP_NUM_THREADS': '1'},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.fixture(scope='session')
+def nothing_written():
+    """Checks that a block leaves every file and folder below `folder` as it was, hidden ones included."""
+
+    @contextlib.contextmanager
+    def check(folder):
+        def listing():
+            files = {path: path.read_bytes() if path.is_file() else b'' for path in sorted(folder.rglob('*'))}
+            return {str(path.relative_to(folder)): zlib.crc32(content) for path, content in files.items()}
+
+        before = listing()
+        yield
+        assert listing() == before
+
+    return check
+
+
+@pytest.fixture
+def full_disk():
+    """In the block no file can grow past a few kilobytes: writing fails as on a full disk, for native code too."""
+
+    @contextlib.contextmanager
+    def limit(size=8192):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from timm_pudnet.training.losses import group_losses, instance_loss
+from timm_pudnet.training.losses import group_losses
 
 SUPPORT_CLASSES = torch.tensor([7, 7, 2, 2, 5, 5])  # of 9 training classes, in no order
 QUERY_CLASSES = torch.tensor([2, 5, 7, 7])
@@ -88,16 +88,3 @@ def test_gradients_reach_what_each_loss_teaches(term):
     reached |= {'head'} if head.weight.grad is not None and head.weight.grad.abs().sum() > 0 else set()
     everything = {'support', 'query', 'temperature', 'head'}
     assert reached == {'metric': everything - {'head'}, 'full': everything - {'temperature'}}.get(term, everything)
-
-
-def test_instance_loss_is_that_of_a_plain_rewrite():
-    features, temperature = torch.randn(10, 6), torch.tensor(3.0)
-    rows = features.double().tolist()
-    first, second = rows[0::2], rows[1::2]
-    expected = 0.0
-    for k in range(5):
-        expected -= math.log(softmax([3.0 * cosine(second[k], other) for other in first])[k]) / 10
-        expected -= math.log(softmax([3.0 * cosine(first[k], other) for other in second])[k]) / 10
-    assert_close(float(instance_loss(features, temperature)), expected, rtol=1e-4, atol=1e-5)
-    paired = torch.eye(5, 6).repeat_interleave(2, 0)
-    assert instance_loss(paired, torch.tensor(50.0)) < 1e-6

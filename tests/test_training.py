@@ -472,45 +472,6 @@ def test_a_gradient_that_is_not_finite_never_gets_into_a_checkpoint(bank, tmp_pa
     assert all(value.isfinite().all() for value in tensors.values() if value.is_floating_point())
 
 
-def test_two_views_of_an_image_come_one_after_the_other():
-    bank = unique_bank()
-    kwargs = {'n_way': 2, 'n_shot': 3, 'n_query': 2, 'turns': 4, 'views': 2}
-    sampler = GroupSampler(bank, PIXELS, **kwargs)
-    group = sampler.draw()
-    assert (len(group.support), len(group.query)) == (12, 8)
-    for images, labels in ((group.support, group.support_classes), (group.query, group.query_classes)):
-        assert_close(images[::2], images[1::2], rtol=0, atol=0)
-        assert [int(bank.labels[k]) + 3 * turn for k, turn in origins(images, bank)] == labels.tolist()
-    found = {k for k, _ in origins(torch.cat([group.support, group.query]), bank)}
-    assert len(found) == 10
-    images, labels = sampler.batch(30)
-    assert_close(images[::2], images[1::2], rtol=0, atol=0)
-    assert_close(labels[::2], labels[1::2], rtol=0, atol=0)
-    changed = GroupSampler(bank, PIXELS, augmentation=Augmentation(), **kwargs).draw().support
-    assert (changed[::2] - changed[1::2]).abs().flatten(1).amax(1).min() > 0.02
-
-
-def views_recipe():
-    return make_recipe(steps=3, groups=Groups(n_way=3, n_shot=3, n_query=3, views=2, per_step=1))
-
-
-def test_two_views_add_the_instance_loss_and_resume(bank, tmp_path):
-    recipe = views_recipe()
-    straight = run(meta_train, recipe, tmp_path / 'straight', bank)
-    assert all('instance' in entry for entry in log_of(tmp_path / 'straight'))
-    run(meta_train, recipe, tmp_path / 'resumed', bank, max_steps=2)
-    resumed = run(meta_train, recipe, tmp_path / 'resumed', bank)
-    assert_same_run(tmp_path / 'straight', straight, tmp_path / 'resumed', resumed)
-    run(train_plain, recipe, tmp_path / 'instance', bank, instance=True)
-    assert all('instance' in entry for entry in log_of(tmp_path / 'instance'))
-
-
-def test_the_plain_control_trains_where_the_hypernetwork_does(bank, tmp_path):
-    run(train_plain, views_recipe(), tmp_path, bank)  # 10 images a class: enough for 3 + 3, whatever the views
-    assert all('instance' not in entry for entry in log_of(tmp_path))
-    assert len(log_of(tmp_path)) == len(range(0, views_recipe().schedule.images, views_recipe().groups.images_per_step))
-
-
 def test_the_hypernetwork_says_what_its_training_cost(bank):
     recipe = make_recipe()
     training = meta_train(recipe, None, bank=bank, device='cpu', progress=False, max_steps=2).config.training

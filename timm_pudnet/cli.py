@@ -125,20 +125,16 @@ def predict(
 @click.option(
     '--out', type=click.Path(path_type=Path), required=True, help='Folder for the result and its checkpoints.'
 )
-@click.option(
-    '--control',
-    type=click.Choice(['plain', 'plain_instance']),
-    help='Train a control instead: the target as an ordinary classifier, or that with the instance loss of the recipe.',
-)
+@click.option('--plain', is_flag=True, help='Train the control instead: the target as an ordinary classifier.')
 @click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
 @click.option('--data-dir', help="Root of a timm dataset, in place of the recipe's.")
-def train(recipe: Path, out: Path, control: str | None, device: str | None, data_dir: str | None) -> None:
+def train(recipe: Path, out: Path, plain: bool, device: str | None, data_dir: str | None) -> None:
     """Train a hypernetwork by a RECIPE file; goes on where an earlier run in --out stopped."""
     from timm_pudnet import training
     from timm_pudnet.predict import save_model
 
     loaded = training.Recipe.load(recipe)
-    result = out / (control or 'model.safetensors')
+    result = out / ('plain' if plain else 'model.safetensors')
     if result.exists():
         raise OutputExistsError(f'{result} exists: it is trained already; choose another --out, or remove it first')
     if data_dir is not None:
@@ -146,9 +142,8 @@ def train(recipe: Path, out: Path, control: str | None, device: str | None, data
     bank = training.load_bank(loaded)
     click.echo(f'Found      {len(bank.labels):,} images in {len(bank.class_names)} classes: {_some(bank.class_names)}')
     click.echo(f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} images; stop and resume at will')
-    if control:
-        instance = control == 'plain_instance'
-        model = training.train_plain(loaded, out / f'run-{control}', instance=instance, bank=bank, device=device)
+    if plain:
+        model = training.train_plain(loaded, out / 'run-plain', bank=bank, device=device)
         save_model(model, result)
     else:
         hypernet = training.meta_train(loaded, out / 'run', bank=bank, device=device)

@@ -54,7 +54,7 @@ def evaluate(
         hypernet: The hypernetwork to measure.
         bank: Images of the unseen classes.
         groups: Which of them make up each group.
-        controls: Feature models, as `train_plain` gives them, by name: `plain`, `plain_instance`.
+        controls: Feature models, as `train_plain` gives them, by name.
         seed: Of the random weights.
         progress: Show a progress bar.
 

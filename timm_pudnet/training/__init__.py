@@ -1,7 +1,7 @@
 """Training a hypernetwork: recipes, groups of images, losses and the loop."""
 
 from timm_pudnet.training.episodes import Augmentation, Group, GroupSampler, ImageBank
-from timm_pudnet.training.losses import Losses, group_losses, instance_loss
+from timm_pudnet.training.losses import Losses, group_losses
 from timm_pudnet.training.meta_train import load_bank, meta_train, train_plain
 from timm_pudnet.training.recipe import Data, Groups, Recipe, Schedule
 
@@ -16,7 +16,6 @@ __all__ = [
     'Recipe',
     'Schedule',
     'group_losses',
-    'instance_loss',
     'load_bank',
     'meta_train',
     'train_plain',

@@ -19,10 +19,7 @@ from timm_pudnet.images import ImageSource
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """One group: `[n, c, h, w]` images, normalised, and their training classes `[n]`.
-
-    With several views the views of an image follow each other.
-    """
+    """One group: `[n, c, h, w]` images, normalised, and their training classes `[n]`."""
 
     support: Tensor
     support_classes: Tensor
@@ -142,7 +139,6 @@ class GroupSampler:
         n_shot: Support images a class.
         n_query: Query images a class.
         turns: 1 for none, 2 for half turns, 4 for quarter turns.
-        views: Augmented views of each image.
         augmentation: Random changes of each image.
         seed: Of the generator.
 
@@ -159,7 +155,6 @@ class GroupSampler:
         n_shot: int,
         n_query: int,
         turns: int = 1,
-        views: int = 1,
         augmentation: Augmentation | None = None,
         seed: int = 0,
     ) -> None:
@@ -168,10 +163,8 @@ class GroupSampler:
         height, width = bank.images.shape[2:]
         if turns == 4 and height != width:
             raise InputError(f'turns = 4 needs square images, these are {height}x{width}: use 2 or 1')
-        if views not in (1, 2):
-            raise InputError(f'views must be 1 or 2, got {views}')
         self.bank, self.n_way, self.n_shot, self.n_query = bank, n_way, n_shot, n_query
-        self.turns, self.views = turns, views
+        self.turns = turns
         self.num_classes = len(bank.class_names) * turns
         if not 2 <= n_way <= self.num_classes:
             raise InputError(f'n_way is {n_way}, but there are {self.num_classes} classes to draw from')
@@ -189,21 +182,19 @@ class GroupSampler:
         classes = torch.randperm(self.num_classes, generator=self.generator)[: self.n_way]
         members = [self.bank.members[label % len(self.bank.members)] for label in classes.tolist()]
         picks = [m[torch.randperm(len(m), generator=self.generator)[:each]] for m in members]
-        picks = torch.cat(picks).repeat_interleave(self.views)
-        labels = classes.repeat_interleave(each * self.views)
+        picks = torch.cat(picks)
+        labels = classes.repeat_interleave(each)
         images = self._prepared(picks, labels).unflatten(0, (self.n_way, -1))
         labels = labels.view(self.n_way, -1)
-        sizes = [self.n_shot * self.views, self.n_query * self.views]
+        sizes = [self.n_shot, self.n_query]
         support, query = images.split(sizes, 1)
         support_classes, query_classes = labels.split(sizes, 1)
         return Group(support.flatten(0, 1), support_classes.flatten(), query.flatten(0, 1), query_classes.flatten())
 
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """An ordinary batch of `size` images of all classes; with several views fewer images, their views together."""
-        views = self.views
-        picks = torch.randint(len(self.bank.labels), (size // views,), generator=self.generator)
-        turns = torch.randint(self.turns, (size // views,), generator=self.generator)
-        picks, turns = picks.repeat_interleave(views), turns.repeat_interleave(views)
+        """An ordinary batch of `size` images of all classes, and their classes."""
+        picks = torch.randint(len(self.bank.labels), (size,), generator=self.generator)
+        turns = torch.randint(self.turns, (size,), generator=self.generator)
         labels = self.bank.labels[picks] + turns * len(self.bank.members)
         return self._prepared(picks, labels), labels
 

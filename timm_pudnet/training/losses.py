@@ -66,19 +66,3 @@ def group_losses(
             padded.log_softmax(1), full_logits[len(support) :].log_softmax(1), log_target=True, reduction='batchmean'
         ),
     )
-
-
-def instance_loss(features: Tensor, temperature: Tensor) -> Tensor:
-    """Cross-entropy of eq. 7 with every image as a class of its own, told by one view from another; not in the paper.
-
-    Few training classes leave a network free to ignore what tells other classes apart; telling single images apart does
-    not (instance discrimination: Wu et al. 2018, Chen et al. 2020).
-
-    Args:
-        features: `[2 n, d]`, the two views of each image one after the other.
-        temperature: `tau`.
-    """
-    first, second = features.unflatten(0, (-1, 2)).unbind(1)
-    logits = centroid_logits(second, first, temperature)
-    labels = torch.arange(len(first), device=features.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2

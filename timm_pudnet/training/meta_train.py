@@ -28,7 +28,7 @@ from timm_pudnet.config import DamagedFileError, InputError, PudNetConfig
 from timm_pudnet.hypernet import PudNet, written_whole
 from timm_pudnet.images import open_images
 from timm_pudnet.training.episodes import GroupSampler, ImageBank, bank_input
-from timm_pudnet.training.losses import group_losses, instance_loss
+from timm_pudnet.training.losses import group_losses
 from timm_pudnet.training.recipe import Recipe
 
 CHECKPOINT_NAME = 'checkpoint.safetensors'
@@ -73,7 +73,6 @@ def train_plain(
     recipe: Recipe | str | os.PathLike[str],
     folder: str | os.PathLike[str] | None = None,
     *,
-    instance: bool = False,
     bank: ImageBank | None = None,
     device: str | torch.device | None = None,
     checkpoint_seconds: float = 120.0,
@@ -82,22 +81,13 @@ def train_plain(
 ) -> nn.Module:
     """Trains the control *plain*: the recipe's target as an ordinary classifier, on as many images of the same classes.
 
-    Args:
-        recipe: As `meta_train`.
-        folder: As `meta_train`.
-        instance: Add the instance loss where the recipe has it (`views = 2`): all that the hypernetwork has but the
-            hypernetwork. Otherwise the control is an ordinary classifier.
-        bank: As `meta_train`.
-        device: As `meta_train`.
-        checkpoint_seconds: As `meta_train`.
-        max_steps: As `meta_train`.
-        progress: As `meta_train`.
+    Arguments and errors as `meta_train`.
 
     Returns:
         The target as a feature model (`num_classes=0`), in eval mode, on the CPU.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    run = (_PlainInstanceRun if instance else _PlainRun)(recipe, bank or load_bank(recipe), _device(device))
+    run = _PlainRun(recipe, bank or load_bank(recipe), _device(device))
     _go(run, folder, checkpoint_seconds, max_steps, progress)
     return run.target.cpu().eval()
 
@@ -136,7 +126,7 @@ def load_bank(recipe: Recipe) -> ImageBank:
     return ImageBank.from_source(source, data.classes or None)
 
 
-def group_sampler(recipe: Recipe, bank: ImageBank, views: int) -> GroupSampler:
+def group_sampler(recipe: Recipe, bank: ImageBank) -> GroupSampler:
     """The sampler that a recipe describes."""
     groups = recipe.groups
     return GroupSampler(
@@ -146,7 +136,6 @@ def group_sampler(recipe: Recipe, bank: ImageBank, views: int) -> GroupSampler:
         n_shot=groups.n_shot,
         n_query=groups.n_query,
         turns=groups.turns,
-        views=views,
         augmentation=recipe.augmentation,
         seed=recipe.seed,
     )
@@ -164,13 +153,12 @@ def rate_at(step: int, num_steps: int, recipe: Recipe) -> float:
 class _Run:
     """The whole state of a training run: modules, optimiser, sampler, step, log."""
 
-    views: int | None = None  # of each image; None: as the recipe says
     modules: dict[str, nn.Module]  # what is saved; `target` holds norm statistics, the rest is trained
 
     def __init__(self, recipe: Recipe, bank: ImageBank, device: torch.device) -> None:
         self.recipe, self.device, self.step, self.seconds = recipe, device, 0, 0.0
         self.num_steps = -(-recipe.schedule.images // recipe.groups.images_per_step)
-        self.sampler = group_sampler(recipe, bank, self.views or recipe.groups.views)
+        self.sampler = group_sampler(recipe, bank)
         self.log: list[dict[str, float]] = []
         config = recipe.hypernet
         with torch.random.fork_rng():
@@ -322,11 +310,7 @@ class _MetaRun(_Run):
             label_smoothing=self.recipe.schedule.label_smoothing,
         )
         terms = {'metric': losses.metric, 'full': losses.full, 'consistency': losses.consistency}
-        total = losses.total
-        if self.sampler.views == 2:
-            terms['instance'] = instance_loss(features, self.hypernet.temperature)
-            total = total + terms['instance']
-        return total, terms
+        return losses.total, terms
 
     def finished(self) -> PudNet:
         """The hypernetwork, with the norm statistics that the target gathered over the groups."""
@@ -344,12 +328,9 @@ class _MetaRun(_Run):
 
 
 class _PlainRun(_Run):
-    """The control *plain*: the target itself as an ordinary classifier of the seen classes, one view an image."""
-
-    views = 1
+    """The control *plain*: the target itself as an ordinary classifier of the seen classes."""
 
     def build(self, bank: ImageBank) -> dict[str, nn.Module]:
-        self.head.temperature = nn.Parameter(torch.tensor(10.0))
         return {'target': self.target, 'head': self.head}
 
     @property
@@ -359,18 +340,10 @@ class _PlainRun(_Run):
     def losses(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward pass of an ordinary batch, cross-entropy of the full head."""
         images, labels = self.sampler.batch(self.recipe.groups.images_per_step)
-        features = self.features(images.to(self.device))
+        logits = self.head(self.features(images.to(self.device)))
         smoothing = self.recipe.schedule.label_smoothing
-        terms = {'full': F.cross_entropy(self.head(features), labels.to(self.device), label_smoothing=smoothing)}
-        if self.sampler.views == 2:
-            terms['instance'] = instance_loss(features, self.head.temperature)  # type: ignore[arg-type]
-        return torch.stack(list(terms.values())).sum(), terms
-
-
-class _PlainInstanceRun(_PlainRun):
-    """The same with the instance loss, where the recipe has it."""
-
-    views = None
+        loss = F.cross_entropy(logits, labels.to(self.device), label_smoothing=smoothing)
+        return loss, {'full': loss}
 
 
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

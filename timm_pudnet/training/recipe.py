@@ -43,7 +43,6 @@ class Groups:
         n_shot: Support images a class: they give sketch and centroids.
         n_query: Query images a class.
         turns: With 2 or 4, classes turned by a half or by quarter turns count as further classes.
-        views: With 2, every image is seen in two augmented views, and telling images apart is a further loss.
         per_step: Groups in an optimiser step.
     """
 
@@ -51,7 +50,6 @@ class Groups:
     n_shot: int = 8
     n_query: int = 8
     turns: int = 1
-    views: int = 1
     per_step: int = 1
 
     def __post_init__(self) -> None:
@@ -62,8 +60,8 @@ class Groups:
 
     @property
     def images_per_step(self) -> int:
-        """Images that one optimiser step sees; two views of one count as two."""
-        return self.n_way * (self.n_shot + self.n_query) * self.views * self.per_step
+        """Images that one optimiser step sees."""
+        return self.n_way * (self.n_shot + self.n_query) * self.per_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

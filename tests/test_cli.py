@@ -1,0 +1,722 @@
+"""cli.py: what a user types, sees and finds on disk; above all when something is wrong with it."""
+
+import errno
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import struct
+import tomllib
+import zlib
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from torch.testing import assert_close
+
+import timm_pudnet
+from timm_pudnet import hub
+from timm_pudnet.cli import main
+
+pytestmark = pytest.mark.filterwarnings('default::timm_pudnet.PudNetWarning')  # they are shown, as lines
+
+
+def run(*args):
+    """The result of a command line; nothing but a chosen exit may end it."""
+    result = CliRunner().invoke(main, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise AssertionError(f'a user would see a traceback: {result.exception!r}') from result.exception
+    return result
+
+
+def succeeds(*args):
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    assert 'Error' not in result.output
+    return result
+
+
+def fails(*args, needles=()):
+    """One line says what is wrong (warnings and progress may go before it), and the exit code is 2."""
+    result = run(*args)
+    check_failure(result.exit_code, result.stderr, needles)
+    return result
+
+
+def check_failure(code, stderr, needles):
+    assert code == 2, stderr
+    assert 'Traceback' not in stderr
+    lines = [line for line in stderr.splitlines() if line and not re.match(r'Warning: | *\d+%\|', line)]
+    if lines[0].startswith('Usage: '):  # click's own, for options that it refuses
+        lines = lines[-1:]
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith('Error: ')
+    for needle in needles:
+        assert str(needle) in lines[0], f'{needle!r} is not in: {lines[0]}'
+
+
+@pytest.fixture
+def images(tmp_path, pictures, write_folder):
+    """A good folder: three classes of eight."""
+    write_folder(tmp_path / 'images', *pictures(24))
+    return tmp_path / 'images'
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """The current folder, where outputs would go."""
+    (tmp_path / 'work').mkdir()
+    monkeypatch.chdir(tmp_path / 'work')
+    return tmp_path / 'work'
+
+
+@pytest.fixture
+def predict(tiny_folder):
+    """Arguments of a prediction with the tiny hypernetwork into the folder `model`."""
+
+    def arguments(images, *more, name='test_resnet', hypernet=tiny_folder, out='model'):
+        return ('predict', name, images, '--hypernet', hypernet, '--out', out, *more)
+
+    return arguments
+
+
+@pytest.fixture
+def no_work_yet(monkeypatch):
+    """Fails a test whose command reads images or loads a hypernetwork before it says no."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError('work began before the arguments were checked')
+
+    monkeypatch.setattr('timm_pudnet.images.open_images', refuse)
+    monkeypatch.setattr('timm_pudnet.hub.resolve_hypernet', refuse)
+
+
+def truncated_jpeg():
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, 'JPEG')
+    return buffer.getvalue()[:-500]
+
+
+def bomb(side=60_000):
+    """A tiny PNG whose header claims `side` x `side` pixels."""
+    chunks = [
+        (b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 0, 0, 0, 0)),
+        (b'IDAT', zlib.compress(b'\0' * 100)),
+        (b'IEND', b''),
+    ]
+    body = b''.join(
+        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b'\x89PNG\r\n\x1a\n' + body
+
+
+# predict
+
+
+def test_a_prediction_says_what_it_found_and_did_and_wrote(images, work, predict):
+    out = succeeds(*predict(images)).stdout
+    for needle in ('24 images', '3 classes', str(images), 'cup, jar, pan', '6 of them', '18 give the weights'):
+        assert needle in out
+    for needle in ('test_resnet.tiny', 'on cpu', '3x32x32', 'Accuracy', 'Raw pixels', 'Chance      33.3%', 'MB'):
+        assert needle in out
+    assert [path.name for path in work.iterdir()] == ['model']
+    assert sorted(path.name for path in (work / 'model').iterdir()) == ['config.json', 'model.safetensors']
+    model = timm.create_model('local-dir:model', pretrained=True)
+    assert model.num_classes == 3
+    share = float(re.search(r'Accuracy +([\d.]+)%', out)[1])
+    assert share > 60
+
+
+def test_without_out_nothing_is_written_and_that_is_said(images, work, tiny_folder, nothing_written):
+    with nothing_written(work.parent):
+        result = succeeds('predict', 'test_resnet', images, '--hypernet', tiny_folder)
+    assert 'Not saved' in result.stdout
+    assert '--out' in result.stdout
+
+
+def test_the_images_kept_aside_give_nothing_to_the_model(images, work, predict):
+    """The saved model is that of the other images alone, and the accuracy printed is its own on the rest."""
+    out = succeeds(*predict(images, '--holdout', '0.5', '--seed', '3')).stdout
+    right, total = map(int, re.search(r'\((\d+) of (\d+);', out).groups())
+    assert total == 12
+    network = timm_pudnet.load_hypernet(predict(images)[4])
+    source = timm_pudnet.open_images(images, input=network.config.input)
+    used, tested = timm_pudnet.evaluation.split_held_out(source, 0.5, 3)
+    paths = [path for name in ('cup', 'jar', 'pan') for path in sorted((images / name).iterdir())]
+    used_images = {image.numpy().tobytes() for image in next(used.batches())[0]}
+    rows = [k for k, image in enumerate(next(source.batches())[0]) if image.numpy().tobytes() in used_images]
+    assert len(rows) == 12
+    labels = [paths[k].parent.name for k in rows]
+    expected = timm_pudnet.predict_model('test_resnet', [paths[k] for k in rows], labels, hypernet=network)
+    model = timm.create_model('local-dir:model', pretrained=True).eval()
+    assert_close(model.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-5)
+    (batch, numbers), *_ = tested.batches()
+    with torch.inference_mode():
+        assert int((model(batch).argmax(1) == numbers).sum()) == right
+
+
+def test_without_a_holdout_all_images_give_the_weights(images, work, predict):
+    out = succeeds(*predict(images, '--holdout', '0')).stdout
+    assert 'Accuracy' not in out
+    expected = timm_pudnet.predict_model('test_resnet', images, hypernet=predict(images)[4]).state_dict()
+    assert_close(timm.create_model('local-dir:model', pretrained=True).state_dict(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_unlabelled_folder_gives_a_feature_model_and_is_told_so(work, predict, pictures, write_folder, tmp_path):
+    write_folder(tmp_path / 'flat', pictures(6)[0])
+    assert 'features' in succeeds(*predict(tmp_path / 'flat')).stdout
+    assert timm.create_model('local-dir:model', pretrained=True).num_classes == 0
+
+
+def printed_lines(stdout):
+    """The indented lines at the end of what a command printed."""
+    return '\n'.join(line[4:] for line in stdout.splitlines() if line.startswith('    '))
+
+
+def test_a_real_process_predicts_and_the_lines_that_it_prints_run_in_another(images, work, predict, fresh_process):
+    code, stdout, stderr = fresh_process('-m', 'timm_pudnet.cli', *predict(images), cwd=work)
+    assert (code, stderr) == (0, '')
+    lines = printed_lines(stdout)
+    assert "timm.create_model('local-dir:model', pretrained=True)" in lines
+    script = (
+        f'import sys; sys.modules["timm_pudnet"] = None\n{lines}\n'
+        'from PIL import Image\n'
+        f'image = Image.open({str(images / "cup" / "0000.png")!r})\n'
+        'print(tuple(model(transform(image)[None]).shape), model.training)\n'
+    )
+    code, stdout, stderr = fresh_process('-c', script, cwd=work)
+    assert code == 0, stderr
+    assert stdout.split('\n')[-2] == '(1, 3) False'
+
+
+@pytest.mark.parametrize('name', ["my model's", 'back\\slash', 'ünïcode 猫'])
+def test_the_lines_that_it_prints_run_whatever_the_folder_is_called(name, images, work, predict):
+    scope = {}
+    exec(printed_lines(succeeds(*predict(images, out=name)).stdout), scope)
+    assert scope['model'].num_classes == 3
+
+
+# predict, with bad input
+
+
+def make_nothing(root):
+    root.mkdir()
+
+
+def make_text_files(root):
+    root.mkdir()
+    for name in ('a.txt', 'b.csv'):
+        (root / name).write_text('text')
+
+
+def make_only_truncated(root):
+    for name in ('cup', 'jar'):
+        (root / name).mkdir(parents=True)
+        (root / name / 'a.jpg').write_bytes(truncated_jpeg())
+
+
+def make_only_bombs(root):
+    for name in ('cup', 'jar'):
+        (root / name).mkdir(parents=True)
+        (root / name / 'a.png').write_bytes(bomb())
+
+
+def make_one_class(root):
+    (root / 'cup').mkdir(parents=True)
+    for number in range(4):
+        Image.new('RGB', (32, 32), (50 * number, 9, 9)).save(root / 'cup' / f'{number}.png')
+
+
+def make_splits(root):
+    for name in ('train', 'val'):
+        (root / name).mkdir(parents=True)
+        Image.new('RGB', (32, 32)).save(root / name / 'a.png')
+
+
+def make_a_file(root):
+    root.write_bytes(b'no folder')
+
+
+BAD_IMAGES = {
+    'empty folder': (make_nothing, ['no images', 'empty']),
+    'missing folder': (lambda root: None, ['no such folder']),
+    'text files': (make_text_files, ['no images', '2 other files', '.csv, .txt']),
+    'a file': (make_a_file, ['is one file']),
+    'only truncated images': (make_only_truncated, ['none of the 2 images', 'truncated']),
+    'only decompression bombs': (make_only_bombs, ['none of the 2 images', 'pixels']),
+    'one class': (make_one_class, ['one class', 'two']),
+    'splits instead of classes': (make_splits, ['splits, not classes']),
+}
+
+
+@pytest.mark.parametrize('case', BAD_IMAGES)
+def test_bad_images_are_one_line_and_write_nothing(case, work, predict, tmp_path, nothing_written):
+    make, needles = BAD_IMAGES[case]
+    root = tmp_path / 'photos'
+    make(root)
+    with nothing_written(tmp_path):
+        fails(*predict(root), needles=[root, *needles])
+
+
+def test_a_truncated_image_among_good_ones_is_skipped_with_a_count(images, work, predict, nothing_written, tmp_path):
+    (images / 'cup' / 'bad.jpg').write_bytes(truncated_jpeg())
+    with nothing_written(tmp_path):
+        fails(*predict(images, '--strict'), needles=['cup/bad.jpg', 'truncated'])
+    result = succeeds(*predict(images, '--holdout', '0'))
+    assert re.fullmatch(r'Warning: skipped 1 of 25 images .*cup/bad\.jpg \(truncated\)\n', result.stderr)
+    (images / 'cup' / 'bad.jpg').unlink()
+    succeeds(*predict(images, '--holdout', '0', out='without'))
+    found, expected = (timm.create_model(f'local-dir:{name}', pretrained=True) for name in ('model', 'without'))
+    assert_close(found.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_decompression_bomb_is_skipped_without_memory(images, work, predict):
+    (images / 'cup' / 'bomb.png').write_bytes(bomb())
+    result = succeeds(*predict(images, '--holdout', '0'))
+    assert re.match(r'Warning: skipped 1 of 25 images .*cup/bomb\.png \(more than [\d,]+ pixels\)\n', result.stderr)
+
+
+def test_images_of_odd_kinds_are_fine(images, work, predict):
+    picture = Image.open(images / 'cup' / '0000.png')
+    odd = images / 'cup'
+    Image.new('RGB', (1, 1), (200, 3, 3)).save(odd / 'pixel.png')
+    for mode in ('L', 'LA', 'RGBA', 'P', '1'):
+        picture.convert(mode).save(odd / f'{mode}.png')
+    picture.convert('CMYK').save(odd / 'CMYK.jpg')
+    Image.fromarray(np.random.default_rng(0).integers(0, 65536, (40, 30)).astype(np.uint16)).save(odd / '16-bit.png')
+    picture.save(odd / 'animated.gif', save_all=True, append_images=[picture.rotate(90), picture.rotate(180)])
+    picture.save(odd / 'animated.webp', save_all=True, append_images=[picture.rotate(90)])
+    picture.resize((301, 17)).save(odd / 'wide.jpeg')
+    result = succeeds(*predict(images, '--holdout', '0', '--strict'))
+    assert '35 images in 3 classes' in result.stdout
+    assert result.stderr == ''
+    state = timm.create_model('local-dir:model', pretrained=True).state_dict()
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_a_class_with_one_image_works_and_is_said(images, work, predict):
+    (images / 'rare').mkdir()
+    shutil.copy(images / 'cup' / '0000.png', images / 'rare' / 'one.png')
+    result = succeeds(*predict(images))
+    assert timm.create_model('local-dir:model', pretrained=True).num_classes == 4
+    said = [line for line in result.output.splitlines() if 'rare' in line and re.search(r'\b(one|1|single)\b', line)]
+    assert said, f'nothing says that class rare has one image, so that none of it is tested:\n{result.output}'
+
+
+@pytest.mark.parametrize(
+    ('name', 'needles'),
+    [
+        ('test_resnt', ["'test_resnt'", 'Did you mean test_resnet']),
+        ('test_resnet.r160_in1k', ['without a tag']),
+        ('resnet18', ['test_resnet.tiny predicts test_resnet, not resnet18']),
+        ('vit_tiny_patch16_224', ['vit_tiny_patch16_224']),
+    ],
+)
+def test_an_architecture_that_cannot_be_predicted_is_named(
+    name, needles, images, work, predict, nothing_written, tmp_path
+):
+    with nothing_written(tmp_path):
+        fails(*predict(images, name=name), needles=needles)
+
+
+def test_without_hypernet_a_transformer_is_refused_for_what_it_is(images, work, nothing_written, tmp_path):
+    with nothing_written(tmp_path):
+        result = fails('predict', 'vit_tiny_patch16_224', images, '--out', 'model', needles=['vit_tiny_patch16_224'])
+    assert 'Train one' not in result.stderr, 'no hypernetwork can be trained for it'
+
+
+def cut(name, size):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+DAMAGE = {
+    'weights truncated': (cut('model.safetensors', 10_000), ['model.safetensors']),
+    'weights cut in the header': (cut('model.safetensors', 30), ['model.safetensors']),
+    'weights empty': (cut('model.safetensors', 0), ['model.safetensors']),
+    'weights missing': (lambda folder: (folder / 'model.safetensors').unlink(), ['model.safetensors']),
+    'config missing': (lambda folder: (folder / 'config.json').unlink(), ['config.json']),
+    'config truncated': (cut('config.json', 100), ['config.json', 'not JSON']),
+    'config empty': (cut('config.json', 0), ['config.json']),
+    'folder missing': (shutil.rmtree, []),
+}
+
+
+@pytest.mark.parametrize('case', DAMAGE)
+def test_a_damaged_hypernetwork_is_named(case, images, work, predict, tiny_folder, nothing_written, tmp_path):
+    spoil, needles = DAMAGE[case]
+    damaged = tmp_path / 'hypernet'
+    shutil.copytree(tiny_folder, damaged)
+    spoil(damaged)
+    with nothing_written(tmp_path):
+        fails(*predict(images, hypernet=damaged), needles=[damaged, *needles])
+
+
+def test_an_output_that_exists_is_refused_before_any_work(images, work, predict, no_work_yet, nothing_written):
+    (work / 'model').mkdir()
+    (work / 'model' / 'notes.txt').write_text('mine')
+    (work / 'file').write_text('mine')
+    with nothing_written(work.parent):
+        fails(*predict(images), needles=['model exists', 'another'])
+        fails(*predict(images, out='file'), needles=['file exists', 'another'])
+        fails(*predict(images, out='no/parent/model'), needles=['no/parent', 'make it first'])
+
+
+@pytest.mark.parametrize('holdout', ['1', '-0.1', 'nan', 'half', '2'])
+def test_a_bad_holdout_is_refused_before_any_work(holdout, images, work, predict, no_work_yet, nothing_written):
+    with nothing_written(work.parent):
+        fails(*predict(images, f'--holdout={holdout}'), needles=['holdout', holdout])
+
+
+@pytest.mark.parametrize('device', ['gpu', 'cuda', 'cuda:99', 'meta'])
+def test_a_bad_device_is_one_line(device, images, work, predict, nothing_written):
+    if device == 'cuda' and torch.cuda.is_available():
+        pytest.skip('this machine has CUDA')
+    with nothing_written(work.parent):
+        fails(*predict(images, '--device', device), needles=[device])
+
+
+def test_an_unknown_option_is_named(images, work, predict, nothing_written):
+    with nothing_written(work.parent):
+        fails(*predict(images, '--hodlout', '0.5'), needles=['--hodlout', '--holdout'])
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(images, work, predict, full_disk, monkeypatch, nothing_written):
+    with nothing_written(work.parent):
+        with full_disk():
+            result = fails(*predict(images))
+        assert 'model' in result.stderr
+
+        def fails_midway(model, folder, **_):
+            (Path(folder) / 'model.safetensors').write_bytes(b'half')
+            raise OSError(errno.ENOSPC, 'No space left on device')
+
+        monkeypatch.setattr(timm.models, 'save_for_hf', fails_midway)
+        fails(*predict(images), needles=['No space left on device'])
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(images, work, predict, monkeypatch, nothing_written):
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), 'model')
+
+    monkeypatch.setattr('tempfile.mkdtemp', refuse)
+    with nothing_written(work.parent):
+        fails(*predict(images), needles=['Permission denied', 'model'])
+
+
+def test_a_real_process_prints_one_line_and_no_traceback(images, work, predict, fresh_process, nothing_written):
+    (images / 'cup' / 'bad.jpg').write_bytes(truncated_jpeg())
+    with nothing_written(work.parent):
+        code, stdout, stderr = fresh_process('-m', 'timm_pudnet.cli', *predict(images, '--strict'), cwd=work)
+    check_failure(code, stderr, ['cup/bad.jpg', 'truncated'])
+    assert 'Wrote' not in stdout
+
+
+# train and evaluate
+
+
+RECIPE = """
+seed = 1
+
+[hypernet]
+model_name = "test_resnet"
+tag = "shapes"
+sketch_width = 8
+sketch_channels = [4, 4]
+
+[hypernet.input]
+input_size = [3, 16, 16]
+
+[data]
+images = {images}
+classes = ["cup", "jar", "pan"]
+
+[groups]
+n_way = 2
+n_shot = 2
+n_query = 1
+
+[schedule]
+images = 12
+"""
+UNSEEN = ('lid', 'mug')
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory, pictures, write_folder):
+    """A folder `my shapes` of five classes of 26 images, and a recipe `recipe.toml` that trains on three of them."""
+    root = tmp_path_factory.mktemp('shapes')
+    write_folder(root / 'my shapes', *pictures(130, names=('cup', 'jar', 'pan', *UNSEEN), size=16))
+    (root / 'recipe.toml').write_text(RECIPE.format(images=json.dumps(str(root / 'my shapes'))))
+    return root
+
+
+@pytest.fixture(scope='module')
+def trained(shapes):
+    """The folder of a hypernetwork and its control, trained for two steps, and what was printed; not to be changed."""
+    out = shapes / 'my hypernet'
+    first = succeeds('train', shapes / 'recipe.toml', '--out', out)
+    second = succeeds('train', shapes / 'recipe.toml', '--out', out, '--control', 'plain')
+    return out, first.stdout, second.stdout
+
+
+def test_training_writes_a_hypernetwork_its_recipe_and_its_log(trained, shapes):
+    out, printed, _ = trained
+    for needle in ('78 images', '3 classes', 'cup, jar, pan', 'test_resnet', '12 images', str(out)):
+        assert needle in printed
+    assert {'config.json', 'model.safetensors', 'recipe.toml', 'run', 'plain'} <= {path.name for path in out.iterdir()}
+    assert (out / 'recipe.toml').read_text() == (shapes / 'recipe.toml').read_text()
+    hypernet = timm_pudnet.load_hypernet(out)
+    assert hypernet.name == 'test_resnet.shapes'
+    assert hypernet.config.class_names == ('cup', 'jar', 'pan')
+    assert hypernet.config.training['images'] == 12
+    assert len((out / 'run' / 'log.jsonl').read_text().splitlines()) == 2
+    assert not list(out.rglob('.*')), 'temporary files are left'
+
+
+def test_the_control_is_a_timm_feature_model(trained):
+    out, _, printed = trained
+    assert str(out / 'plain') in printed
+    model = timm.create_model(f'local-dir:{out / "plain"}', pretrained=True)
+    assert (model.num_classes, type(model).__name__) == (0, 'ResNet')
+
+
+def test_the_line_that_training_prints_runs(trained):
+    for printed in trained[1:]:
+        command = shlex.split(next(line for line in printed.splitlines() if line.startswith('    timm-pudnet')))
+        assert command[:2] == ['timm-pudnet', 'evaluate']
+        result = succeeds(*command[1:], '--groups', '2')
+        assert '2 unseen classes: lid, mug' in result.stdout
+
+
+def test_a_result_that_exists_is_not_trained_over(trained, shapes, nothing_written, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError('work began before the arguments were checked')
+
+    monkeypatch.setattr('timm_pudnet.training.load_bank', refuse)
+    with nothing_written(shapes):
+        fails('train', shapes / 'recipe.toml', '--out', trained[0], needles=[trained[0], 'exists'])
+        control = ('--control', 'plain')
+        fails('train', shapes / 'recipe.toml', '--out', trained[0], *control, needles=[trained[0] / 'plain', 'exists'])
+
+
+def test_training_goes_on_where_it_stopped(trained, shapes, tmp_path):
+    recipe = timm_pudnet.Recipe.load(shapes / 'recipe.toml')
+    timm_pudnet.meta_train(recipe, tmp_path / 'out' / 'run', max_steps=1, progress=False)
+    first = (tmp_path / 'out' / 'run' / 'log.jsonl').read_text()
+    assert len(first.splitlines()) == 1
+    succeeds('train', shapes / 'recipe.toml', '--out', tmp_path / 'out')
+    log = (tmp_path / 'out' / 'run' / 'log.jsonl').read_text()
+    assert log.startswith(first)
+    assert len(log.splitlines()) == 2
+    found, expected = (timm_pudnet.load_hypernet(folder).state_dict() for folder in (tmp_path / 'out', trained[0]))
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+BAD_RECIPES = {
+    'missing': (None, ['no such recipe']),
+    'no TOML': (lambda text: 'seed = ', ['recipe.toml']),
+    'unknown key': (lambda text: text.replace('n_shot', 'n_shto'), ["'n_shto'", 'n_shot']),
+    'wrong type': (lambda text: text.replace('n_shot = 2', 'n_shot = "two"'), ['n_shot', 'whole number', "'two'"]),
+    'unknown class': (lambda text: text.replace('"pan"', '"pam"'), ["'pam'", 'pan']),
+    'unknown architecture': (lambda text: text.replace('test_resnet', 'test_resnt'), ["'test_resnt'", 'test_resnet']),
+    'transformer': (lambda text: text.replace('test_resnet', 'test_vit'), ['test_vit']),
+    'too many classes a group': (lambda text: text.replace('n_way = 2', 'n_way = 9'), ['n_way', '9']),
+    'too many images a class': (lambda text: text.replace('n_shot = 2', 'n_shot = 99'), ['26', '100']),
+    'missing images': (lambda text: text.replace('my shapes', 'my shpes'), ['my shpes', 'no such folder']),
+}
+
+
+@pytest.mark.parametrize('case', BAD_RECIPES)
+def test_a_bad_recipe_is_one_line_and_writes_nothing(case, shapes, tmp_path, nothing_written):
+    change, needles = BAD_RECIPES[case]
+    if change:
+        (tmp_path / 'recipe.toml').write_text(change((shapes / 'recipe.toml').read_text()))
+    with nothing_written(tmp_path):
+        fails('train', tmp_path / 'recipe.toml', '--out', tmp_path / 'out', needles=needles)
+
+
+def test_bad_options_of_training_are_one_line(shapes, tmp_path, nothing_written):
+    (tmp_path / 'file').write_text('mine')
+    recipe = shapes / 'recipe.toml'
+    with nothing_written(tmp_path):
+        fails('train', recipe, '--out', tmp_path / 'out', '--control', 'fancy', needles=["'fancy'", 'plain'])
+        fails('train', recipe, '--out', tmp_path / 'out', '--device', 'gpu', needles=['gpu'])
+        fails('train', recipe, '--out', tmp_path / 'file', needles=['file'])
+        fails('train', recipe, needles=['--out'])
+
+
+def test_a_config_of_something_else_in_the_output_is_found_before_training(shapes, tmp_path, nothing_written):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'config.json').write_text('{}')
+    with nothing_written(tmp_path):
+        fails('train', shapes / 'recipe.toml', '--out', tmp_path / 'out', needles=['config.json', 'exists'])
+
+
+def evaluation(*args):
+    return ('evaluate', *args, '--groups', '3', '--n-shot', '3', '--n-query', '2')
+
+
+def test_evaluation_is_of_unseen_classes_only_and_beside_the_control(trained, shapes, tmp_path):
+    shutil.copytree(trained[0], tmp_path / 'hypernet')
+    before = {path.name for path in (tmp_path / 'hypernet').iterdir()}
+    data = shapes / 'my shapes'
+    result = succeeds(*evaluation(tmp_path / 'hypernet', data, '--control', trained[0] / 'plain', '--save'))
+    assert '52 images in 2 unseen classes: lid, mug' in result.stdout
+    assert {path.name for path in (tmp_path / 'hypernet').iterdir()} == before | {'results.json', 'groups.json'}
+    results = json.loads((tmp_path / 'hypernet' / 'results.json').read_text())
+    assert (results['classes'], results['groups'], results['n_way'], results['n_shot']) == (list(UNSEEN), 3, 2, 3)
+    assert {'predicted', 'swapped_sketch', 'mean_sketch', 'random_weights', 'raw_pixels', 'plain'} <= set(
+        results['accuracy']
+    )
+    for arm, found in results['accuracy'].items():
+        assert 0 <= found['mean'] <= 100, arm
+    groups = timm_pudnet.evaluation.TestGroups.load(tmp_path / 'hypernet' / 'groups.json')
+    assert groups.digest == results['groups_digest']
+    assert str(tmp_path / 'hypernet' / 'results.json') in result.stdout
+
+
+def test_evaluation_writes_nothing_unasked(trained, shapes, nothing_written):
+    with nothing_written(shapes):
+        succeeds(*evaluation(trained[0], shapes / 'my shapes'))
+
+
+def test_evaluation_refuses_where_no_classes_are_unseen(trained, shapes, tmp_path, nothing_written):
+    for name in ('cup', 'jar', 'lid'):
+        shutil.copytree(shapes / 'my shapes' / name, tmp_path / 'seen' / name)
+    with nothing_written(trained[0]):
+        save = '--save'
+        fails(*evaluation(trained[0], tmp_path / 'seen', save), needles=['1', 'test_resnet.shapes', 'two'])
+        shutil.rmtree(tmp_path / 'seen' / 'lid')
+        fails(*evaluation(trained[0], tmp_path / 'seen', save), needles=['0', 'test_resnet.shapes', 'two'])
+        fails(*evaluation(trained[0], tmp_path / 'seen' / 'cup', save), needles=['test_resnet.shapes'])
+
+
+BAD_EVALUATIONS = {
+    'one group': (['--groups', '1'], ['groups', '1']),
+    'groups in words': (['--groups', 'many'], ['groups', 'many']),
+    'too many classes': (['--n-way', '3'], ['3', '2 classes']),
+    'one class': (['--n-way', '1'], ['1']),
+    'no class': (['--n-way', '0'], ['0']),
+    'no shot': (['--n-shot', '0'], []),
+    'no query': (['--n-query', '0'], []),
+    'negative shot': (['--n-shot', '-1'], ['-1']),
+    'too many images': (['--n-shot', '30'], ['26 images']),
+    'missing control': (['--control', 'nowhere'], ['nowhere']),
+    'bad device': (['--device', 'gpu'], ['gpu']),
+}
+
+
+@pytest.mark.parametrize('case', BAD_EVALUATIONS)
+def test_bad_options_of_evaluation_are_one_line_and_write_nothing(case, trained, shapes, nothing_written):
+    more, needles = BAD_EVALUATIONS[case]
+    with nothing_written(trained[0]):
+        fails(*evaluation(trained[0], shapes / 'my shapes', '--save'), *more, needles=needles)
+
+
+def test_a_control_that_is_no_timm_model_is_one_line(trained, shapes, tmp_path, nothing_written):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'text').mkdir()
+    (tmp_path / 'text' / 'config.json').write_text('no JSON')
+    shutil.copytree(trained[0] / 'plain', tmp_path / 'cut')
+    (tmp_path / 'cut' / 'model.safetensors').write_bytes(b'')
+    with nothing_written(trained[0]):
+        for name in ('empty', 'text', 'cut'):
+            control = ('--control', tmp_path / name)
+            fails(*evaluation(trained[0], shapes / 'my shapes', '--save', *control), needles=[tmp_path / name])
+
+
+def test_two_controls_of_one_name_are_refused(trained, shapes, tmp_path):
+    shutil.copytree(trained[0] / 'plain', tmp_path / 'other' / 'plain')
+    controls = ('--control', trained[0] / 'plain', '--control', tmp_path / 'other' / 'plain')
+    fails(*evaluation(trained[0], shapes / 'my shapes', *controls), needles=['plain'])
+
+
+def test_saving_needs_a_folder(trained, shapes, monkeypatch):
+    monkeypatch.setattr(hub, 'embedded', lambda: {'test_resnet.shapes': trained[0]})
+    succeeds(*evaluation('test_resnet.shapes', shapes / 'my shapes'))
+    fails(*evaluation('test_resnet.shapes', shapes / 'my shapes', '--save'), needles=['--save', 'folder'])
+
+
+def test_a_full_disk_in_evaluation_and_training_is_one_line(trained, shapes, tmp_path, full_disk, nothing_written):
+    hypernet = shutil.copytree(trained[0], tmp_path / 'hypernet')
+    with nothing_written(tmp_path), full_disk(16):
+        fails(*evaluation(hypernet, shapes / 'my shapes', '--save'))
+    with full_disk():
+        fails('train', shapes / 'recipe.toml', '--out', tmp_path / 'out')
+    left = [path.name for path in (tmp_path / 'out').rglob('*') if path.is_file()]
+    assert not left, 'a half-written checkpoint stays'
+
+
+# The rest
+
+
+def test_list_names_every_hypernetwork_at_hand(tiny_folder, monkeypatch):
+    monkeypatch.setattr(hub, 'embedded', lambda: {'test_resnet.tiny': tiny_folder})
+    (line,) = succeeds('list').stdout.splitlines()
+    for needle in ('test_resnet.tiny', '2 classes', '(3, 32, 32)'):
+        assert needle in line
+
+
+def test_an_embedded_hypernetwork_serves_its_architecture(tiny_folder, monkeypatch, images, work):
+    monkeypatch.setattr(hub, 'embedded', lambda: {'test_resnet.tiny': tiny_folder})
+    for more in ((), ('--hypernet', 'test_resnet.tiny'), ('--hypernet', 'test_resnet')):
+        assert 'with test_resnet.tiny' in succeeds('predict', 'test_resnet', images, *more).stdout
+    fails('predict', 'test_resnet', images, '--hypernet', 'test_resnet.tyni', needles=['Did you mean test_resnet.tiny'])
+
+
+def test_the_version_is_the_package_s():
+    assert succeeds('--version').stdout.strip().endswith(timm_pudnet.__version__)
+
+
+def test_help_of_every_command_explains_every_option():
+    assert set(main.commands) >= {'predict', 'train', 'evaluate', 'list'}
+    text = succeeds('--help').stdout
+    for name, command in main.commands.items():
+        assert name in text
+        page = succeeds(name, '--help').stdout
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                assert parameter.help, f'{name} {parameter.opts}'
+                assert parameter.opts[0] in page
+
+
+def test_an_unknown_command_is_named():
+    fails('predcit', needles=["'predcit'"])
+
+
+def test_the_readme_names_commands_and_options_that_exist():
+    readme = (Path(timm_pudnet.__file__).parents[1] / 'README.md').read_text()
+    lines = re.findall(r'^    .*?(timm-pudnet .*?)(?:  +#.*)?$', readme, re.MULTILINE)
+    assert len(lines) > 3
+    for line in lines:
+        _, name, *words = shlex.split(line)
+        known = {opt for parameter in main.commands[name].params for opt in parameter.opts}
+        assert {word for word in words if word.startswith('--')} <= known, line
+
+
+def test_the_script_of_the_package_is_this_command():
+    pyproject = Path(timm_pudnet.__file__).parents[1] / 'pyproject.toml'
+    assert tomllib.loads(pyproject.read_text())['project']['scripts'] == {'timm-pudnet': 'timm_pudnet.cli:main'}
+
+
+# With the hypernetwork that ships
+
+
+def test_the_first_line_of_the_readme_reaches_85_percent(work):
+    root = Path(timm_pudnet.__file__).parents[1]
+    if not (root / 'hub' / 'resnet18.fashion_set' / 'model.safetensors').is_file():
+        pytest.fail('hub/resnet18.fashion_set has no model.safetensors: train it by its recipe', pytrace=False)
+    result = succeeds('predict', 'resnet18', root / 'examples' / 'fashion', '--out', 'fashion-model')
+    assert '240 images in 4 classes' in result.stdout
+    found = re.search(r'Accuracy +([\d.]+)% .*\((\d+) of (\d+);', result.stdout)
+    assert float(found[1]) > 85, result.stdout
+    assert int(found[3]) == 60
+    assert timm.create_model('local-dir:fashion-model', pretrained=True).num_classes == 4

@@ -1,0 +1,195 @@
+"""hub.py: which hypernetwork serves a name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import timm_pudnet
+from timm_pudnet import (
+    DamagedFileError,
+    InputError,
+    NotFoundError,
+    PudNet,
+    PudNetError,
+    Recipe,
+    UnsupportedTargetError,
+    hub,
+    list_hypernets,
+    load_hypernet,
+    predict_model,
+)
+from timm_pudnet.hub import resolve_hypernet
+
+UNSEEN = {'Shirt', 'Sneaker', 'Bag', 'Ankle boot'}
+
+
+@pytest.fixture
+def shelf(tmp_path, tiny_folder, monkeypatch):
+    """Two hypernetworks at hand, `test_resnet.tiny` and `test_resnet2.other`; gives the folder that holds them."""
+    for name in ('test_resnet.tiny', 'test_resnet2.other'):
+        shutil.copytree(tiny_folder, tmp_path / 'shelf' / name)
+    (tmp_path / 'shelf' / 'test_efficientnet.untrained').mkdir()  # holds no more than a recipe
+    (tmp_path / 'shelf' / 'test_efficientnet.untrained' / 'recipe.toml').write_text('seed = 0\n')
+    monkeypatch.setattr(hub, '_shelves', lambda: [tmp_path / 'shelf'])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / 'shelf'
+
+
+def state_of(hypernet):
+    return {key: value.clone() for key, value in hypernet.state_dict().items()}
+
+
+def test_a_hypernetwork_is_loaded_by_folder_by_name_and_by_architecture(shelf, tiny_folder):
+    expected = state_of(PudNet.from_pretrained(tiny_folder))
+    for name in (tiny_folder, str(tiny_folder), 'shelf/test_resnet.tiny', 'test_resnet.tiny', 'test_resnet'):
+        hypernet = load_hypernet(name)
+        assert (hypernet.name, hypernet.training) == ('test_resnet.tiny', False)
+        assert_close(state_of(hypernet), expected, rtol=0, atol=0)
+
+
+def test_those_at_hand_are_listed_with_their_configs(shelf):
+    found = list_hypernets()
+    assert list(found) == ['test_resnet.tiny', 'test_resnet2.other']
+    assert found['test_resnet.tiny'].class_names == ('ball', 'hat')
+    assert all(config.model_name == 'test_resnet' for config in found.values())
+
+
+def test_the_first_shelf_goes_first(shelf, tmp_path, monkeypatch):
+    shutil.copytree(shelf / 'test_resnet.tiny', tmp_path / 'wheel' / 'test_resnet.tiny')
+    monkeypatch.setattr(hub, '_shelves', lambda: [tmp_path / 'wheel', shelf])
+    assert hub.embedded()['test_resnet.tiny'] == tmp_path / 'wheel' / 'test_resnet.tiny'
+    assert hub.embedded()['test_resnet2.other'] == shelf / 'test_resnet2.other'
+
+
+@pytest.mark.parametrize(
+    ('name', 'kind', 'needles'),
+    [
+        ('test_resnet.tyni', NotFoundError, ["'test_resnet.tyni'", 'Did you mean test_resnet.tiny']),
+        ('test_resnt', InputError, ["'test_resnt'", 'Did you mean test_resnet']),
+        ('org/name', NotFoundError, ['org/name', 'test_resnet.tiny']),
+        (Path('org') / 'name', NotFoundError, ['org/name', 'test_resnet.tiny']),
+        ('resnet50', UnsupportedTargetError, ['resnet50', 'test_resnet.tiny', 'Train one']),
+        ('test_efficientnet', UnsupportedTargetError, ['test_efficientnet', 'test_resnet.tiny']),
+        ('test_efficientnet.untrained', NotFoundError, ["'test_efficientnet.untrained'", 'test_resnet.tiny']),
+    ],
+)
+def test_a_name_that_nothing_serves_is_told_with_what_is_at_hand(name, kind, needles, shelf, one_line):
+    with pytest.raises(kind) as error:
+        load_hypernet(name)
+    one_line(error, *needles)
+
+
+def test_nobody_is_told_to_train_a_hypernetwork_for_a_transformer(shelf, one_line, pictures):
+    """None can be made for it, so the error says why, instead of sending people off to train one."""
+    with pytest.raises(UnsupportedTargetError) as error:
+        predict_model('vit_tiny_patch16_224', *pictures(4))
+    one_line(error, 'vit_tiny_patch16_224', 'conv')
+    assert 'Train one' not in str(error.value)
+
+
+def test_without_any_hypernetwork_the_error_says_so(shelf, monkeypatch, one_line):
+    monkeypatch.setattr(hub, '_shelves', list)
+    assert list_hypernets() == {}
+    with pytest.raises(UnsupportedTargetError) as error:
+        load_hypernet('test_resnet')
+    one_line(error, 'test_resnet', 'none')
+
+
+@pytest.mark.parametrize('name', [5, None, b'x', ['test_resnet']], ids=repr)
+def test_a_name_of_a_wrong_type_is_an_error_of_ours(name, shelf, one_line):
+    with pytest.raises(PudNetError) as error:
+        load_hypernet(name)
+    one_line(error, type(name).__name__)
+
+
+def test_a_damaged_config_is_named_by_its_path(shelf, one_line):
+    path = shelf / 'test_resnet.tiny' / 'config.json'
+    path.write_text('{"format_version": 1, "model_name"')
+    for call in (list_hypernets, lambda: load_hypernet('test_resnet'), lambda: load_hypernet(path.parent)):
+        with pytest.raises(DamagedFileError) as error:
+            call()
+        one_line(error, path)
+
+
+def test_one_damaged_hypernetwork_does_not_stop_the_others(shelf):
+    (shelf / 'test_resnet2.other' / 'config.json').write_text('')
+    assert load_hypernet('test_resnet').name == 'test_resnet.tiny'
+
+
+@pytest.mark.parametrize('cut', [0, 7, 20_000])
+def test_damaged_weights_are_named_by_their_path(cut, shelf, one_line):
+    path = shelf / 'test_resnet.tiny' / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(DamagedFileError) as error:
+        load_hypernet('test_resnet.tiny')
+    one_line(error, path)
+
+
+def test_a_timm_model_is_not_taken_for_a_hypernetwork(shelf, tmp_path, pictures, one_line):
+    model = predict_model('test_resnet', *pictures(6))
+    timm_pudnet.save_model(model, tmp_path / 'model')
+    with pytest.raises(PudNetError) as error:
+        load_hypernet(tmp_path / 'model')
+    one_line(error, tmp_path / 'model')
+    assert 'newer' not in str(error.value)
+    assert 'pip install -U' not in str(error.value), 'no update helps here'
+
+
+def test_a_folder_in_the_current_one_does_not_take_an_architecture_s_place(shelf, tmp_path, pictures):
+    """`timm-pudnet predict test_resnet ... --out test_resnet` must not break the next prediction there."""
+    expected = predict_model('test_resnet', *pictures(6)).state_dict()
+    (tmp_path / 'test_resnet').mkdir()
+    assert_close(predict_model('test_resnet', *pictures(6)).state_dict(), expected)
+
+
+def test_the_hypernetwork_that_serves_an_architecture_is_found(shelf, tiny):
+    assert resolve_hypernet('test_resnet', None).name == 'test_resnet.tiny'
+    assert resolve_hypernet('test_resnet', tiny) is tiny
+    with pytest.raises(UnsupportedTargetError, match=r'test_resnet\.tiny predicts test_resnet, not resnet18'):
+        resolve_hypernet('resnet18', 'test_resnet.tiny')
+
+
+# The one that ships with the package
+
+
+@pytest.fixture(scope='module')
+def shipped():
+    folder = Path(timm_pudnet.__file__).parents[1] / 'hub' / 'resnet18.fashion_set'
+    if not (folder / 'model.safetensors').is_file():
+        pytest.fail(f'{folder} has no model.safetensors: train it by its recipe, timm-pudnet train', pytrace=False)
+    return folder
+
+
+def test_the_shipped_hypernetwork_serves_resnet18_and_has_seen_no_class_that_it_is_tested_on(shipped):
+    hypernet = load_hypernet('resnet18')
+    assert hypernet.name == 'resnet18.fashion_set'
+    assert 'resnet18.fashion_set' in list_hypernets()
+    assert len(hypernet.config.class_names) == 6
+    assert not UNSEEN & set(hypernet.config.class_names)
+    assert {path.name for path in (shipped.parents[1] / 'examples' / 'fashion').iterdir() if path.is_dir()} == UNSEEN
+
+
+def test_the_shipped_hypernetwork_is_the_one_of_its_recipe(shipped):
+    recipe, config = Recipe.load(shipped / 'recipe.toml'), load_hypernet(shipped).config
+    assert config.training['recipe_digest'] == recipe.digest
+    assert config.class_names == recipe.data.classes
+    assert config.input == recipe.hypernet.input
+    assert config.training['images'] >= recipe.schedule.images - recipe.groups.images_per_step
+
+
+def test_the_shipped_results_are_of_the_shipped_weights_and_unseen_classes(shipped):
+    results = json.loads((shipped / 'results.json').read_text())
+    assert set(results['classes']) == UNSEEN
+    assert results['weights_digest'] == timm_pudnet.evaluation.weights_digest(load_hypernet(shipped))
+    assert (shipped / 'README.md').is_file()
+    assert (shipped / 'groups.json').is_file()
+
+
+def test_the_shipped_sketch_tells_sets_apart(shipped):
+    hypernet = load_hypernet(shipped)
+    one, two = torch.rand(8, 3, 36, 36), torch.rand(8, 3, 36, 36) * 0.2
+    assert (hypernet.sketch(one) - hypernet.sketch(two)).norm() > 1e-2

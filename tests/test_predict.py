@@ -1,0 +1,761 @@
+"""predict.py: from images in any form to an ordinary timm model that lives without this package."""
+
+import copy
+import errno
+import io
+import json
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from timm_pudnet import (
+    InputConfig,
+    InputError,
+    NotFoundError,
+    OutputExistsError,
+    PudNet,
+    PudNetError,
+    PudNetWarning,
+    UnsupportedTargetError,
+    create_model,
+    load_hypernet,
+    open_images,
+    predict_model,
+    predict_state_dict,
+    save_model,
+)
+from timm_pudnet import predict as room
+from timm_pudnet.sketch import ImageSample
+
+NAMES = ('cup', 'jar', 'pan')
+
+
+@pytest.fixture(scope='module')
+def net(tiny_folder):
+    """Not to be changed."""
+    return load_hypernet(tiny_folder)
+
+
+@pytest.fixture(scope='module')
+def support(pictures):
+    return pictures(18)
+
+
+@pytest.fixture(scope='module')
+def model(net, support):
+    """Predicted from the uint8 array; not to be changed."""
+    return predict_model('test_resnet', *support, hypernet=net)
+
+
+@pytest.fixture(scope='module')
+def query(net, pictures):
+    """Other pictures of the classes, as the network wants them, and their class numbers."""
+    pixels, names = pictures(24, seed=1)
+    ((images, _),) = open_images(pixels, input=net.config.input).batches()
+    return images, torch.tensor([NAMES.index(name) for name in names])
+
+
+def state_close(actual, expected, tolerance=1e-5):
+    assert list(actual) == list(expected)
+    for key, value in expected.items():
+        assert_close(actual[key], value, rtol=tolerance, atol=tolerance, msg=lambda text, key=key: f'{key}: {text}')
+
+
+def same_model(actual, expected, images):
+    state_close(actual.state_dict(), expected.state_dict())
+    with torch.inference_mode():
+        assert_close(actual(images).argmax(1), expected(images).argmax(1), rtol=0, atol=0)
+
+
+def numbers(names):
+    return [NAMES.index(name) for name in names]
+
+
+def nchw(pixels):
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+# Every kind of images
+
+
+class Pictures(Dataset):
+    def __init__(self, pixels, names):
+        self.pixels, self.names = pixels, names
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, position):
+        return Image.fromarray(self.pixels[position]), NAMES.index(self.names[position])
+
+
+class PicturesWithoutNumbers(Pictures):
+    def __getitem__(self, position):
+        return super().__getitem__(position)[0]
+
+
+KINDS = {
+    'folder': lambda root, pixels, names: (root, None),
+    'folder as text': lambda root, pixels, names: (str(root), None),
+    'paths': lambda root, pixels, names: ([root / name / f'{n:04}.png' for n, name in enumerate(names)], names),
+    'PIL images': lambda root, pixels, names: ([Image.fromarray(image) for image in pixels], names),
+    'arrays': lambda root, pixels, names: (list(pixels), names),
+    'tensor': lambda root, pixels, names: (nchw(pixels), numbers(names)),
+    'tensors': lambda root, pixels, names: (list(nchw(pixels)), torch.tensor(numbers(names))),
+    'Dataset of PIL images': lambda root, pixels, names: (Pictures(pixels, names), None),
+    'Dataset and labels': lambda root, pixels, names: (PicturesWithoutNumbers(pixels, names), names),
+    'TensorDataset': lambda root, pixels, names: (TensorDataset(nchw(pixels), torch.tensor(numbers(names))), None),
+    'torchvision ImageFolder': lambda root, pixels, names: (torchvision.datasets.ImageFolder(root), None),
+    'timm dataset': lambda root, pixels, names: (timm.data.create_dataset('', root=str(root)), None),
+    'DataLoader': lambda root, pixels, names: (
+        DataLoader(TensorDataset(nchw(pixels), torch.tensor(numbers(names))), batch_size=5, shuffle=True),
+        None,
+    ),
+    'DataLoader and labels': lambda root, pixels, names: (DataLoader(TensorDataset(nchw(pixels)), batch_size=5), names),
+}
+
+
+@pytest.fixture(scope='module')
+def folder(support, write_folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp('pictures') / 'support'
+    write_folder(root, *support)
+    return root
+
+
+@pytest.mark.filterwarnings('ignore::ResourceWarning')  # timm's reader leaves files to the garbage collector
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_kind_of_images_gives_the_same_model(kind, folder, net, support, model, query):
+    images, labels = KINDS[kind](folder, *support)
+    found = predict_model('test_resnet', images, labels, hypernet=net)
+    same_model(found, model, query[0])
+    named = kind not in {'tensor', 'tensors', 'Dataset of PIL images', 'TensorDataset', 'DataLoader'}
+    assert found.pretrained_cfg.get('label_names') == (NAMES if named else None)
+
+
+def test_floats_in_0_to_1_give_the_same_model(net, support, model, query):
+    pixels, names = support
+    same_model(predict_model('test_resnet', nchw(pixels) / 255, names, hypernet=net), model, query[0])
+    same_model(predict_model('test_resnet', pixels.astype(np.float64) / 255, names, hypernet=net), model, query[0])
+
+
+def test_a_torch_dataset_by_name_gives_the_model_of_its_pixels(net, tmp_path, pictures, query):
+    pixels = pictures(12, size=28)[0][..., 0]
+    labels = np.arange(12, dtype=np.uint8) % 3
+    raw = tmp_path / 'FashionMNIST' / 'raw'
+    raw.mkdir(parents=True)
+    for part, step in (('train', 1), ('t10k', 2)):
+        images = pixels[::step].tobytes()
+        (raw / f'{part}-images-idx3-ubyte').write_bytes(struct.pack('>IIII', 0x803, 12 // step, 28, 28) + images)
+        (raw / f'{part}-labels-idx1-ubyte').write_bytes(
+            struct.pack('>II', 0x801, 12 // step) + labels[::step].tobytes()
+        )
+    by_name = predict_model('test_resnet', 'torch/fashion_mnist', hypernet=net, data_dir=str(tmp_path))
+    same_model(by_name, predict_model('test_resnet', pixels, labels, hypernet=net), query[0])
+    assert by_name.pretrained_cfg['label_names'] == ('T-shirt/top', 'Trouser', 'Pullover')
+    tested = predict_model('test_resnet', 'torch/fashion_mnist', hypernet=net, data_dir=str(tmp_path), split='test')
+    same_model(tested, predict_model('test_resnet', pixels[::2], labels[::2], hypernet=net), query[0])
+
+
+def test_pictures_of_other_sizes_are_resized_as_timm_does(net, pictures, query):
+    pixels, names = pictures(9, size=45)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=vars_of(net.config.input)))
+    resized = torch.stack([transform(Image.fromarray(image)) for image in pixels])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (net.config.input.mean, net.config.input.std))
+    expected = predict_model('test_resnet', (resized * std + mean).clamp(0, 1), names, hypernet=net)
+    same_model(predict_model('test_resnet', pixels, names, hypernet=net), expected, query[0])
+
+
+def vars_of(config):
+    return {name: getattr(config, name) for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')}
+
+
+# What must not matter
+
+
+@settings(deadline=None, max_examples=10, derandomize=True)
+@given(order=st.permutations(range(18)), batch_size=st.integers(1, 20), two_passes=st.booleans())
+def test_order_and_batch_size_change_nothing(order, batch_size, two_passes, net, support, model, query):
+    pixels, names = support
+    with pytest.MonkeyPatch.context() as patch:
+        if two_passes:
+            patch.setattr(ImageSample, 'for_size', lambda size: ImageSample(7))
+            model = predict_model('test_resnet', pixels, names, hypernet=net)
+        found = predict_model(
+            'test_resnet', pixels[order], [names[k] for k in order], hypernet=net, batch_size=batch_size
+        )
+    same_model(found, model, query[0])
+
+
+def test_a_set_larger_than_the_sample_gets_centroids_of_all_its_images(net, support, monkeypatch):
+    pixels, names = support
+    samples = []
+
+    def recorded(size):
+        samples.append(ImageSample(7))
+        return samples[-1]
+
+    monkeypatch.setattr(ImageSample, 'for_size', recorded)
+    model = predict_model('test_resnet', pixels, names, hypernet=net, batch_size=4)
+    assert [len(sample.images) for sample in samples] == [7]
+    assert not samples[0].complete
+    images, labels = in_one_batch(net, pixels, numbers(names))
+    assert_close(model.fc.weight.detach(), F.normalize(centroids_by_hand(model, images, labels).float()))
+
+
+def test_the_sample_stays_bounded(net, pictures, monkeypatch):
+    """Memory does not grow with the set: after every batch the sample holds what it may, and no more."""
+    held = []
+    add = ImageSample.add
+
+    def recorded(self, *args, **kwargs):
+        add(self, *args, **kwargs)
+        held.append((len(self.images), len(self.labels), self.images.untyped_storage().nbytes()))
+
+    monkeypatch.setattr(ImageSample, 'add', recorded)
+    monkeypatch.setattr(ImageSample, 'for_size', lambda size: ImageSample(5))
+    predict_model('test_resnet', *pictures(60, size=32), hypernet=net, batch_size=6)
+    assert held == [(5, 5, 5 * 3 * 32 * 32 * 4)] * 10
+    monkeypatch.undo()
+    for side in (8, 36, 224, 448):
+        assert 64 <= ImageSample.for_size((3, side, side)).size <= max(64, min(1024, 2**24 // side**2))
+
+
+def test_an_answer_does_not_depend_on_the_rest_of_the_batch(model, query):
+    with torch.inference_mode():
+        together = model(query[0])
+        assert_close(torch.cat([model(image[None]) for image in query[0]]), together, rtol=1e-5, atol=1e-5)
+        assert_close(model(query[0].flip(0)).flip(0), together, rtol=1e-5, atol=1e-5)
+
+
+def test_other_images_give_another_model(net, support, model):
+    pixels, names = support
+    other = predict_model('test_resnet', 255 - pixels, names, hypernet=net).state_dict()
+    assert not torch.allclose(other['layer1.0.conv1.weight'], model.state_dict()['layer1.0.conv1.weight'], atol=1e-5)
+
+
+# The model
+
+
+def in_one_batch(net, pixels, labels=None):
+    ((images, labels),) = open_images(pixels, labels, input=net.config.input).batches()
+    return images, labels
+
+
+def centroids_by_hand(model, images, labels):
+    with torch.inference_mode():
+        features = model.forward_head(model.forward_features(images), pre_logits=True).double()
+    return torch.stack([features[labels == label].mean(0) for label in range(int(labels.max()) + 1)])
+
+
+def test_logits_choose_as_equation_7_does(net, support, model, query):
+    pixels, names = support
+    centroids = centroids_by_hand(model, *in_one_batch(net, pixels, numbers(names)))
+    with torch.inference_mode():
+        features = model.forward_head(model.forward_features(query[0]), pre_logits=True).double()
+        cosines = torch.stack([(f @ centroids.T) / (f.norm() * centroids.norm(dim=1)) for f in features])
+        logits = model(query[0])
+    assert_close(logits.argmax(1), cosines.argmax(1), rtol=0, atol=0)
+    assert len(logits.argmax(1).unique()) == 3
+    assert_close((logits / features.norm(dim=1, keepdim=True)).double(), cosines, rtol=1e-4, atol=1e-5)
+    assert_close(model.fc.bias.detach(), torch.zeros(3), rtol=0, atol=0)
+    assert (logits.argmax(1) == query[1]).float().mean() > 0.9
+
+
+def test_predicted_tensors_are_those_of_the_hypernetwork(net, support, model):
+    """Kernels and shared parameters come from the sketch; no tensor is left as timm drew it."""
+    pixels, names = support
+    with torch.inference_mode():
+        weights = net(net.sketch(pixels, names))
+    state = model.state_dict()
+    assert set(state) == set(weights) | {'fc.weight', 'fc.bias'}
+    for key, value in weights.items():
+        if net.target.roles[key] != 'calibrated':
+            assert_close(state[key], value, rtol=1e-5, atol=1e-5)
+    torch.manual_seed(123)
+    state_close(predict_model('test_resnet', pixels, names, hypernet=net).state_dict(), state, tolerance=0)
+
+
+def test_pretrained_cfg_says_what_timm_needs(net, model, support):
+    cfg = model.pretrained_cfg
+    assert 'state_dict' not in cfg
+    assert model.default_cfg is cfg
+    found = {name: cfg[name] for name in ('architecture', 'tag', 'num_classes', 'label_names', 'label_offset')}
+    assert found == {
+        'architecture': 'test_resnet',
+        'tag': 'tiny',
+        'num_classes': 3,
+        'label_names': NAMES,
+        'label_offset': 0,
+    }
+    data = timm.data.resolve_model_data_config(model)
+    assert {name: data[name] for name in vars_of(net.config.input)} == vars_of(net.config.input)
+    assert timm.data.resolve_model_data_config(model, use_test_size=True) == data
+    for name in ('url', 'hf_hub_id', 'license', 'origin_url', 'paper_ids', 'first_conv'):
+        assert not cfg.get(name), name
+    weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    assert len(pickle.dumps(model)) < 1.2 * weights, 'a copy of the weights is kept somewhere'
+
+
+def test_the_model_is_in_eval_mode_and_can_be_finetuned_without_touching_the_hypernetwork(net, support, model, query):
+    model = copy.deepcopy(model)
+    assert not any(module.training for module in model.modules())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    fresh = predict_model('test_resnet', *support, hypernet=net).train()
+    F.cross_entropy(fresh(query[0]), query[1]).backward()
+    assert all(parameter.grad is not None for parameter in fresh.parameters())
+    torch.optim.SGD(fresh.parameters(), 0.1).step()
+    assert not torch.equal(fresh.conv1[0].weight, model.conv1[0].weight)
+    state_close(net.state_dict(), before, tolerance=0)
+
+
+def test_unlabelled_images_give_a_feature_model(net, support, query, tmp_path, write_folder):
+    pixels, names = support
+    model = predict_model('test_resnet', pixels, hypernet=net)
+    assert model.num_classes == model.pretrained_cfg['num_classes'] == 0
+    assert model.pretrained_cfg.get('label_names') is None
+    with torch.inference_mode():
+        assert model(query[0]).shape == (24, net.target.num_features)
+    assert not {'fc.weight', 'fc.bias'} & model.state_dict().keys()
+    write_folder(tmp_path / 'flat', pixels)
+    same_model(predict_model('test_resnet', tmp_path / 'flat', hypernet=net), model, query[0])
+    headless = predict_model('test_resnet', pixels, names, hypernet=net, head='none')
+    asked = create_model('test_resnet', pretrained_from=pixels, labels=names, hypernet=net, num_classes=0)
+    same_model(headless, asked, query[0])
+
+
+def test_head_none_differs_from_a_classifier_in_nothing_but_the_head(net, support, model):
+    state = predict_model('test_resnet', *support, hypernet=net, head='none').state_dict()
+    state_close(state, {key: value for key, value in model.state_dict().items() if key[:3] != 'fc.'})
+
+
+@pytest.mark.parametrize('counts', [{'cup': 3, 'jar': 2}, {'cup': 1, 'jar': 1}, {'cup': 9, 'jar': 1, 'pan': 4}])
+def test_few_images_and_unequal_classes_are_enough(counts, net, pictures):
+    names = [name for name, count in counts.items() for _ in range(count)]
+    pixels = pictures(len(names), names=names)[0]
+    model = predict_model('test_resnet', pixels, names, hypernet=net)
+    images, labels = in_one_batch(net, pixels, names)
+    assert model.num_classes == len(counts)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    expected = F.normalize(centroids_by_hand(model, images, labels).float())
+    assert_close(model.fc.weight.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_class_only_is_an_error_that_says_what_to_do(net, support, one_line):
+    with pytest.raises(InputError) as error:
+        predict_model('test_resnet', support[0], ['cup'] * 18, hypernet=net)
+    one_line(error, 'one class', 'head="none"')
+    assert predict_model('test_resnet', support[0], ['cup'] * 18, hypernet=net, head='none').num_classes == 0
+
+
+def test_one_class_is_enough_for_the_feature_model_that_num_classes_0_asks_for(net, support):
+    assert predict_model('test_resnet', support[0], ['cup'] * 18, hypernet=net, num_classes=0).num_classes == 0
+
+
+def test_unreadable_images_are_skipped_or_refused(net, support, model, tmp_path, write_folder, query):
+    root = tmp_path / 'set'
+    write_folder(root, *support)
+    buffer = io.BytesIO()
+    Image.fromarray(support[0][0]).save(buffer, 'JPEG')
+    (root / 'cup' / 'bad.jpg').write_bytes(buffer.getvalue()[:-200])
+    with pytest.warns(PudNetWarning, match=r'skipped 1 of 19 images .*cup/bad.jpg'):
+        same_model(predict_model('test_resnet', root, hypernet=net), model, query[0])
+    with pytest.raises(InputError, match=r'cup/bad.jpg: cannot be read'):
+        predict_model('test_resnet', root, hypernet=net, strict=True)
+
+
+@pytest.mark.filterwarnings('ignore::timm_pudnet.PudNetWarning')
+def test_a_class_without_a_readable_image_is_named(net, support, tmp_path, write_folder, one_line):
+    write_folder(tmp_path, *support)
+    (tmp_path / 'lid').mkdir()
+    (tmp_path / 'lid' / 'bad.png').write_bytes(b'')
+    with pytest.raises(InputError) as error:
+        predict_model('test_resnet', tmp_path, hypernet=net)
+    one_line(error, 'lid')
+
+
+def test_a_state_dict_is_that_of_the_model(net, support, model):
+    state_close(predict_state_dict('test_resnet', *support, hypernet=net), model.state_dict())
+    plain = timm.create_model('test_resnet', num_classes=3)
+    plain.load_state_dict(predict_state_dict('test_resnet', *support, hypernet=net))
+
+
+@pytest.mark.parametrize('balance', ['none', 'class', 'kmeans'])
+def test_balance_reaches_the_sketch(balance, net, pictures):
+    names = ['cup'] * 9 + ['jar'] * 3
+    pixels = pictures(12, names=names)[0]
+    model = predict_model('test_resnet', pixels, names, hypernet=net, balance=balance)
+    with torch.inference_mode():
+        expected = net(net.sketch(pixels, names, balance=balance))['conv1.0.weight']
+    assert_close(model.conv1[0].weight.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+# timm's arguments
+
+
+CALLS = [
+    (('test_resnet',), {}),
+    (('test_resnet', False), {'num_classes': 5, 'in_chans': 1, 'drop_rate': 0.2, 'drop_path_rate': 0.1}),
+    ((), {'model_name': 'test_vit', 'num_classes': 0, 'img_size': 96}),
+    (('test_efficientnet.r160_in1k',), {'global_pool': 'max', 'pretrained_cfg_overlay': {'crop_pct': 0.5}}),
+    (('test_resnet',), {'features_only': True, 'out_indices': (1, 2)}),
+    (('test_resnet',), {'pretrained_from': None, 'scriptable': True, 'no_jit': True}),
+]
+
+
+@pytest.mark.parametrize(('args', 'kwargs'), CALLS)
+def test_without_images_create_model_is_timm_s_to_the_bit(args, kwargs):
+    torch.manual_seed(3)
+    found = create_model(*args, **kwargs)
+    torch.manual_seed(3)
+    expected = timm.create_model(*args, **{key: value for key, value in kwargs.items() if key != 'pretrained_from'})
+    assert type(found) is type(expected)
+    assert repr(found) == repr(expected)
+    state_close(found.state_dict(), expected.state_dict(), tolerance=0)
+    assert [module.training for module in found.modules()] == [module.training for module in expected.modules()]
+    assert getattr(found, 'pretrained_cfg', None) == getattr(expected, 'pretrained_cfg', None)
+
+
+def test_without_images_create_model_passes_everything_on(monkeypatch):
+    calls = []
+    monkeypatch.setattr(timm, 'create_model', lambda *args, **kwargs: calls.append((args, kwargs)))
+    create_model('resnet18', True, pretrained_cfg={'url': 'x'}, checkpoint_path='y', cache_dir='z', anything=1)
+    create_model('hf-hub:org/name', pretrained=True, labels=[1], hypernet='as timm likes')
+    assert calls == [
+        (('resnet18', True), {'pretrained_cfg': {'url': 'x'}, 'checkpoint_path': 'y', 'cache_dir': 'z', 'anything': 1}),
+        (('hf-hub:org/name',), {'pretrained': True, 'labels': [1], 'hypernet': 'as timm likes'}),
+    ]
+
+
+def test_without_images_timm_s_own_error_comes_through():
+    with pytest.raises(RuntimeError, match='Unknown model'):
+        create_model('no_such_model')
+
+
+def test_create_model_with_images_is_predict_model(net, folder, model, query):
+    same_model(create_model('test_resnet', pretrained_from=folder, hypernet=net), model, query[0])
+    asked = create_model(
+        'test_resnet', pretrained_from=folder, pretrained=False, hypernet=net, num_classes=3, checkpoint_path=''
+    )
+    same_model(asked, model, query[0])
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'needles'),
+    [
+        ({'num_classes': 5}, ['num_classes is 5', '3 classes']),
+        ({'num_classes': -1}, ['num_classes']),
+        ({'pretrained': True}, ['pretrained and pretrained_from']),
+        ({'checkpoint_path': 'x'}, ['checkpoint_path and pretrained_from']),
+        ({'pretrained_cfg': {'url': 'x'}}, ['pretrained_cfg and pretrained_from']),
+        ({'in_chans': 1}, ['in_chans=1', 'test_resnet.tiny', 'conv1.0.weight']),
+        ({'stem_width': 8}, ['stem_width=8', 'test_resnet.tiny']),
+        ({'block_args': {'attn_layer': 'se'}}, ['block_args', 'test_resnet.tiny']),
+        ({'nonsense': 1}, ["'nonsense'"]),
+        ({'features_only': True}, ['test_resnet']),
+        ({'batch_size': 0}, ['batch_size', '0']),
+        ({'batch_size': 2.0}, ['batch_size', '2.0']),
+        ({'head': 'linear'}, ["'linear'", 'centroid', 'none']),
+        ({'balance': 'classes'}, ["'classes'", 'kmeans']),
+        ({'device': 'gpu'}, ["'gpu'", 'cpu']),
+        ({'labels': [0] * 4}, ['4 labels', '18']),
+        ({'data_dir': 'nowhere', 'pretrained_from': 'torch/fashion_mnist'}, ['nowhere']),
+        ({'pretrained_from': 'nowhere'}, ['nowhere: no such folder']),
+        ({'pretrained_from': {'a': 1}}, ['dict']),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_told_in_one_line(kwargs, needles, net, folder, one_line):
+    with pytest.raises(PudNetError) as error:
+        create_model('test_resnet', **{'pretrained_from': folder, 'hypernet': net, **kwargs})
+    one_line(error, *needles)
+
+
+def test_positional_arguments_beside_images_are_refused(net, folder, one_line):
+    with pytest.raises(InputError) as error:
+        create_model('test_resnet', True, pretrained_from=folder, hypernet=net)
+    one_line(error, 'pretrained_from', 'by name')
+
+
+def test_pretrained_means_nothing_to_predict_model(net, folder, one_line):
+    with pytest.raises(InputError) as error:
+        predict_model('test_resnet', folder, hypernet=net, pretrained=True)
+    one_line(error, 'pretrained')
+
+
+def test_dropout_and_stochastic_depth_travel(net, folder, model, query):
+    found = create_model(
+        'test_resnet', pretrained_from=folder, hypernet=net, drop_rate=0.25, drop_path_rate=0.3, global_pool='avg'
+    )
+    same_model(found, model, query[0])
+    kinds = {type(module).__name__ for module in found.modules()}
+    assert (found.drop_rate, 'DropPath' in kinds) == (0.25, True)
+
+
+def test_arguments_of_the_target_itself_are_in_the_hypernetwork(pictures):
+    config = {'model_kwargs': {'stem_width': 8, 'in_chans': 1}, 'sketch_width': 8}
+    input = InputConfig(input_size=(1, 32, 32), mean=(0.4,), std=(0.3,))
+    net = PudNet.for_target('test_resnet', input=input, **config).eval()
+    model = predict_model('test_resnet', *pictures(6), hypernet=net)
+    assert model.conv1[0].weight.shape == (8, 1, 3, 3)
+    assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
+    same = predict_model('test_resnet', *pictures(6), hypernet=net, stem_width=8, in_chans=1)
+    state_close(same.state_dict(), model.state_dict())
+    with pytest.raises(InputError, match='in_chans=3'):
+        predict_model('test_resnet', *pictures(6), hypernet=net, in_chans=3)
+
+
+@pytest.mark.parametrize(
+    ('name', 'kind', 'needles'),
+    [
+        ('test_resnt', InputError, ["'test_resnt'", 'test_resnet']),
+        ('resnet81', InputError, ["'resnet81'", 'Did you mean']),
+        ('test_resnet.r160_in1k', InputError, ['without a tag', 'test_resnet']),
+        ('hf-hub:timm/resnet18.a1_in1k', InputError, ['hf-hub:timm/resnet18.a1_in1k', 'architecture alone']),
+        ('', InputError, ["''"]),
+        ('vit_tiny_patch16_224', UnsupportedTargetError, ['vit_tiny_patch16_224', 'test_resnet']),
+        ('resnet18', UnsupportedTargetError, ['resnet18', 'test_resnet.tiny']),
+    ],
+)
+def test_another_architecture_is_refused(name, kind, needles, net, support, one_line):
+    with pytest.raises(kind) as error:
+        predict_model(name, *support, hypernet=net)
+    one_line(error, *needles)
+
+
+@pytest.mark.parametrize(
+    'hypernet', [5, torch.nn.Linear(2, 2), {'a': 1}, b'bytes'], ids=lambda value: type(value).__name__
+)
+def test_a_hypernetwork_of_a_wrong_type_is_refused(hypernet, support, one_line):
+    with pytest.raises(PudNetError) as error:
+        predict_model('test_resnet', *support, hypernet=hypernet)
+    one_line(error, 'hypernet', type(hypernet).__name__)
+
+
+@pytest.mark.parametrize('hypernet', ['nowhere/at/all', 'test_resnet.tyni', ''])
+def test_a_hypernetwork_that_is_not_there_is_named(hypernet, support, one_line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NotFoundError) as error:
+        predict_model('test_resnet', *support, hypernet=hypernet)
+    one_line(error, hypernet)
+
+
+# What the caller owns
+
+
+@pytest.fixture
+def own(net):
+    """A hypernetwork that a test may spoil."""
+    return copy.deepcopy(net)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_the_caller_s_hypernetwork_is_left_as_it_was(training, own, support):
+    own.train(training)
+    before = {key: value.clone() for key, value in own.state_dict().items()}
+    predict_model('test_resnet', *support, hypernet=own)
+    with pytest.raises(InputError):
+        predict_model('test_resnet', support[0], ['cup'] * 18, hypernet=own)
+    assert {module.training for module in own.modules()} == {training}
+    assert own.device == torch.device('cpu')
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in own.parameters())
+    state_close(own.state_dict(), before, tolerance=0)
+    own(torch.zeros(16))['conv1.0.weight'].sum().backward()  # none of it became an inference tensor
+
+
+def test_parts_that_the_caller_froze_stay_in_eval_mode(own, support):
+    own.train()
+    own.encoder.eval()
+    predict_model('test_resnet', *support, hypernet=own)
+    assert (own.training, own.encoder.training, own.ahru.training) == (True, False, True)
+
+
+@pytest.mark.parametrize('device', ['meta', 'cuda', 'cuda:99', 'xpu'])
+def test_a_device_that_cannot_be_used_is_an_error_and_spoils_nothing(device, own, support, model, query, one_line):
+    if device == 'cuda' and torch.cuda.is_available():
+        pytest.skip('this machine has CUDA')
+    with pytest.raises(InputError) as error:
+        predict_model('test_resnet', *support, hypernet=own, device=device)
+    one_line(error, device)
+    same_model(predict_model('test_resnet', *support, hypernet=own), model, query[0])
+
+
+def test_no_random_state_is_set_to_a_constant(net, support):
+    def draws_after(seed):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        predict_model('test_resnet', *support, hypernet=net)
+        return torch.rand(4), np.random.rand(4)
+
+    (one, one_numpy), (two, two_numpy) = draws_after(1), draws_after(2)
+    assert not torch.equal(one, two)
+    assert not np.array_equal(one_numpy, two_numpy)
+
+
+# Saving
+
+
+@pytest.fixture(scope='module')
+def saved(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('models') / 'pans'
+    assert save_model(model, folder) == folder
+    return folder
+
+
+def test_saved_files_are_timm_s(saved):
+    assert sorted(path.name for path in saved.iterdir()) == ['config.json', 'model.safetensors']
+    assert [path.name for path in saved.parent.iterdir()] == ['pans']
+    config = json.loads((saved / 'config.json').read_text())
+    assert (config['architecture'], config['num_classes']) == ('test_resnet', 3)
+    assert config['pretrained_cfg']['label_names'] == list(NAMES)
+    assert 'state_dict' not in config['pretrained_cfg']
+
+
+def test_a_saved_model_lives_without_this_package_and_a_saved_hypernetwork_predicts_the_same_bits(
+    saved, model, net, tiny_folder, support, query, tmp_path, fresh_process
+):
+    save_model(predict_model('test_resnet', support[0], hypernet=net), tmp_path / 'features')
+    pixels, names = support
+    tensors = {'query': query[0].contiguous(), 'pixels': nchw(pixels), 'labels': torch.tensor(numbers(names))}
+    safetensors.torch.save_file(tensors, tmp_path / 'in.safetensors')
+    script = (
+        'import json, sys\n'
+        'import safetensors.torch, timm, torch\n'
+        'torch.set_num_threads(1)\n'
+        'sys.modules["timm_pudnet"] = None\n'
+        'saved, hypernet = sys.argv[1:]\n'
+        'tensors = safetensors.torch.load_file("in.safetensors")\n'
+        'model = timm.create_model(f"local-dir:{saved}", pretrained=True).eval()\n'
+        'features = timm.create_model("local-dir:features", pretrained=True).eval()\n'
+        'with torch.inference_mode():\n'
+        '    out = {"logits": model(tensors["query"]), "features": features(tensors["query"])}\n'
+        'data = timm.data.resolve_model_data_config(model)\n'
+        'print(json.dumps([model.pretrained_cfg["label_names"], data, model.num_classes, features.num_classes]))\n'
+        'del sys.modules["timm_pudnet"]\n'
+        'import timm_pudnet\n'
+        'images, labels = tensors["pixels"], tensors["labels"]\n'
+        'model = timm_pudnet.predict_model("test_resnet", images, labels, hypernet=hypernet)\n'
+        'out.update({f"model.{key}": value for key, value in model.state_dict().items()})\n'
+        'safetensors.torch.save_file(out, "out.safetensors")\n'
+    )
+    code, printed, errors = fresh_process('-c', script, saved, tiny_folder, cwd=tmp_path)
+    assert code == 0, errors
+    label_names, data, num_classes, none = json.loads(printed)
+    assert (tuple(label_names), num_classes, none) == (NAMES, 3, 0)
+    assert data == json.loads(json.dumps(timm.data.resolve_model_data_config(model)))
+    out = safetensors.torch.load_file(tmp_path / 'out.safetensors')
+    with torch.inference_mode():
+        assert_close(out.pop('logits'), model(query[0]), rtol=0, atol=0)
+        features = predict_model('test_resnet', support[0], hypernet=net)(query[0])
+        assert_close(out.pop('features'), features, rtol=0, atol=0)
+    here = predict_model('test_resnet', tensors['pixels'], tensors['labels'], hypernet=net).state_dict()
+    state_close({key: out[f'model.{key}'] for key in here}, here, tolerance=0)
+    assert len(out) == len(here)
+
+
+@pytest.mark.filterwarnings('ignore::ResourceWarning')  # timm's reader leaves files to the garbage collector
+def test_timm_s_way_of_validating_finds_the_same_accuracy(saved, model, pictures, write_folder, tmp_path):
+    pixels, names = pictures(30, size=40, seed=7)
+    pixels[::4] = 255 - pixels[::4]  # so that some are wrong
+    write_folder(tmp_path / 'val', pixels, names)
+    ours = predictions = 0
+    for images, labels in open_images(tmp_path / 'val', input=input_of(model)).batches():
+        with torch.inference_mode():
+            predictions = model(images).argmax(1)
+        ours += int((predictions == labels).sum())
+    assert 10 < ours < 30
+
+    loaded = timm.create_model(f'local-dir:{saved}', pretrained=True).eval()
+    config = timm.data.resolve_data_config({}, model=loaded, use_test_size=True)
+    dataset = timm.data.create_dataset('', root=str(tmp_path / 'val'), split='validation')
+    loader = timm.data.create_loader(
+        dataset,
+        batch_size=8,
+        num_workers=0,
+        use_prefetcher=False,
+        persistent_workers=False,
+        **{name: config[name] for name in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')},
+    )
+    found = []
+    theirs = 0
+    with torch.inference_mode():
+        for images, labels in loader:
+            found.append(loaded(images).argmax(1))
+            theirs += int((found[-1] == labels).sum())
+    assert theirs == ours
+    assert torch.cat(found).tolist() == predictions.tolist()
+
+
+def input_of(model):
+    cfg = model.pretrained_cfg
+    return InputConfig(**{name: cfg[name] for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct')})
+
+
+def test_the_bits_survive_saving(saved, model, query):
+    again = timm.create_model(f'local-dir:{saved}', pretrained=True).eval()
+    state_close(again.state_dict(), model.state_dict(), tolerance=0)
+    found, expected = (json.dumps(timm.data.resolve_model_data_config(one)) for one in (again, model))
+    assert found == expected  # JSON knows no tuples
+    assert again.pretrained_cfg['label_names'] in (NAMES, list(NAMES))
+    with torch.inference_mode():
+        assert_close(again(query[0]), model(query[0]), rtol=0, atol=0)
+
+
+def test_an_existing_folder_or_file_is_left_alone(model, tmp_path, one_line, nothing_written):
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'folder' / 'notes.txt').write_text('mine')
+    (tmp_path / 'file').write_text('mine')
+    (tmp_path / 'empty').mkdir()
+    with nothing_written(tmp_path):
+        for name in ('folder', 'file'):
+            with pytest.raises(OutputExistsError) as error:
+                save_model(model, tmp_path / name)
+            one_line(error, tmp_path / name, 'exists')
+        with pytest.raises(NotFoundError) as error:
+            save_model(model, tmp_path / 'no' / 'parent')
+        one_line(error, tmp_path / 'no')
+        with pytest.raises(PudNetError) as error:
+            save_model(model, tmp_path / 'file' / 'model')
+        one_line(error, tmp_path / 'file')
+    save_model(model, str(tmp_path / 'empty'))  # an empty folder is as good as none
+    assert sorted(path.name for path in (tmp_path / 'empty').iterdir()) == ['config.json', 'model.safetensors']
+
+
+def test_a_save_that_fails_midway_leaves_nothing(model, tmp_path, monkeypatch, nothing_written):
+    save_for_hf = timm.models.save_for_hf
+
+    def fails(model, folder, **kwargs):
+        save_for_hf(model, folder, **kwargs)
+        raise OSError(errno.ENOSPC, 'No space left on device', folder)
+
+    monkeypatch.setattr(timm.models, 'save_for_hf', fails)
+    with nothing_written(tmp_path), pytest.raises(OSError, match='No space left'):
+        save_model(model, tmp_path / 'model')
+
+    def interrupted(model, folder, **kwargs):
+        save_for_hf(model, folder, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timm.models, 'save_for_hf', interrupted)
+    with nothing_written(tmp_path), pytest.raises(KeyboardInterrupt):
+        save_model(model, tmp_path / 'model')
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_nothing(model, tmp_path, full_disk, nothing_written):
+    with nothing_written(tmp_path), pytest.raises(OSError), full_disk():  # noqa: PT011
+        save_model(model, tmp_path / 'model')
+
+
+def test_the_room_s_data_config_is_the_input(net):
+    assert room.data_config(net.config.input) == {**vars_of(net.config.input), 'crop_mode': 'center'}
