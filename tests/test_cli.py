@@ -463,7 +463,7 @@ def trained(shapes):
     """The folder of a hypernetwork and its control, trained for two steps, and what was printed; not to be changed."""
     out = shapes / 'my hypernet'
     first = succeeds('train', shapes / 'recipe.toml', '--out', out)
-    second = succeeds('train', shapes / 'recipe.toml', '--out', out, '--control', 'plain')
+    second = succeeds('train', shapes / 'recipe.toml', '--out', out, '--plain')
     return out, first.stdout, second.stdout
 
 
@@ -503,8 +503,7 @@ def test_a_result_that_exists_is_not_trained_over(trained, shapes, nothing_writt
     monkeypatch.setattr('timm_pudnet.training.load_bank', refuse)
     with nothing_written(shapes):
         fails('train', shapes / 'recipe.toml', '--out', trained[0], needles=[trained[0], 'exists'])
-        control = ('--control', 'plain')
-        fails('train', shapes / 'recipe.toml', '--out', trained[0], *control, needles=[trained[0] / 'plain', 'exists'])
+        fails('train', shapes / 'recipe.toml', '--out', trained[0], '--plain', needles=[trained[0] / 'plain', 'exists'])
 
 
 def test_training_goes_on_where_it_stopped(trained, shapes, tmp_path):
@@ -547,7 +546,6 @@ def test_bad_options_of_training_are_one_line(shapes, tmp_path, nothing_written)
     (tmp_path / 'file').write_text('mine')
     recipe = shapes / 'recipe.toml'
     with nothing_written(tmp_path):
-        fails('train', recipe, '--out', tmp_path / 'out', '--control', 'fancy', needles=["'fancy'", 'plain'])
         fails('train', recipe, '--out', tmp_path / 'out', '--device', 'gpu', needles=['gpu'])
         fails('train', recipe, '--out', tmp_path / 'file', needles=['file'])
         fails('train', recipe, needles=['--out'])

@@ -5,7 +5,7 @@ Dimension letters: `n` images, `c h w` an image, `d` features, `k` classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -79,10 +79,12 @@ class StreamingCentroids:
 
     Args:
         num_classes: `k`.
+        class_names: For the error line.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, class_names: Sequence[str] | None = None) -> None:
         self.num_classes = num_classes
+        self.class_names = class_names or [str(label) for label in range(num_classes)]
         self.counts = torch.zeros(num_classes, dtype=torch.long)
         self.sums: Tensor | None = None
 
@@ -100,9 +102,11 @@ class StreamingCentroids:
         Raises:
             InputError: A class has no image.
         """
-        empty = (self.counts == 0).nonzero().flatten().tolist()
+        empty = [name for name, count in zip(self.class_names, self.counts.tolist(), strict=True) if not count]
         if self.sums is None or empty:
-            raise InputError(f'no image of class {", ".join(map(str, empty[:5]))}: every class needs at least one')
+            raise InputError(
+                f'no image of class {", ".join(empty[:5])} that can be read: every class needs at least one'
+            )
         return (self.sums / self.counts[:, None]).float()
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+import timm_pudnet
 from timm_pudnet.config import InputError, OutputExistsError, PudNetError
 
 
@@ -36,7 +37,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 @click.group(cls=_Commands, context_settings={'help_option_names': ['-h', '--help']})
-@click.version_option(package_name='timm-pudnet')
+@click.version_option(timm_pudnet.__version__, prog_name='timm-pudnet')
 def main() -> None:
     """Predict the weights of timm's convolutional networks for images that they have never seen."""
 
@@ -90,6 +91,9 @@ def predict(
     kept, tested = split_held_out(source, holdout, seed)
     if tested is not None and source.class_names:
         click.echo(f'Classes    {_some(source.class_names)}')
+        single = [name for label, name in enumerate(source.class_names) if (source.labels == label).sum() == 1]
+        if single:
+            click.echo(f'Only one image each, none kept aside: {_some(tuple(single))}')
         click.echo(f'Kept aside {len(tested):,} of them for the test, {len(kept):,} give the weights')
     chans, height, width = config.input_size
     started = time.perf_counter()
@@ -115,7 +119,7 @@ def predict(
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     click.echo(f'Wrote      {out} ({size:.0f} MB, timm format). Next, in Python, without this package if you like:')
     click.echo(
-        f"\n    import timm\n    model = timm.create_model('local-dir:{out}', pretrained=True).eval()\n"
+        f'\n    import timm\n    model = timm.create_model({f"local-dir:{out}"!r}, pretrained=True).eval()\n'
         '    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n'
     )
 
@@ -135,11 +139,10 @@ def train(recipe: Path, out: Path, plain: bool, device: str | None, data_dir: st
 
     loaded = training.Recipe.load(recipe)
     result = out / ('plain' if plain else 'model.safetensors')
-    if result.exists():
-        raise OutputExistsError(f'{result} exists: it is trained already; choose another --out, or remove it first')
-    if data_dir is not None:
-        loaded = dataclasses.replace(loaded, data=dataclasses.replace(loaded.data, data_dir=data_dir))
-    bank = training.load_bank(loaded)
+    for path in [result] if plain else [result, out / 'config.json']:
+        if path.exists():
+            raise OutputExistsError(f'{path} exists: choose another --out, or remove it first')
+    bank = training.load_bank(loaded, data_dir)
     click.echo(f'Found      {len(bank.labels):,} images in {len(bank.class_names)} classes: {_some(bank.class_names)}')
     click.echo(f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} images; stop and resume at will')
     if plain:
@@ -151,7 +154,10 @@ def train(recipe: Path, out: Path, plain: bool, device: str | None, data_dir: st
         if recipe.resolve() != (out / 'recipe.toml').resolve():
             shutil.copyfile(recipe, out / 'recipe.toml')
     click.echo(f'Wrote      {result}. Next:')
-    click.echo(f'\n    timm-pudnet evaluate {out} {loaded.data.images} --data-dir {loaded.data.data_dir}\n')
+    words = ['timm-pudnet', 'evaluate', str(out), loaded.data.images]
+    root = data_dir or loaded.data.data_dir
+    words += ['--data-dir', root] if root else []
+    click.echo(f'\n    {shlex.join(words)}\n')
 
 
 @main.command()
@@ -182,11 +188,11 @@ def evaluate(
 ) -> None:
     """Measure HYPERNET on those classes of IMAGES that it was not trained on, beside its controls."""
     import timm
-    import torch
+    from safetensors import SafetensorError
 
     from timm_pudnet import evaluation
     from timm_pudnet.hub import load_hypernet
-    from timm_pudnet.hypernet import written_whole
+    from timm_pudnet.hypernet import usable_device, written_whole
     from timm_pudnet.images import open_images
     from timm_pudnet.training.episodes import ImageBank, bank_input
 
@@ -204,11 +210,22 @@ def evaluate(
     bank = ImageBank.from_source(source, unseen)
     click.echo(f'Found      {len(bank.labels):,} images in {len(unseen)} unseen classes: {_some(bank.class_names)}')
     drawn = evaluation.TestGroups.draw(
-        bank, count=groups, n_way=n_way or min(5, len(unseen)), n_shot=n_shot, n_query=n_query, seed=seed
+        bank,
+        count=groups,
+        n_way=min(5, len(unseen)) if n_way is None else n_way,
+        n_shot=n_shot,
+        n_query=n_query,
+        seed=seed,
     )
-    rivals = {path.name: timm.create_model(f'local-dir:{path}', pretrained=True) for path in controls}
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    result = evaluation.evaluate(network.to(device), bank, drawn, controls=rivals, seed=seed)
+    rivals = {}
+    for path in controls:
+        if path.name in rivals:
+            raise InputError(f'--control {path}: another control is called {path.name} too; rename its folder')
+        try:
+            rivals[path.name] = timm.create_model(f'local-dir:{path}', pretrained=True)
+        except (RuntimeError, ValueError, KeyError, AssertionError, OSError, SafetensorError) as error:
+            raise InputError(f'--control {path} holds no timm model: {error}') from error
+    result = evaluation.evaluate(network.to(usable_device(device)), bank, drawn, controls=rivals, seed=seed)
     click.echo(evaluation.format_table(result))
     if save:
         folder = Path(hypernet)
@@ -223,7 +240,10 @@ def list_command() -> None:
     """List the hypernetworks at hand."""
     from timm_pudnet.hub import list_hypernets
 
-    for name, config in list_hypernets().items():
+    found = list_hypernets()
+    if not found:
+        click.echo('No hypernetwork is at hand: train one (timm-pudnet train) and name its folder')
+    for name, config in found.items():
         click.echo(
             f'{name:32}{config.model_name}, {len(config.class_names)} classes seen, input {config.input.input_size}'
         )

@@ -181,6 +181,8 @@ class PudNetConfig:
         if not isinstance(data, Mapping):
             raise DamagedFileError(f'holds a {type(data).__name__}, not an object')
         version = data.get('format_version')
+        if version is None:
+            raise DamagedFileError('is not the config of a hypernetwork: it has no format_version')
         if version != FORMAT_VERSION:
             raise DamagedFileError(
                 f'format version {version!r}, this library reads {FORMAT_VERSION}: '

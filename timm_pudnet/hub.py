@@ -13,7 +13,7 @@ from timm_pudnet.config import (
     close_names,
 )
 from timm_pudnet.hypernet import CONFIG_NAME, PudNet, read_config
-from timm_pudnet.target import check_architecture
+from timm_pudnet.target import check_architecture, describe_target
 
 
 def _shelves() -> list[Path]:
@@ -64,27 +64,25 @@ def load_hypernet(name: str | os.PathLike[str]) -> PudNet:
 
 
 def _folder(name: str | os.PathLike[str]) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
+    if not isinstance(name, (str, os.PathLike)):
+        raise InputError(f'hypernet must be a PudNet, a folder or a name, not a {type(name).__name__}')
+    # A name of ours goes before a folder of the same name, which ./NAME still reaches.
     text, at_hand = os.fspath(name), embedded()
-    if text in at_hand:
-        return at_hand[text]
-    serving = [folder for key, folder in at_hand.items() if key.split('.')[0] == text]
+    serving = [folder for key, folder in at_hand.items() if text in (key, key.split('.')[0])]
     if serving:
         return serving[0]
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    known = f'At hand: {", ".join(at_hand) or "none"}'
     if os.sep in text or not isinstance(name, str):
-        raise NotFoundError(f'{text}: no such folder. Hypernetworks at hand: {", ".join(at_hand) or "none"}')
+        raise NotFoundError(f'{text}: no such folder of a hypernetwork. {known}')
     if '.' not in text:
-        check_architecture(text)
+        describe_target(text)  # says what is wrong with the architecture, if anything
         raise UnsupportedTargetError(
-            f'no hypernetwork predicts {text}: those at hand are {", ".join(at_hand) or "none"}. '
-            f'Train one for {text} (timm_pudnet.meta_train) or pass hypernet=FOLDER.'
+            f'no hypernetwork predicts {text}. {known}. Train one (timm-pudnet train) or name its folder'
         )
-    raise NotFoundError(
-        f'no hypernetwork {text!r}.{close_names(text, at_hand)} '
-        f'At hand: {", ".join(at_hand) or "none"}; a folder will do too.'
-    )
+    raise NotFoundError(f'no hypernetwork {text!r}.{close_names(text, at_hand)} {known}; a folder will do too')
 
 
 def resolve_hypernet(model_name: str, hypernet: PudNet | str | os.PathLike[str] | None) -> PudNet:
@@ -96,8 +94,6 @@ def resolve_hypernet(model_name: str, hypernet: PudNet | str | os.PathLike[str] 
     """
     check_architecture(model_name)
     found = hypernet if isinstance(hypernet, PudNet) else load_hypernet(model_name if hypernet is None else hypernet)
-    if not isinstance(found, PudNet):
-        raise InputError(f'hypernet must be a PudNet, a folder or a name, not a {type(hypernet).__name__}')
     if found.config.model_name != model_name:
         raise UnsupportedTargetError(
             f'hypernetwork {found.name} predicts {found.config.model_name}, not {model_name}: '

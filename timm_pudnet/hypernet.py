@@ -200,7 +200,7 @@ class PudNet(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         try:  # neither file takes its place before both are written
             with written_whole(folder / WEIGHTS_NAME) as weights, written_whole(folder / CONFIG_NAME) as text:
-                safetensors.torch.save_file(state, weights, metadata={'format': 'pt'})
+                save_tensors(state, weights, {'format': 'pt'})
                 text.write_text(json.dumps(config.to_dict(), indent=2) + '\n', encoding='utf-8')
         except BaseException:
             if made:
@@ -245,6 +245,28 @@ class PudNet(nn.Module):
                 raise DamagedFileError(f'{path}: tensor {key} holds values that are not finite')
         hypernet.load_state_dict(state, assign=True)
         return hypernet.requires_grad_(True).eval()
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name, or CUDA where there is one, tried out.
+
+    Raises:
+        InputError: There is no such device here, or it holds no values.
+    """
+    try:
+        found = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise InputError(f'device {str(device)!r} cannot be used here: use cpu, or cuda where there is one') from error
+    return found
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file; a failure, a full disk for instance, is an OSError."""
+    try:
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f'{path.parent} cannot be written: {error}') from error
 
 
 def read_config(path: Path) -> PudNetConfig:

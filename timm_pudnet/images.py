@@ -61,6 +61,7 @@ class ImageSource:
     """A set of images that can be read again and again, in batches; made by `open_images`.
 
     Attributes:
+        input: Size, mean, std and resizing that its images are brought to.
         class_names: Name of every class, or None where the data has none.
         description: One line, '240 images in 4 classes in examples/fashion' for instance.
         skipped: `(name, reason)` of the images that the latest pass could not read.
@@ -83,6 +84,7 @@ class ImageSource:
         self.class_names = class_names
         self.skipped: list[tuple[str, str]] = []
         self._data = data
+        self.input = input
         self._preprocess = _Preprocess(input)
         self._where = where
         self._names = names
@@ -334,6 +336,10 @@ def open_images(
         >>> [tuple(x.shape) for x, y in source.batches(4)]
         [(4, 3, 32, 32), (2, 3, 32, 32)]
     """
+    if isinstance(images, ImageSource):
+        if labels is not None or images.input != input:
+            raise InputError(f'{images.description}: opened already, with its own labels and input')
+        return images
     names = found_labels = class_names = None
     if isinstance(images, str) and _is_timm_name(images):
         where = images

@@ -13,17 +13,19 @@ from typing import Any, Literal
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from timm_pudnet.adapt import StreamingCentroids, calibrate, centroid_classifier
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, OutputExistsError
 from timm_pudnet.hub import resolve_hypernet
-from timm_pudnet.hypernet import PudNet
+from timm_pudnet.hypernet import PudNet, usable_device
 from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.sketch import Balance, ImageSample
 from timm_pudnet.target import TargetSpec, describe_target
 
 Head = Literal['centroid', 'none']
+_WEIGHTS_FROM_ELSEWHERE = ('pretrained', 'checkpoint_path', 'pretrained_cfg')  # arguments of timm.create_model
 
 
 def predict_model(
@@ -81,15 +83,22 @@ def predict_model(
         raise InputError(f'head {head!r}: use centroid or none')
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f'batch_size must be a whole number above zero, got {batch_size!r}')
-    device = _device(device)
+    for name in _WEIGHTS_FROM_ELSEWHERE:
+        if timm_kwargs.pop(name, None):
+            raise InputError(f'{name}: the weights come from the images; leave it out')
+    if timm_kwargs.get('num_classes') == 0:
+        head = 'none'
+    device = usable_device(device)
     network = resolve_hypernet(model_name, hypernet)
     spec = _target_asked_for(network, model_name, timm_kwargs)
-    home, was_training = network.device, network.training
+    home, modes = network.device, {module: module.training for module in network.modules()}
     source = open_images(images, labels, input=network.config.input, split=split, data_dir=data_dir, strict=strict)
     try:
         return _predict(network.to(device).eval(), spec, source, head, device, balance, batch_size, timm_kwargs)
     finally:
-        network.to(home).train(was_training)
+        network.to(home)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def create_model(model_name: str, *args: Any, pretrained_from: Any = None, **kwargs: Any) -> nn.Module:
@@ -115,7 +124,7 @@ def create_model(model_name: str, *args: Any, pretrained_from: Any = None, **kwa
         return timm.create_model(model_name, *args, **kwargs)
     if args:
         raise InputError('with pretrained_from, give every argument but the architecture by name')
-    for name in ('pretrained', 'checkpoint_path', 'pretrained_cfg'):
+    for name in _WEIGHTS_FROM_ELSEWHERE:
         if kwargs.pop(name, None):
             raise InputError(f'{name} and pretrained_from both say where the weights come from: give one of them')
     return predict_model(model_name, pretrained_from, **kwargs)
@@ -145,7 +154,10 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     check_output(folder)
     beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:
-        timm.models.save_for_hf(model, str(beside), safe_serialization=True)
+        try:
+            timm.models.save_for_hf(model, str(beside), safe_serialization=True)
+        except SafetensorError as error:
+            raise OSError(f'{folder} cannot be written: {error}') from error
         beside.chmod(0o755)
         os.replace(beside, folder)
     finally:
@@ -159,13 +171,6 @@ def check_output(folder: Path) -> None:
         raise OutputExistsError(f'{folder} exists: choose another output folder, or remove it first')
     if not folder.parent.is_dir():
         raise NotFoundError(f'{folder.parent} is not there: make it first, or choose another output folder')
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    try:
-        return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    except RuntimeError as error:
-        raise InputError(f'device {device!r}: use cpu, cuda or cuda:0') from error
 
 
 def _target_asked_for(network: PudNet, model_name: str, timm_kwargs: dict[str, Any]) -> TargetSpec:
@@ -210,9 +215,7 @@ def _predict(
             )
     timm_kwargs = dict(timm_kwargs)
     asked = timm_kwargs.pop('num_classes', None)
-    if asked == 0:
-        num_classes = 0
-    elif asked is not None and asked != num_classes:
+    if asked is not None and asked != num_classes:
         raise InputError(f'num_classes is {asked}, but the images have {num_classes} classes: leave it out')
 
     with torch.inference_mode():
@@ -226,7 +229,7 @@ def _predict(
 
     sampled = calibrate(model, sample.images.to(device), weights, forward=features)
     if num_classes:
-        centroids = StreamingCentroids(num_classes)
+        centroids = StreamingCentroids(num_classes, source.class_names)
         if sample.complete:
             assert sample.labels is not None
             centroids.add(sampled, sample.labels)

@@ -39,6 +39,9 @@ class TestGroups:
         Raises:
             InputError: There are too few classes, or a class has too few images.
         """
+        for name, value in (('count', count), ('n_shot', n_shot), ('n_query', n_query)):
+            if value < 1:
+                raise InputError(f'{name} must be at least 1, got {value}')
         if not 2 <= n_way <= len(bank.class_names):
             raise InputError(f'n_way is {n_way}, but there are {len(bank.class_names)} classes')
         for name, members in zip(bank.class_names, bank.members, strict=True):

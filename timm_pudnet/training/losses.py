@@ -55,7 +55,7 @@ def group_losses(
         training classes.
     """
     classes, support_labels = support_classes.unique(return_inverse=True)
-    query_labels = torch.searchsorted(classes, query_classes)
+    query_labels = torch.searchsorted(classes, query_classes.contiguous())
     centroids = class_centroids(support, support_labels, len(classes))
     logits = centroid_logits(query, centroids, temperature)
     padded = logits.new_zeros(len(query), full_logits.shape[1]).index_copy(1, classes, logits)

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from timm_pudnet.config import DamagedFileError, InputError, PudNetConfig
-from timm_pudnet.hypernet import PudNet, written_whole
+from timm_pudnet.hypernet import PudNet, save_tensors, usable_device, written_whole
 from timm_pudnet.images import open_images
+from timm_pudnet.target import describe_target
 from timm_pudnet.training.episodes import GroupSampler, ImageBank, bank_input
 from timm_pudnet.training.losses import group_losses
 from timm_pudnet.training.recipe import Recipe
@@ -64,7 +65,7 @@ def meta_train(
         FloatingPointError: The loss is no longer finite; the last checkpoint remains.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    run = _MetaRun(recipe, bank or load_bank(recipe), _device(device))
+    run = _MetaRun(recipe, bank or load_bank(recipe), usable_device(device))
     _go(run, folder, checkpoint_seconds, max_steps, progress)
     return run.finished()
 
@@ -87,13 +88,9 @@ def train_plain(
         The target as a feature model (`num_classes=0`), in eval mode, on the CPU.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    run = _PlainRun(recipe, bank or load_bank(recipe), _device(device))
+    run = _PlainRun(recipe, bank or load_bank(recipe), usable_device(device))
     _go(run, folder, checkpoint_seconds, max_steps, progress)
     return run.target.cpu().eval()
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
 
 def _go(
@@ -119,10 +116,12 @@ def _go(
                 saved = time.monotonic()
 
 
-def load_bank(recipe: Recipe) -> ImageBank:
-    """Reads the images of the recipe's seen classes into memory."""
+def load_bank(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) -> ImageBank:
+    """Reads the images of the recipe's seen classes into memory, from `data_dir` in place of the recipe's if given."""
     data = recipe.data
-    source = open_images(data.images, input=bank_input(recipe.hypernet.input), split=data.split, data_dir=data.data_dir)
+    source = open_images(
+        data.images, input=bank_input(recipe.hypernet.input), split=data.split, data_dir=data_dir or data.data_dir
+    )
     return ImageBank.from_source(source, data.classes or None)
 
 
@@ -161,6 +160,7 @@ class _Run:
         self.sampler = group_sampler(recipe, bank)
         self.log: list[dict[str, float]] = []
         config = recipe.hypernet
+        describe_target(config.model_name, **config.model_kwargs)  # clear errors before any work
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
             self.target = timm.create_model(config.model_name, **{**config.model_kwargs, 'num_classes': 0})
@@ -251,7 +251,7 @@ class _Run:
         }
         tensors = {key: value.detach().cpu().contiguous() for key, value in self._tensors().items()}
         with written_whole(path) as beside:
-            safetensors.torch.save_file(tensors, beside, metadata=about)
+            save_tensors(tensors, beside, about)
         with written_whole(path.with_name(LOG_NAME)) as beside:
             beside.write_text(''.join(json.dumps(entry) + '\n' for entry in self.log), encoding='utf-8')
 
