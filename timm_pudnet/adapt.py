@@ -105,7 +105,7 @@ class StreamingCentroids:
         empty = [name for name, count in zip(self.class_names, self.counts.tolist(), strict=True) if not count]
         if self.sums is None or empty:
             raise InputError(
-                f'no image of class {", ".join(empty[:5])} that can be read: every class needs at least one'
+                f'no image of class {", ".join(empty[:5])}: every class needs at least one that can be read'
             )
         return (self.sums / self.counts[:, None]).float()
 

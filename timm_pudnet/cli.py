@@ -153,10 +153,12 @@ def train(recipe: Path, out: Path, plain: bool, device: str | None, data_dir: st
         hypernet.save_pretrained(out, half=True)
         if recipe.resolve() != (out / 'recipe.toml').resolve():
             shutil.copyfile(recipe, out / 'recipe.toml')
-    click.echo(f'Wrote      {result}. Next:')
     words = ['timm-pudnet', 'evaluate', str(out), loaded.data.images]
     root = data_dir or loaded.data.data_dir
     words += ['--data-dir', root] if root else []
+    words += ['--control', str(result)] if plain else []
+    then = 'Next, where the hypernetwork is trained too' if plain else 'Next'
+    click.echo(f'Wrote      {result}. {then}:')
     click.echo(f'\n    {shlex.join(words)}\n')
 
 
