@@ -3,7 +3,7 @@
     python examples/fashion_choices.py --data-dir .data --out hub/resnet18.fashion_set/choices.json
 
 Takes the recipe of `hub/resnet18.fashion_set`, shortened, trains it once for every tenth choice in lexical order of the
-unseen classes ({0, 1, 2, 3} is the first), and measures each on 100 groups of its four unseen classes. Choices that are
+unseen classes ({0, 1, 2, 3} is the first), and measures each on groups of its four unseen classes. Choices that are
 in the output file already are not trained again, so it can be stopped and started.
 """
 
@@ -25,8 +25,8 @@ PUBLISHED = (6, 7, 8, 9)
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data-dir', default='.data', help="root of torchvision's FashionMNIST")
-    parser.add_argument('--images', type=int, default=40_000, help='images that each training sees')
-    parser.add_argument('--groups', type=int, default=100, help='test groups of each choice')
+    parser.add_argument('--images', type=int, default=20_000, help='images that each training sees')
+    parser.add_argument('--groups', type=int, default=50, help='test groups of each choice')
     parser.add_argument('--every', type=int, default=10, help='train every so many-th choice')
     parser.add_argument(
         '--part', type=int, nargs=2, default=(0, 1), metavar=('I', 'N'), help='only the I-th of N parts'
@@ -47,10 +47,9 @@ def main():
     choices = [unseen for unseen in itertools.combinations(range(len(names)), 4) if unseen != PUBLISHED]
     chosen = choices[: 20 * arguments.every : arguments.every]
     part, parts = arguments.part
-    done = json.loads(arguments.out.read_text())['choices'] if arguments.out.exists() else {}
     for number, unseen in enumerate(chosen):
         key = ' '.join(map(str, unseen))
-        if key in done or number % parts != part:
+        if number % parts != part or key in read(arguments.out):
             continue
         seen = [name for label, name in enumerate(names) if label not in unseen]
         recipe = dataclasses.replace(
@@ -62,9 +61,14 @@ def main():
         test = banks['test'].select([names[label] for label in unseen])
         groups = TestGroups.draw(test, count=arguments.groups, n_way=4, seed=number)
         result = timm_pudnet.evaluate(hypernet, test, groups, progress=False)
-        done[key] = {name: result[name] for name in ('classes', 'accuracy', 'conditioning_gain', 'training')}
+        row = {name: result[name] for name in ('classes', 'accuracy', 'conditioning_gain', 'training')}
+        done = {**read(arguments.out), key: row}  # read again: another part may have written meanwhile
         arguments.out.write_text(json.dumps(summary(done, arguments), indent=2) + '\n')
         print(key, {name: round(row['mean'], 2) for name, row in result['accuracy'].items()}, flush=True)
+
+
+def read(path):
+    return json.loads(path.read_text())['choices'] if path.exists() else {}
 
 
 def summary(done, arguments):
