@@ -10,6 +10,7 @@ from timm_pudnet.config import (
     PudNetError,
     PudNetWarning,
     UnsupportedTargetError,
+    __version__,
 )
 from timm_pudnet.evaluation import evaluate
 from timm_pudnet.hub import list_hypernets, load_hypernet
@@ -18,8 +19,6 @@ from timm_pudnet.images import open_images
 from timm_pudnet.predict import create_model, predict_model, predict_state_dict, save_model
 from timm_pudnet.target import TargetSpec, describe_target
 from timm_pudnet.training import Recipe, meta_train
-
-__version__ = '0.1.0'
 
 __all__ = [
     'DamagedFileError',
@@ -34,6 +33,7 @@ __all__ = [
     'Recipe',
     'TargetSpec',
     'UnsupportedTargetError',
+    '__version__',
     'create_model',
     'describe_target',
     'evaluate',

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+__version__ = '0.1.0'
 FORMAT_VERSION = 1
 
 

@@ -31,6 +31,7 @@ from timm_pudnet.config import (
     NotFoundError,
     OutputExistsError,
     PudNetConfig,
+    __version__,
 )
 from timm_pudnet.generators import create_generator
 from timm_pudnet.images import open_images
@@ -285,14 +286,8 @@ def read_config(path: Path) -> PudNetConfig:
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that shape a result."""
-    names = ('timm-pudnet', 'torch', 'timm', 'torchvision', 'safetensors')
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = 'unknown'
-    return found
+    others = ('torch', 'timm', 'torchvision', 'safetensors')
+    return {'timm-pudnet': __version__, **{name: importlib.metadata.version(name) for name in others}}
 
 
 @contextmanager
