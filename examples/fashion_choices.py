@@ -25,8 +25,8 @@ PUBLISHED = (6, 7, 8, 9)
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data-dir', default='.data', help="root of torchvision's FashionMNIST")
-    parser.add_argument('--images', type=int, default=20_000, help='images that each training sees')
-    parser.add_argument('--groups', type=int, default=50, help='test groups of each choice')
+    parser.add_argument('--images', type=int, default=12_000, help='images that each training sees')
+    parser.add_argument('--groups', type=int, default=30, help='test groups of each choice')
     parser.add_argument('--every', type=int, default=10, help='train every so many-th choice')
     parser.add_argument(
         '--part', type=int, nargs=2, default=(0, 1), metavar=('I', 'N'), help='only the I-th of N parts'

@@ -122,11 +122,55 @@ def class_centroids(features: Tensor, labels: Tensor, num_classes: int) -> Tenso
     return (members.t() @ features) / members.sum(0).clamp(min=1)[:, None]
 
 
-def centroid_logits(features: Tensor, centroids: Tensor, temperature: Tensor | float) -> Tensor:
-    """Parameter-free classification (eq. 7): `tau * cos(f, u_k)`, `[n, k]`."""
+def centroid_logits(
+    features: Tensor, centroids: Tensor, temperature: Tensor | float, whitening: Tensor | None = None
+) -> Tensor:
+    """Parameter-free classification (eq. 7): `tau * cos(f, u_k)`, `[n, k]`; of `W f` and `W u_k` with a whitening."""
+    if whitening is not None:
+        features, centroids = features @ whitening, centroids @ whitening
     return temperature * F.normalize(features, dim=-1) @ F.normalize(centroids, dim=-1).t()
 
 
-def centroid_classifier(centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight `[k, d]` and bias `[k]` of a Linear whose top-1 is that of eq. 7: the centroids as normalised rows."""
-    return F.normalize(centroids, dim=-1), torch.zeros(len(centroids), dtype=centroids.dtype, device=centroids.device)
+def centroid_classifier(centroids: Tensor, whitening: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight `[k, d]` and bias `[k]` of a Linear whose top-1 is that of eq. 7.
+
+    The rows are the normalised centroids; with a whitening `W` they are normalised after it and mapped back by it,
+    since `cos(W f, W u)` ranks classes as `f . W (W u / |W u|)` does.
+    """
+    rows = F.normalize(centroids @ whitening, dim=-1) @ whitening
+    return rows, torch.zeros(len(rows), dtype=rows.dtype, device=rows.device)
+
+
+class Whitening:
+    """Learns the linear map in which the features of a class spread alike in all directions.
+
+    A network that was trained on few classes spreads the images of any class along directions that tell nothing about
+    others; eq. 7 gives these the same say as the rest. The inverse root of the covariance within classes, over seen
+    classes, takes it from them (linear discriminant analysis). It is learned once, after training, and is the same for
+    every data set.
+
+    Args:
+        num_features: `d`.
+        shrinkage: Share of the mean variance that is added to every direction.
+    """
+
+    def __init__(self, num_features: int, shrinkage: float = 0.1) -> None:
+        self.shrinkage, self.count = shrinkage, 0
+        self.scatter = torch.zeros(num_features, num_features, dtype=torch.float64)
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Takes in features `[n, d]` of classes `[n]`, of one group."""
+        features, labels = features.detach().double().cpu(), labels.cpu()
+        classes, labels = labels.unique(return_inverse=True)
+        spread = features - class_centroids(features, labels, len(classes))[labels]
+        self.scatter += spread.t() @ spread
+        self.count += len(features) - len(classes)
+
+    def result(self) -> Tensor:
+        """The symmetric matrix `W` `[d, d]`, float32, of mean eigenvalue 1; the identity where nothing was taken in."""
+        size = len(self.scatter)
+        if not self.count or not self.scatter.any():
+            return torch.eye(size)
+        values, vectors = torch.linalg.eigh(self.scatter / self.count)
+        scales = (values.clamp(min=0) + self.shrinkage * values.mean()).rsqrt()
+        return ((vectors * (scales / scales.mean())) @ vectors.t()).float()

@@ -135,6 +135,7 @@ def predict(
 def train(recipe: Path, out: Path, plain: bool, device: str | None, data_dir: str | None) -> None:
     """Train a hypernetwork by a RECIPE file; goes on where an earlier run in --out stopped."""
     from timm_pudnet import training
+    from timm_pudnet.hypernet import save_tensors
     from timm_pudnet.predict import save_model
 
     loaded = training.Recipe.load(recipe)
@@ -146,7 +147,8 @@ def train(recipe: Path, out: Path, plain: bool, device: str | None, data_dir: st
     click.echo(f'Found      {len(bank.labels):,} images in {len(bank.class_names)} classes: {_some(bank.class_names)}')
     click.echo(f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} images; stop and resume at will')
     if plain:
-        model = training.train_plain(loaded, out / 'run-plain', bank=bank, device=device)
+        model, whitening = training.train_plain(loaded, out / 'run-plain', bank=bank, device=device)
+        save_tensors({'whitening': whitening}, _whitening_path(result), {})
         save_model(model, result)
     else:
         hypernet = training.meta_train(loaded, out / 'run', bank=bank, device=device)
@@ -189,6 +191,7 @@ def evaluate(
     split: str,
 ) -> None:
     """Measure HYPERNET on those classes of IMAGES that it was not trained on, beside its controls."""
+    import safetensors.torch
     import timm
     from safetensors import SafetensorError
 
@@ -224,7 +227,8 @@ def evaluate(
         if path.name in rivals:
             raise InputError(f'--control {path}: another control is called {path.name} too; rename its folder')
         try:
-            rivals[path.name] = timm.create_model(f'local-dir:{path}', pretrained=True)
+            model = timm.create_model(f'local-dir:{path}', pretrained=True)
+            rivals[path.name] = model, safetensors.torch.load_file(_whitening_path(path))['whitening']
         except (RuntimeError, ValueError, KeyError, AssertionError, OSError, SafetensorError) as error:
             raise InputError(f'--control {path} holds no timm model: {error}') from error
     result = evaluation.evaluate(network.to(usable_device(device)), bank, drawn, controls=rivals, seed=seed)
@@ -249,6 +253,10 @@ def list_command() -> None:
         click.echo(
             f'{name:32}{config.model_name}, {len(config.class_names)} classes seen, input {config.input.input_size}'
         )
+
+
+def _whitening_path(control: Path) -> Path:
+    return control.with_name(f'{control.name}.whitening.safetensors')
 
 
 def _some(names: tuple[str, ...], most: int = 8) -> str:

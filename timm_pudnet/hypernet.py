@@ -79,6 +79,8 @@ class PudNet(nn.Module):
             for layer in layers
         )
         self.temperature = nn.Parameter(torch.tensor(10.0))  # tau of eq. 7
+        self.whitening: Tensor  # of the features, before eq. 7; the identity until training has ended
+        self.register_buffer('whitening', torch.eye(self.target.num_features))
         # Torch allows no dots in the names of parameters, and a slash in no name of a module.
         self.shared = nn.ParameterDict(
             {_slashed(key): torch.zeros(self.target.shapes[key]) for key in self.target.keys('shared')}
@@ -181,7 +183,7 @@ class PudNet(nn.Module):
 
         Args:
             folder: Made if it is not there; other files in it are left alone.
-            half: Store floating-point tensors as float16 (all but norm statistics).
+            half: Store floating-point tensors as float16 (all but norm statistics and whitening).
             overwrite: Replace the two files where they exist.
 
         Raises:
@@ -194,7 +196,7 @@ class PudNet(nn.Module):
                     raise OutputExistsError(f'{folder / name} exists: choose another folder or pass overwrite=True')
         state = {}
         for key, value in self.state_dict().items():
-            narrow = half and value.is_floating_point() and not key.startswith('norm_statistics.')
+            narrow = half and value.is_floating_point() and not key.startswith(('norm_statistics.', 'whitening'))
             state[key] = value.detach().cpu().to(torch.float16 if narrow else value.dtype).contiguous()
         config = dataclasses.replace(self.config, library_versions=library_versions())
         made = not folder.exists()

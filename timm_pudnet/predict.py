@@ -46,7 +46,8 @@ def predict_model(
     """Predicts the weights of a timm CNN for a set of images, without training on them.
 
     Compresses the images into a sketch (eq. 3), walks the layers (eq. 4, 5), generates their kernels (eq. 6),
-    calibrates the norm statistics on the images and writes the class centroids into the classifier (eq. 7).
+    calibrates the norm statistics on the images and writes the class centroids into the classifier (eq. 7, in the
+    features' whitened space, `adapt.Whitening`).
 
     Args:
         model_name: timm architecture, without a tag.
@@ -238,7 +239,7 @@ def _predict(
                 for images, labels in source.batches(batch_size):
                     assert labels is not None
                     centroids.add(features(images.to(device)), labels)
-        weight, bias = centroid_classifier(centroids.result())
+        weight, bias = centroid_classifier(centroids.result(), network.whitening.cpu())
         classifier = model.get_submodule(spec.classifier)
         with torch.no_grad():
             classifier.weight.copy_(weight)  # type: ignore[union-attr, operator]

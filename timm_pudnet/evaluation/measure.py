@@ -32,7 +32,7 @@ def evaluate(
     bank: ImageBank,
     groups: TestGroups,
     *,
-    controls: Mapping[str, nn.Module] | None = None,
+    controls: Mapping[str, tuple[nn.Module, Tensor]] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -43,6 +43,7 @@ def evaluate(
     gets the same support, head and calibration:
 
     - `predicted`: the hypernetwork with the group's own sketch;
+    - `predicted_without_whitening`: the same network, eq. 7 of its features as they are, as in the paper;
     - `swapped_sketch`: with the sketch of the group before it;
     - `mean_sketch`: with the mean sketch of all groups;
     - each of `controls` by its name, the same architecture trained without a hypernetwork, and `..._own_statistics`:
@@ -54,7 +55,7 @@ def evaluate(
         hypernet: The hypernetwork to measure.
         bank: Images of the unseen classes.
         groups: Which of them make up each group.
-        controls: Feature models, as `train_plain` gives them, by name.
+        controls: Feature models and their whitenings, as `train_plain` gives them, by name.
         seed: Of the random weights.
         progress: Show a progress bar.
 
@@ -85,16 +86,22 @@ def evaluate(
 
         return run
 
+    # Every other arm is a network of the hypernetwork, and takes its whitening.
+    whitenings: dict[str, Tensor | None] = dict.fromkeys(
+        ('predicted_without_whitening', 'random_weights', 'raw_pixels')
+    )
     arms: dict[str, Callable[[int], Classifier]] = {
         'predicted': lambda number: with_weights(hypernet(sketches[number])),
+        'predicted_without_whitening': lambda number: with_weights(hypernet(sketches[number])),
         'swapped_sketch': lambda number: with_weights(hypernet(sketches[number - 1])),
         'mean_sketch': lambda number: with_weights(hypernet(average)),
         'random_weights': lambda number: with_weights(initial),
         'raw_pixels': lambda number: lambda support, query: (support.flatten(1), query.flatten(1)),
     }
-    for name, control in (controls or {}).items():
+    for name, (control, whitening) in (controls or {}).items():
         own = {key: value.to(device) for key, value in control.state_dict().items()}
         arms[name] = lambda number, own=own: with_weights(own)
+        whitenings[name] = whitenings[f'{name}_own_statistics'] = whitening.to(device)
         arms[f'{name}_own_statistics'] = lambda number, own=own: with_weights(own, calibrated=False)
 
     n_way, n_shot, n_query = groups.support.shape[1], groups.support.shape[2], groups.query.shape[2]
@@ -105,7 +112,8 @@ def evaluate(
         for name, arm in arms.items():
             features, tested = arm(number)(support, query)
             centroids = class_centroids(features, labels.to(device), n_way)
-            guesses = centroid_logits(tested, centroids, 1.0).argmax(1).cpu()
+            whitening = whitenings.get(name, hypernet.whitening)
+            guesses = centroid_logits(tested, centroids, 1.0, whitening).argmax(1).cpu()
             scores[name].append(100 * float((guesses == answers).float().mean()))
 
     def gain(name: str) -> dict[str, float]:

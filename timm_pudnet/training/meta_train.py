@@ -6,6 +6,7 @@ never stopped. It is written beside its place and renamed, so it is whole or abs
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from timm_pudnet.adapt import Whitening, calibrate
 from timm_pudnet.config import DamagedFileError, InputError, PudNetConfig
 from timm_pudnet.hypernet import PudNet, save_tensors, usable_device, written_whole
 from timm_pudnet.images import open_images
@@ -79,18 +81,19 @@ def train_plain(
     checkpoint_seconds: float = 120.0,
     max_steps: int | None = None,
     progress: bool = True,
-) -> nn.Module:
+) -> tuple[nn.Module, Tensor]:
     """Trains the control *plain*: the recipe's target as an ordinary classifier, on as many images of the same classes.
 
     Arguments and errors as `meta_train`.
 
     Returns:
-        The target as a feature model (`num_classes=0`), in eval mode, on the CPU.
+        The target as a feature model (`num_classes=0`), in eval mode, and the whitening of its features, on the CPU.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     run = _PlainRun(recipe, bank or load_bank(recipe), usable_device(device))
     _go(run, folder, checkpoint_seconds, max_steps, progress)
-    return run.target.cpu().eval()
+    whitening = run.whitening()
+    return run.target.cpu().eval(), whitening
 
 
 def _go(
@@ -163,7 +166,8 @@ class _Run:
         describe_target(config.model_name, **config.model_kwargs)  # clear errors before any work
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
-            self.target = timm.create_model(config.model_name, **{**config.model_kwargs, 'num_classes': 0})
+            self.target_kwargs = {**config.model_kwargs, 'num_classes': 0}
+            self.target = timm.create_model(config.model_name, **self.target_kwargs)
             self.head = nn.Linear(int(self.target.num_features), self.sampler.num_classes)  # type: ignore[arg-type]
             self.modules = {name: module.to(device).train() for name, module in self.build(bank).items()}
             self.random_state = torch.get_rng_state()  # of torch itself, which dropout in the target draws from
@@ -217,6 +221,26 @@ class _Run:
             self.seconds += time.monotonic() - started
             self.log.append({'step': self.step, 'rate': self.optimizer.param_groups[0]['lr'], **sums})
             yield sums
+
+    @torch.inference_mode()
+    def whitening(self, groups: int = 40) -> Tensor:
+        """The whitening of the features, from new groups of seen classes, each treated as a group of unseen ones."""
+        learned = Whitening(self.head.in_features)
+        model = timm.create_model(self.recipe.hypernet.model_name, **self.target_kwargs).to(self.device)
+        sampler = copy.copy(self.sampler)
+        sampler.augmentation = None
+        for _ in range(groups):
+            group = sampler.draw()
+            support, query = group.support.to(self.device), group.query.to(self.device)
+            weights = self.weights_of(support)
+            model.load_state_dict(weights)
+            features = [calibrate(model, support, weights), model(query)]
+            learned.add(torch.cat(features), torch.cat([group.support_classes, group.query_classes]))
+        return learned.result()
+
+    def weights_of(self, support: Tensor) -> dict[str, Tensor]:
+        """State dict of the target for a group's support images."""
+        raise NotImplementedError
 
     def features(self, images: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
         """The target's features `[n, d]` in float32; with its own weights, or with these."""
@@ -324,11 +348,20 @@ class _MetaRun(_Run):
             'recipe_digest': self.recipe.digest,
         }
         self.hypernet.config = dataclasses.replace(self.hypernet.config, training=cost)
+        self.hypernet.whitening.copy_(self.whitening())
         return self.hypernet.cpu().eval()
+
+    def weights_of(self, support: Tensor) -> dict[str, Tensor]:
+        """The hypernetwork's weights, with the norm statistics of training."""
+        return self.hypernet.eval()(self.hypernet.encoder(support).mean(0))
 
 
 class _PlainRun(_Run):
     """The control *plain*: the target itself as an ordinary classifier of the seen classes."""
+
+    def weights_of(self, support: Tensor) -> dict[str, Tensor]:
+        """The target's own weights, whatever the group."""
+        return self.target.state_dict()
 
     def build(self, bank: ImageBank) -> dict[str, nn.Module]:
         return {'target': self.target, 'head': self.head}
