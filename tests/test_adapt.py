@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from timm_pudnet.adapt import (
     StreamingCentroids,
+    Whitening,
     calibrate,
     centroid_classifier,
     centroid_logits,
@@ -141,10 +142,53 @@ def test_a_classifier_of_centroids_has_the_same_top_1():
     support, labels = labelled_features()
     query, centroids = torch.randn(500, 9) * torch.rand(500, 1) * 10, class_centroids(support, labels, 4)
     centroids = centroids * torch.tensor([0.1, 1.0, 10.0, 3.0])[:, None]  # cosines do not see this
-    weight, bias = centroid_classifier(centroids)
+    weight, bias = centroid_classifier(centroids, torch.eye(9))
+    assert_close(weight.norm(dim=1), torch.ones(4))
     guesses = (query @ weight.t() + bias).argmax(1)
     assert torch.equal(guesses, plain_logits(centroids, torch.arange(4), query, 4, 10.0).argmax(1))
     assert not torch.equal(guesses, (query @ centroids.t()).argmax(1))
+
+
+def spread_within_classes(count=4000):
+    """Features of 4 classes whose images spread 5 times as far in the last two directions, and its whitening."""
+    torch.manual_seed(1)
+    labels = torch.arange(count) % 4
+    stretch = torch.tensor([1.0] * 7 + [5.0] * 2)
+    features = torch.randn(count, 9) * stretch + 20 * torch.eye(4, 9)[labels]
+    learned = Whitening(9, shrinkage=0.0)
+    for chunk in torch.arange(count).split(500):
+        learned.add(features[chunk], labels[chunk])
+    return features, labels, learned.result()
+
+
+def test_whitening_makes_classes_spread_alike_in_all_directions():
+    features, labels, whitening = spread_within_classes()
+    spread = (features - class_centroids(features, labels, 4)[labels]) @ whitening
+    covariance = spread.t() @ spread / len(spread)
+    assert_close(covariance / covariance.diagonal().mean(), torch.eye(9), rtol=0, atol=0.06)
+    assert_close(whitening, whitening.t())
+
+
+def test_whitening_of_nothing_is_the_identity():
+    assert torch.equal(Whitening(5).result(), torch.eye(5))
+
+
+def test_shrinkage_draws_the_whitening_towards_the_identity():
+    features, labels, sharp = spread_within_classes()
+    learned = Whitening(9, shrinkage=100.0)
+    learned.add(features, labels)
+    assert (learned.result() - torch.eye(9)).abs().max() < 0.02 < (sharp - torch.eye(9)).abs().max()
+
+
+def test_a_whitened_classifier_has_the_top_1_of_whitened_cosines():
+    _, _, whitening = spread_within_classes()
+    centroids, query = torch.randn(4, 9) + 1, torch.randn(500, 9) + 1
+    weight, bias = centroid_classifier(centroids, whitening)
+    guesses = (query @ weight.t() + bias).argmax(1)
+    assert torch.equal(guesses, centroid_logits(query, centroids, 10.0, whitening).argmax(1))
+    expected = plain_logits(centroids @ whitening, torch.arange(4), query @ whitening, 4, 10.0)
+    assert torch.equal(guesses, expected.argmax(1))
+    assert not torch.equal(guesses, centroid_logits(query, centroids, 10.0).argmax(1))
 
 
 @settings(max_examples=25, deadline=None)

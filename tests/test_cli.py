@@ -624,6 +624,7 @@ def test_a_control_that_is_no_timm_model_is_one_line(trained, shapes, tmp_path, 
     (tmp_path / 'text').mkdir()
     (tmp_path / 'text' / 'config.json').write_text('no JSON')
     shutil.copytree(trained[0] / 'plain', tmp_path / 'cut')
+    shutil.copy(trained[0] / 'plain.whitening.safetensors', tmp_path / 'cut.whitening.safetensors')
     (tmp_path / 'cut' / 'model.safetensors').write_bytes(b'')
     with nothing_written(trained[0]):
         for name in ('empty', 'text', 'cut'):

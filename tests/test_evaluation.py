@@ -15,7 +15,7 @@ from timm_pudnet.hypernet import PudNet
 from timm_pudnet.training import ImageBank
 
 measure = importlib.import_module('timm_pudnet.evaluation.measure')
-ARMS = ['predicted', 'swapped_sketch', 'mean_sketch', 'random_weights', 'raw_pixels']
+ARMS = ['predicted', 'predicted_without_whitening', 'swapped_sketch', 'mean_sketch', 'random_weights', 'raw_pixels']
 
 
 @pytest.fixture(scope='module')
@@ -129,7 +129,9 @@ def test_colours_are_told_apart_and_the_result_is_json(hypernet, bank, groups):
     plain = timm.create_model('test_resnet', num_classes=0)
     torch.set_rng_state(before)
     plain_before = copy.deepcopy(plain.state_dict())
-    result = evaluate(hypernet, bank, groups, controls={'plain': plain}, progress=False)
+    result = evaluate(
+        hypernet, bank, groups, controls={'plain': (plain, torch.eye(plain.num_features))}, progress=False
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert_close(dict(plain.state_dict()), dict(plain_before), rtol=0, atol=0)
     assert json.loads(json.dumps(result)) == result
@@ -209,7 +211,7 @@ def test_a_query_image_s_features_do_not_depend_on_the_other_query_images(hypern
 def test_plain_with_its_own_statistics_is_the_model_itself(hypernet, bank, groups, recorded):
     plain = timm.create_model('test_resnet', num_classes=0)
     plain.bn1.running_mean.fill_(0.2)
-    evaluate(hypernet, bank, groups, controls={'plain': plain}, progress=False)
+    evaluate(hypernet, bank, groups, controls={'plain': (plain, torch.eye(plain.num_features))}, progress=False)
     arms = len(ARMS) + 2
     with torch.no_grad():
         expected = plain.eval()(bank.images[groups.query[2].flatten()].float() / 127.5 - 1)

@@ -341,8 +341,10 @@ TRAINERS = pytest.mark.parametrize('train', [meta_train, train_plain])
 
 
 def run(train, recipe, folder, bank, **kwargs):
-    module = train(recipe, folder, bank=bank, device='cpu', progress=False, **kwargs)
-    return {key: value.clone() for key, value in module.state_dict().items()}
+    found = train(recipe, folder, bank=bank, device='cpu', progress=False, **kwargs)
+    module, whitening = found if isinstance(found, tuple) else (found, found.whitening)
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    return {**state, 'the whitening': whitening.clone()}
 
 
 def assert_same_run(folder, weights, other_folder, other_weights):
@@ -482,7 +484,8 @@ def test_the_hypernetwork_says_what_its_training_cost(bank):
 
 def test_plain_training_gives_a_feature_model_that_learned(bank, tmp_path):
     recipe = easy_recipe()
-    model = train_plain(recipe, tmp_path, bank=bank, device='cpu', progress=False)
+    model, whitening = train_plain(recipe, tmp_path, bank=bank, device='cpu', progress=False)
+    assert whitening.shape == (model.num_features, model.num_features)
     losses = [entry['full'] for entry in log_of(tmp_path)]
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
     assert not model.training

@@ -86,35 +86,40 @@ def evaluate(
 
         return run
 
-    # Every other arm is a network of the hypernetwork, and takes its whitening.
-    whitenings: dict[str, Tensor | None] = dict.fromkeys(
-        ('predicted_without_whitening', 'random_weights', 'raw_pixels')
-    )
     arms: dict[str, Callable[[int], Classifier]] = {
         'predicted': lambda number: with_weights(hypernet(sketches[number])),
-        'predicted_without_whitening': lambda number: with_weights(hypernet(sketches[number])),
         'swapped_sketch': lambda number: with_weights(hypernet(sketches[number - 1])),
         'mean_sketch': lambda number: with_weights(hypernet(average)),
         'random_weights': lambda number: with_weights(initial),
         'raw_pixels': lambda number: lambda support, query: (support.flatten(1), query.flatten(1)),
     }
-    for name, (control, whitening) in (controls or {}).items():
+    # How each arm's features are read: the names of its scores, and the whitening of each.
+    whitening = hypernet.whitening
+    readings: dict[str, dict[str, Tensor | None]] = {
+        'predicted': {'predicted': whitening, 'predicted_without_whitening': None},
+        'swapped_sketch': {'swapped_sketch': whitening},
+        'mean_sketch': {'mean_sketch': whitening},
+        'random_weights': {'random_weights': None},
+        'raw_pixels': {'raw_pixels': None},
+    }
+    for name, (control, learned) in (controls or {}).items():
         own = {key: value.to(device) for key, value in control.state_dict().items()}
         arms[name] = lambda number, own=own: with_weights(own)
-        whitenings[name] = whitenings[f'{name}_own_statistics'] = whitening.to(device)
+        for arm in (name, f'{name}_own_statistics'):
+            readings[arm] = {arm: learned.to(device)}
         arms[f'{name}_own_statistics'] = lambda number, own=own: with_weights(own, calibrated=False)
 
     n_way, n_shot, n_query = groups.support.shape[1], groups.support.shape[2], groups.query.shape[2]
     labels, answers = torch.arange(n_way).repeat_interleave(n_shot), torch.arange(n_way).repeat_interleave(n_query)
-    scores: dict[str, list[float]] = {name: [] for name in arms}
+    scores: dict[str, list[float]] = {name: [] for names in readings.values() for name in names}
     for number in tqdm(range(len(groups)), disable=not progress, unit='group'):
         support, query = images(groups.support[number]), images(groups.query[number])
         for name, arm in arms.items():
             features, tested = arm(number)(support, query)
             centroids = class_centroids(features, labels.to(device), n_way)
-            whitening = whitenings.get(name, hypernet.whitening)
-            guesses = centroid_logits(tested, centroids, 1.0, whitening).argmax(1).cpu()
-            scores[name].append(100 * float((guesses == answers).float().mean()))
+            for reading, space in readings[name].items():
+                guesses = centroid_logits(tested, centroids, 1.0, space).argmax(1).cpu()
+                scores[reading].append(100 * float((guesses == answers).float().mean()))
 
     def gain(name: str) -> dict[str, float]:
         return mean_interval([a - b for a, b in zip(scores['predicted'], scores[name], strict=True)])

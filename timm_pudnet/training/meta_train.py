@@ -226,7 +226,8 @@ class _Run:
     def whitening(self, groups: int = 40) -> Tensor:
         """The whitening of the features, from new groups of seen classes, each treated as a group of unseen ones."""
         learned = Whitening(self.head.in_features)
-        model = timm.create_model(self.recipe.hypernet.model_name, **self.target_kwargs).to(self.device)
+        with torch.random.fork_rng():
+            model = timm.create_model(self.recipe.hypernet.model_name, **self.target_kwargs).to(self.device)
         sampler = copy.copy(self.sampler)
         sampler.augmentation = None
         for _ in range(groups):
