@@ -52,9 +52,10 @@ def calibrate(
 
     def set_statistics(key: str):
         def hook(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            values = inputs[0].float()
-            dims = [dim for dim in range(values.ndim) if dim != 1]
-            variance, mean = torch.var_mean(values, dim=dims, correction=0)
+            # One row a channel, and two plain sums: several times faster here than var_mean.
+            rows = inputs[0].float().transpose(0, 1).flatten(1)
+            mean = rows.mean(1)
+            variance = (rows - mean[:, None]).square_().mean(1)
             prior_mean = prior[f'{key}.running_mean'].to(mean.device)
             prior_variance = prior[f'{key}.running_var'].to(mean.device)
             blend = torch.lerp(prior_mean, mean, share)
