@@ -226,6 +226,8 @@ def evaluate(
     for path in controls:
         if path.name in rivals:
             raise InputError(f'--control {path}: another control is called {path.name} too; rename its folder')
+        if not _whitening_path(path).is_file():
+            raise InputError(f'--control {path}: {_whitening_path(path)} is not there; `train --plain` writes both')
         try:
             model = timm.create_model(f'local-dir:{path}', pretrained=True)
             rivals[path.name] = model, safetensors.torch.load_file(_whitening_path(path))['whitening']
@@ -235,10 +237,11 @@ def evaluate(
     click.echo(evaluation.format_table(result))
     if save:
         folder = Path(hypernet)
+        verb = 'Replaced  ' if (folder / 'results.json').exists() else 'Wrote     '
         drawn.save(folder / 'groups.json')
         with written_whole(folder / 'results.json') as beside:
             beside.write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
-        click.echo(f'Wrote      {folder / "results.json"}, {folder / "groups.json"}')
+        click.echo(f'{verb} {folder / "results.json"}, {folder / "groups.json"}')
 
 
 @main.command(name='list')

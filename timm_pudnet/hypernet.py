@@ -9,7 +9,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -303,10 +302,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         beside.chmod(0o666 & ~_umask())
         os.replace(beside, path)
     finally:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            beside.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -12,7 +12,7 @@ import json
 import math
 import multiprocessing
 import platform
-import resource
+import re
 import statistics
 import time
 from pathlib import Path
@@ -116,7 +116,9 @@ class Noise(torch.utils.data.Dataset):
 
 def peak_of(name, count, queue):
     timm_pudnet.predict_model(name, Noise(count))
-    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not ru_maxrss, which a child inherits from its parent.
+    status = Path('/proc/self/status').read_text()
+    queue.put(int(re.search(r'VmHWM:\s+(\d+)', status)[1]) / 1024)
 
 
 def memory(name, counts=(1_000, 100_000)):
@@ -127,7 +129,7 @@ def memory(name, counts=(1_000, 100_000)):
         queue = context.Queue()
         process = context.Process(target=peak_of, args=(name, count, queue))
         process.start()
-        peaks[count] = queue.get()
+        peaks[count] = queue.get(timeout=1800)
         process.join()
     first, *_, last = peaks.values()
     return {'peak_mb': {f'{count}_images': peak for count, peak in peaks.items()}, 'last_over_first': last / first}
@@ -135,15 +137,14 @@ def memory(name, counts=(1_000, 100_000)):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--name', default='resnet18')
     parser.add_argument('--out', type=Path, help='write the JSON here too')
     arguments = parser.parse_args()
     result = {
         'machine': f'{platform.machine()}, {torch.get_num_threads()} threads',
         'library_versions': library_versions(),
-        'generation': generation(timm_pudnet.load_hypernet(arguments.name)),
-        'prediction': prediction(arguments.name),
-        'memory': memory(arguments.name),
+        'generation': generation(timm_pudnet.load_hypernet('resnet18')),
+        'prediction': prediction('resnet18'),
+        'memory': memory('resnet18'),
     }
     text = json.dumps(result, indent=2)
     print(text)

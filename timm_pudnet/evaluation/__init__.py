@@ -1,14 +1,13 @@
 """Measuring a hypernetwork: groups of unseen classes, controls, intervals."""
 
 from timm_pudnet.evaluation.holdout import held_out_accuracy, split_held_out
-from timm_pudnet.evaluation.measure import evaluate, file_digest, format_table, weights_digest
+from timm_pudnet.evaluation.measure import evaluate, format_table, weights_digest
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
 from timm_pudnet.evaluation.protocols import TestGroups
 
 __all__ = [
     'TestGroups',
     'evaluate',
-    'file_digest',
     'format_table',
     'held_out_accuracy',
     'mean_interval',

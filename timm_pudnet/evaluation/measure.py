@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_pudnet.adapt import calibrate, centroid_logits, class_centroids
+from timm_pudnet.config import InputError
 from timm_pudnet.evaluation.metrics import mean_interval
 from timm_pudnet.evaluation.protocols import TestGroups
 from timm_pudnet.hypernet import PudNet, library_versions
@@ -40,7 +40,8 @@ def evaluate(
 
     For every group the support images give the sketch, the norm statistics and the class centroids; the query images
     are classified by eq. 7 in eval mode, so no query image touches anything that classifies it. Every network below
-    gets the same support, head and calibration:
+    gets the same support and head; predicted networks and controls get their whitening, and all but the controls'
+    `..._own_statistics` are calibrated on the support:
 
     - `predicted`: the hypernetwork with the group's own sketch;
     - `predicted_without_whitening`: the same network, eq. 7 of its features as they are, as in the paper;
@@ -59,12 +60,33 @@ def evaluate(
         seed: Of the random weights.
         progress: Show a progress bar.
 
+    Raises:
+        InputError: A control has the name of another result, or is of another architecture.
+
     Returns:
         A mapping that JSON can hold: `accuracy` in percent with the half-width of the 95 % interval over groups,
         `conditioning_gain` and `gain_over_<control>` likewise, of the differences group by group.
     """
     hypernet.eval()
     config = hypernet.config
+    fixed = (
+        'predicted',
+        'predicted_without_whitening',
+        'swapped_sketch',
+        'mean_sketch',
+        'random_weights',
+        'raw_pixels',
+    )
+    expected = {
+        key: shape for key, shape in hypernet.target.shapes.items() if hypernet.target.roles[key] != 'classifier'
+    }
+    for name, (control, _) in (controls or {}).items():
+        if name in fixed:
+            raise InputError(f'a control cannot be called {name}: that is the name of another result')
+        if {key: tuple(value.shape) for key, value in control.state_dict().items()} != expected:
+            raise InputError(
+                f'control {name} is no {config.model_name} without classifier, which {hypernet.name} predicts'
+            )
     mean, std = (torch.tensor(values)[:, None, None] for values in (config.input.mean, config.input.std))
     device = hypernet.device
 
@@ -163,8 +185,3 @@ def format_table(result: dict[str, Any]) -> str:
     rows = {**result['accuracy'], **{name: row for name, row in result.items() if 'gain' in name}}
     lines += [f'  {name:36}{row["mean"]:7.2f} +- {row["interval"]:.2f}' for name, row in rows.items()]
     return '\n'.join(lines)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -170,7 +170,7 @@ class _Run:
             self.target = timm.create_model(config.model_name, **self.target_kwargs)
             self.head = nn.Linear(int(self.target.num_features), self.sampler.num_classes)  # type: ignore[arg-type]
             self.modules = {name: module.to(device).train() for name, module in self.build(bank).items()}
-            self.random_state = torch.get_rng_state()  # of torch itself, which dropout in the target draws from
+            self.random_state = self._get_random_state()  # of torch itself, which dropout in the target draws from
         self.parameters = [p for m in self.modules.values() for p in m.parameters() if p.requires_grad]
         decay = recipe.schedule.weight_decay
         self.optimizer = torch.optim.AdamW(
@@ -181,6 +181,17 @@ class _Run:
             lr=recipe.schedule.rate,
             fused=True,
         )
+
+    def _get_random_state(self) -> dict[str, Tensor]:
+        states = {'cpu': torch.get_rng_state()}
+        if self.device.type == 'cuda':
+            states['cuda'] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def _set_random_state(self, states: dict[str, Tensor]) -> None:
+        torch.set_rng_state(states['cpu'])
+        if self.device.type == 'cuda' and 'cuda' in states:
+            torch.cuda.set_rng_state(states['cuda'], self.device)
 
     def build(self, bank: ImageBank) -> dict[str, nn.Module]:
         raise NotImplementedError
@@ -201,14 +212,15 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group['lr'] = rate_at(self.step, self.num_steps, self.recipe)
             sums: dict[str, float] = {}
-            with torch.random.fork_rng():
-                torch.set_rng_state(self.random_state)
+            devices = [self.device] if self.device.type == 'cuda' else []
+            with torch.random.fork_rng(devices):
+                self._set_random_state(self.random_state)
                 for _ in range(self.parts):
                     loss, terms = self.losses()
                     (loss / self.parts).backward()
                     for name, value in terms.items():
                         sums[name] = sums.get(name, 0.0) + float(value.detach()) / self.parts
-                self.random_state = torch.get_rng_state()
+                self.random_state = self._get_random_state()
             norm = float(nn.utils.clip_grad_norm_(self.parameters, self.recipe.schedule.clip))
             if not all(map(math.isfinite, [norm, *sums.values()])):
                 raise FloatingPointError(
@@ -262,7 +274,7 @@ class _Run:
             for name, value in self.optimizer.state[parameter].items():
                 tensors[f'optimizer.{number}.{name}'] = value
         tensors['generator'] = self.sampler.generator.get_state()
-        tensors['target_generator'] = self.random_state
+        tensors.update({f'target_generator.{place}': state for place, state in self.random_state.items()})
         return tensors
 
     def save(self, path: Path) -> None:
@@ -299,7 +311,7 @@ class _Run:
         for name, module in self.modules.items():
             module.load_state_dict(_taken(tensors, f'{name}.'))
         self.sampler.generator.set_state(tensors['generator'])
-        self.random_state = tensors['target_generator']
+        self.random_state = _taken(tensors, 'target_generator.')
         self.step, self.seconds = int(about['step']), float(about['seconds'])
         self.log = json.loads(about['log'])
 
