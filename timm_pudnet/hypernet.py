@@ -225,7 +225,9 @@ class PudNet(nn.Module):
         config = read_config(folder / CONFIG_NAME)
         path = folder / WEIGHTS_NAME
         try:
-            state = safetensors.torch.load_file(path)
+            # Read as one block, not mapped: once that is given back, the allocator keeps blocks of any layer's size for
+            # the next kernels, instead of fetching fresh pages for each generation (glibc's dynamic threshold).
+            state = safetensors.torch.load(path.read_bytes())
         except (SafetensorError, OSError, ValueError) as error:
             raise DamagedFileError(f'{path} is damaged ({error}): fetch or write it again') from error
         try:
