@@ -27,7 +27,7 @@ def load():
 
 
 def as_tensor(images):
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
 
 
 def accuracy(model, source):
