@@ -285,7 +285,7 @@ def _build(
 
 
 class _NoRandomInit(TorchFunctionMode):
-    """Leaves out the random draws of a model's making, a fifth of a prediction's time: every tensor is loaded after."""
+    """Leaves out the random draws of a model's making, since every tensor of it is loaded right after."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Passes every call on but random fills, those of `torch.nn.init` and of tensors."""
