@@ -69,19 +69,21 @@ def evaluate(
     """
     hypernet.eval()
     config = hypernet.config
-    fixed = (
-        'predicted',
-        'predicted_without_whitening',
-        'swapped_sketch',
-        'mean_sketch',
-        'random_weights',
-        'raw_pixels',
-    )
+    # How each arm's features are read: the names of its scores, and the whitening of each.
+    whitening = hypernet.whitening
+    readings: dict[str, dict[str, Tensor | None]] = {
+        'predicted': {'predicted': whitening, 'predicted_without_whitening': None},
+        'swapped_sketch': {'swapped_sketch': whitening},
+        'mean_sketch': {'mean_sketch': whitening},
+        'random_weights': {'random_weights': None},
+        'raw_pixels': {'raw_pixels': None},
+    }
+    reserved = {score for names in readings.values() for score in names}
     expected = {
         key: shape for key, shape in hypernet.target.shapes.items() if hypernet.target.roles[key] != 'classifier'
     }
     for name, (control, _) in (controls or {}).items():
-        if name in fixed:
+        if name in reserved:
             raise InputError(f'a control cannot be called {name}: that is the name of another result')
         if {key: tuple(value.shape) for key, value in control.state_dict().items()} != expected:
             raise InputError(
@@ -114,15 +116,6 @@ def evaluate(
         'mean_sketch': lambda number: with_weights(hypernet(average)),
         'random_weights': lambda number: with_weights(initial),
         'raw_pixels': lambda number: lambda support, query: (support.flatten(1), query.flatten(1)),
-    }
-    # How each arm's features are read: the names of its scores, and the whitening of each.
-    whitening = hypernet.whitening
-    readings: dict[str, dict[str, Tensor | None]] = {
-        'predicted': {'predicted': whitening, 'predicted_without_whitening': None},
-        'swapped_sketch': {'swapped_sketch': whitening},
-        'mean_sketch': {'mean_sketch': whitening},
-        'random_weights': {'random_weights': None},
-        'raw_pixels': {'raw_pixels': None},
     }
     for name, (control, learned) in (controls or {}).items():
         own = {key: value.to(device) for key, value in control.state_dict().items()}
