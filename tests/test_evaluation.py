@@ -230,3 +230,16 @@ def test_the_digest_of_weights_survives_saving_and_sees_every_change(hypernet, t
     with torch.no_grad():
         hypernet.ahru.start[3] += 1e-6
     assert weights_digest(hypernet) != digest
+
+
+@pytest.mark.parametrize(
+    ('name', 'model_name', 'needles'),
+    [('predicted', 'test_resnet', ['predicted']), ('plain', 'test_efficientnet', ['plain', 'test_resnet'])],
+)
+def test_a_control_of_a_taken_name_or_another_architecture_is_refused(
+    name, model_name, needles, hypernet, bank, groups, one_line
+):
+    model = timm.create_model(model_name, num_classes=0)
+    with pytest.raises(InputError) as error:
+        evaluate(hypernet, bank, groups, controls={name: (model, torch.eye(model.num_features))}, progress=False)
+    one_line(error, *needles)
