@@ -15,6 +15,8 @@ from PIL import Image
 
 import timm_pudnet
 from timm_pudnet import InputConfig, PudNet
+from timm_pudnet.config import PudNetConfig
+from timm_pudnet.training import Data, Groups, ImageBank, Recipe, Schedule
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -113,6 +115,36 @@ def write_folder():
         return paths
 
     return write
+
+
+@pytest.fixture(scope='session')
+def bank():
+    """Six classes that can be learned: a pattern each, under noise; 3x16x16."""
+    rng = torch.Generator().manual_seed(5)
+    patterns = torch.randint(0, 256, (6, 1, 3, 4, 4), generator=rng).float()
+    noise = torch.randint(-40, 41, (6, 10, 3, 16, 16), generator=rng)
+    images = patterns.repeat_interleave(4, -1).repeat_interleave(4, -2) + noise
+    labels = torch.arange(6).repeat_interleave(10)
+    return ImageBank(images.clamp(0, 255).to(torch.uint8).flatten(0, 1), labels, list('abcdef'))
+
+
+@pytest.fixture(scope='session')
+def make_recipe():
+    """Makes a recipe of a few steps for the bank; `hypernet`, `groups`, `schedule` are fields that differ."""
+
+    def make(steps=6, seed=0, *, hypernet=None, groups=None, schedule=None, **changes):
+        small = InputConfig(input_size=(3, 16, 16))
+        base = {'model_name': 'test_resnet', 'sketch_width': 16, 'sketch_channels': (4, 8), 'input': small}
+        made = Groups(**{'n_way': 3, 'n_shot': 2, 'n_query': 2, 'per_step': 2, 'turns': 4, **(groups or {})})
+        return Recipe(
+            hypernet=PudNetConfig(**{**base, **(hypernet or {})}),
+            groups=made,
+            schedule=Schedule(**{'images': steps * made.images_per_step, 'rate': 2e-3, **(schedule or {})}),
+            seed=seed,
+            **{'data': (Data(images='nowhere'),), **changes},
+        )
+
+    return make
 
 
 @pytest.fixture(scope='session')

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -10,11 +11,13 @@ from torch.testing import assert_close
 
 from timm_pudnet.adapt import (
     StreamingCentroids,
+    StreamingRidge,
     Whitening,
     calibrate,
     centroid_classifier,
     centroid_logits,
     class_centroids,
+    ridge_classifier,
 )
 from timm_pudnet.config import InputError
 from timm_pudnet.target import batch_norms
@@ -219,3 +222,101 @@ def test_gradients_flow_through_centroids_and_logits():
     temperature = torch.tensor(10.0, requires_grad=True)
     (centroid_logits(query, class_centroids(support, labels, 4), temperature) * torch.randn(5, 4)).sum().backward()
     assert all((tensor.grad.abs() > 0).all() for tensor in (support, query, temperature))
+
+
+def plain_ridge(features, labels, num_classes, strength=0.3):
+    """Weight and bias by numpy's least squares, the penalty as further rows of the data."""
+    x, y = features.double().numpy(), np.eye(num_classes)[labels.numpy()]
+    mean, shares = x.mean(0), y.mean(0)
+    x, y = x - mean, y - shares
+    penalty = strength * (x**2).sum() / len(x)
+    rows = np.concatenate([x, np.sqrt(penalty) * np.eye(x.shape[1])])
+    weight = np.linalg.lstsq(rows, np.concatenate([y, np.zeros((x.shape[1], num_classes))]), rcond=None)[0].T
+    return torch.from_numpy(weight).float(), torch.from_numpy(shares - weight @ mean).float()
+
+
+def streamed_ridge(features, labels, chunks=(), whitening=None, **kwargs):
+    stream, start = StreamingRidge(4, **kwargs), 0
+    for chunk in [*chunks, len(features)]:
+        stream.add(features[start : start + chunk], labels[start : start + chunk])
+        start += chunk
+    return stream.classifier(whitening)
+
+
+@pytest.mark.parametrize('count', [5, 8, 9, 40, 3000])
+@pytest.mark.parametrize('strength', [0.01, 1.0, 5.0])
+def test_ridge_is_that_of_a_plain_rewrite(count, strength):
+    features, labels = labelled_features(count)
+    features = 3 * features + 7
+    expected = plain_ridge(features, labels, 4, strength)
+    assert expected[0].abs().max() > 1e-3
+    assert_close(streamed_ridge(features, labels, strength=strength), expected, rtol=1e-5, atol=1e-6)
+    assert_close(ridge_classifier(features, labels, 4, strength=strength), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('count', [8, 40])
+def test_ridge_of_whitened_features_is_mapped_back(count):
+    features, labels = labelled_features(count)
+    _, _, whitening = spread_within_classes()
+    weight, bias = plain_ridge(features.double() @ whitening.double(), labels, 4)
+    expected = weight @ whitening, bias
+    assert_close(streamed_ridge(features, labels, whitening=whitening), expected, rtol=1e-4, atol=1e-5)
+    assert_close(ridge_classifier(features, labels, 4, whitening), expected, rtol=1e-4, atol=1e-5)
+    assert (ridge_classifier(features, labels, 4)[0] - expected[0]).abs().max() > 1e-3
+
+
+@settings(max_examples=25, deadline=None)
+@given(chunks=st.lists(st.integers(1, 20), max_size=8), order=st.permutations(range(40)))
+def test_neither_order_nor_batches_change_the_ridge(chunks, order):
+    torch.manual_seed(0)
+    features, labels = labelled_features()
+    found = streamed_ridge(features[list(order)], labels[list(order)], chunks)
+    assert_close(found, streamed_ridge(features, labels), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('count', [8, 400])
+def test_the_scale_of_features_does_not_change_the_answers_of_the_ridge(count):
+    features, labels = labelled_features(count)
+    query = torch.randn(50, 9)
+    answers = []
+    for scale in (1e-3, 1.0, 1e4):
+        weight, bias = ridge_classifier(scale * features, labels, 4)
+        answers.append(scale * query @ weight.t() + bias)
+    assert_close(answers[0], answers[1], rtol=1e-4, atol=1e-4)
+    assert_close(answers[2], answers[1], rtol=1e-4, atol=1e-4)
+    assert answers[1].std(0).min() > 0.01
+
+
+def test_the_ridge_is_held_back_with_few_images_and_free_with_many():
+    """With many images the penalty vanishes against the data; with few the weights are much smaller than without."""
+    for count, low, high in ((5, 0.0, 0.8), (20_000, 0.99, 1.0)):
+        features, labels = labelled_features(count)
+        ratio = ridge_classifier(features, labels, 4)[0].norm() / plain_ridge(features, labels, 4, 1e-9)[0].norm()
+        assert low < ratio < high
+
+
+def test_memory_of_the_ridge_does_not_grow_with_the_images():
+    stream = StreamingRidge(4)
+    for _ in range(3):
+        stream.add(*labelled_features())
+        tensors = [value for value in {**vars(stream), **vars(stream.centroids)}.values() if torch.is_tensor(value)]
+        assert sum(tensor.numel() for tensor in tensors) == 9 * 9 + 4 * 9 + 4
+        assert {tensor.dtype for tensor in tensors} == {torch.float64, torch.int64}
+
+
+def test_features_without_spread_give_the_shares_of_the_classes():
+    labels = torch.tensor([0, 0, 0, 1])
+    for features in (torch.zeros(4, 9), torch.full((4, 9), 0.1), torch.full((4, 3), 0.1)):
+        weight, bias = ridge_classifier(features, labels, 2)
+        assert_close(features @ weight.t() + bias, torch.tensor([[0.75, 0.25]] * 4), rtol=1e-3, atol=1e-3)
+
+
+def test_an_empty_class_of_the_ridge_is_named():
+    stream = StreamingRidge(3, ['cup', 'jar', 'pan'])
+    with pytest.raises(InputError, match='no image of class cup, jar, pan'):
+        stream.classifier()
+    stream.add(torch.ones(2, 5), torch.tensor([0, 2]))
+    with pytest.raises(InputError, match='no image of class jar: '):
+        stream.classifier()
+    with pytest.raises(InputError, match='no image of class 1: '):
+        ridge_classifier(torch.ones(2, 5), torch.tensor([0, 2]), 3)

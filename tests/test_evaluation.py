@@ -1,5 +1,7 @@
 import copy
+import dataclasses
 import importlib
+import itertools
 import json
 import math
 
@@ -9,23 +11,46 @@ import timm
 import torch
 from torch.testing import assert_close
 
+from timm_pudnet.adapt import StreamingCentroids, StreamingRidge, calibrate, ridge_classifier
 from timm_pudnet.config import DamagedFileError, InputConfig, InputError
-from timm_pudnet.evaluation import TestGroups, evaluate, format_table, mean_interval, share_interval, weights_digest
+from timm_pudnet.evaluation import (
+    TestGroups,
+    compare_scratch,
+    evaluate,
+    format_table,
+    mean_interval,
+    share_interval,
+    train_from_scratch,
+    weights_digest,
+)
 from timm_pudnet.hypernet import PudNet
 from timm_pudnet.training import ImageBank
+from timm_pudnet.training.conditions import Condition
 
+protocols = importlib.import_module('timm_pudnet.evaluation.protocols')
+scratch = importlib.import_module('timm_pudnet.evaluation.scratch')
 measure = importlib.import_module('timm_pudnet.evaluation.measure')
 ARMS = ['predicted', 'predicted_without_whitening', 'swapped_sketch', 'mean_sketch', 'random_weights', 'raw_pixels']
 
 
-@pytest.fixture(scope='module')
-def bank():
-    """Four classes, a colour each, under a little noise."""
+def coloured(labels, seed, noise=10):
+    """A bank of four classes, a colour each, under a little noise."""
     colours = torch.tensor([[250, 10, 10], [10, 250, 10], [10, 10, 250], [240, 240, 10]])
-    labels = torch.arange(40) % 4
-    noise = torch.randint(-10, 11, (40, 3, 16, 16), generator=torch.Generator().manual_seed(7))
+    size = (len(labels), 3, 16, 16)
+    noise = torch.randint(-noise, noise + 1, size, generator=torch.Generator().manual_seed(seed))
     images = colours[labels][:, :, None, None] + noise
     return ImageBank(images.clamp(0, 255).to(torch.uint8), labels, ['red', 'green', 'blue', 'yellow'])
+
+
+@pytest.fixture(scope='module')
+def bank():
+    return coloured(torch.arange(40) % 4, seed=7)
+
+
+@pytest.fixture(scope='module')
+def support_bank():
+    """Other images of the classes, of unequal counts: 6, 12, 18, 24."""
+    return coloured(torch.arange(4).repeat_interleave(torch.tensor([6, 12, 18, 24])), seed=8)
 
 
 @pytest.fixture(scope='module')
@@ -105,7 +130,19 @@ def test_groups_follow_the_seed_and_survive_a_file(bank, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'text', ['{"support": [[[1', '{"support": [[[1]]]}', '[]', '{"support": [[1], []], "query": 1}']
+    'text',
+    [
+        '{"support": [[[1',
+        '{"support": [[[1]]]}',
+        '[]',
+        '{"support": [[1], []], "query": 1}',
+        '{"support": [[[1]]], "query": [[1]]}',
+        '{"support": "some", "query": [[[1]]]}',
+        '{"support": [[[1]]], "query": [[[1.5]]]}',
+        '{"support": [[[1]]], "query": [[[2]]], "conditions": []}',
+        '{"support": [[[1]]], "query": [[[2]]], "conditions": [{"order": [0, 0]}]}',
+        '{"support": [[[1]]], "query": [[[2]]], "conditions": [{"ordre": [0]}]}',
+    ],
 )
 def test_a_file_without_groups_is_told_in_one_line(text, tmp_path, one_line):
     (tmp_path / 'groups.json').write_text(text)
@@ -143,6 +180,8 @@ def test_colours_are_told_apart_and_the_result_is_json(hypernet, bank, groups):
     assert result['groups_digest'] == groups.digest
     gain = result['accuracy']['predicted']['mean'] - result['accuracy']['plain']['mean']
     assert_close(result['gain_over_plain']['mean'], gain)
+    assert list(result['accuracy_ridge']) == [name for name in result['accuracy'] if not name.endswith('whitening')]
+    assert result['accuracy_ridge']['raw_pixels'] == {'mean': 100.0, 'interval': 0.0}
     assert 'conditioning_gain' in format_table(result)
 
 
@@ -243,3 +282,381 @@ def test_a_control_of_a_taken_name_or_another_architecture_is_refused(
     with pytest.raises(InputError) as error:
         evaluate(hypernet, bank, groups, controls={name: (model, torch.eye(model.num_features))}, progress=False)
     one_line(error, *needles)
+
+
+# Support from another bank
+
+
+def test_without_a_support_bank_groups_are_drawn_as_ever(bank):
+    """The published groups stay what they are."""
+    assert TestGroups.draw(bank, count=5, n_way=3, n_shot=3, n_query=2).digest == '5039a3a5cb1d3cbd'
+
+
+def test_support_images_come_from_the_support_bank(bank, support_bank):
+    groups = TestGroups.draw(bank, count=20, n_way=3, n_shot=5, n_query=6, support_bank=support_bank, seed=2)
+    assert (groups.support.shape, groups.query.shape) == ((20, 3, 5), (20, 3, 6))
+    support, query = support_bank.labels[groups.support], bank.labels[groups.query]
+    assert torch.equal(support, query[:, :, :1].expand(-1, -1, 5))
+    assert (query == query[:, :, :1]).all()
+    assert groups.support.max() >= 40  # a place that only the support bank has
+    for places in (*groups.support, *groups.query):
+        assert len(places.unique()) == places.numel()
+    with pytest.raises(InputError, match="'red' has 6 images for support, a group needs 7"):
+        TestGroups.draw(bank, n_shot=7, n_query=2, support_bank=support_bank)
+    with pytest.raises(InputError, match="'red' has 10 images, a group needs 11"):
+        TestGroups.draw(bank, n_query=11, n_shot=1, support_bank=support_bank)
+
+
+def test_all_images_of_a_class_are_the_support_and_the_file_says_all(bank, support_bank, tmp_path):
+    groups = TestGroups.draw(bank, count=6, n_way=2, n_shot='all', n_query=3, support_bank=support_bank)
+    assert groups.support is None
+    groups.save(tmp_path / 'groups.json')
+    assert json.loads((tmp_path / 'groups.json').read_text())['support'] == 'all'
+    loaded = TestGroups.load(tmp_path / 'groups.json')
+    assert (loaded.support, loaded.digest) == (None, groups.digest)
+    for number in range(6):
+        support, query = loaded.images(number, bank, support_bank, InputConfig(), torch.device('cpu'))
+        classes = bank.labels[groups.query[number, :, 0]]
+        assert torch.equal(support.places.sort().values, torch.isin(support_bank.labels, classes).nonzero().flatten())
+        assert torch.equal(classes[support.labels], support_bank.labels[support.places])
+        assert torch.equal(classes[query.labels], bank.labels[query.places])
+    with pytest.raises(InputError, match='support bank'):
+        TestGroups.draw(bank, n_shot='all')
+
+
+def small_batches(monkeypatch, size=7):
+    monkeypatch.setattr(protocols.ImageSample, 'for_size', lambda input_size: protocols.ImageSample(size))
+
+
+@pytest.mark.parametrize('n_shot', [6, 'all'])
+def test_a_support_in_many_batches_gives_what_one_batch_gives(n_shot, hypernet, bank, support_bank, monkeypatch):
+    """But for the statistics, which are calibrated on a sample: here on all."""
+    groups = TestGroups.draw(bank, count=3, n_way=3, n_shot=n_shot, n_query=5, support_bank=support_bank)
+    one = evaluate(hypernet, bank, groups, support_bank=support_bank, progress=False)
+    small_batches(monkeypatch)
+    whole = property(lambda images: images._all)
+    monkeypatch.setattr(protocols.GroupImages, 'sample', whole)
+    many = evaluate(hypernet, bank, groups, support_bank=support_bank, progress=False)
+    assert many == one
+    assert one['accuracy']['predicted']['mean'] > 40
+    assert one['n_shot'] == n_shot
+    counts = torch.tensor([6, 12, 18, 24])[bank.labels[groups.query[:, :, 0]]]
+    assert one['support_images'] == (18 if n_shot == 6 else float(counts.sum() / 3))
+    assert one['separate_support']
+    assert ('all' in format_table(one)) == (n_shot == 'all')
+
+
+def test_a_large_support_is_calibrated_on_a_sample_and_its_heads_are_of_all(hypernet, bank, support_bank, monkeypatch):
+    small_batches(monkeypatch)
+    samples, centroids, ridges = [], [], []
+
+    def record_calibrate(model, images, *args, **kwargs):
+        samples.append(images)
+        return calibrate(model, images, *args, **kwargs)
+
+    class Centroids(StreamingCentroids):
+        def result(self):
+            centroids.append((self.counts.tolist(), super().result()))
+            return centroids[-1][1]
+
+    class Ridge(StreamingRidge):
+        def classifier(self, whitening=None):
+            ridges.append(self.centroids.counts.tolist())
+            return super().classifier(whitening)
+
+    monkeypatch.setattr(measure, 'calibrate', record_calibrate)
+    monkeypatch.setattr(measure, 'StreamingCentroids', Centroids)
+    monkeypatch.setattr(measure, 'StreamingRidge', Ridge)
+    groups = TestGroups.draw(bank, count=1, n_way=4, n_shot='all', n_query=5, support_bank=support_bank)
+    result = evaluate(hypernet, bank, groups, support_bank=support_bank, progress=False)
+    assert [len(sample) for sample in samples] == [7, 7]  # predicted, random weights
+    assert ridges == [[6, 12, 18, 24]] * 3
+    assert [counts for counts, _ in centroids] == [[6, 12, 18, 24]] * 3
+    pixels = support_bank.images.float().flatten(1) / 127.5 - 1
+    expected = torch.stack([pixels[support_bank.labels == label].mean(0) for label in range(4)])
+    assert_close(centroids[2][1], expected, rtol=1e-4, atol=1e-4)
+    assert result['accuracy']['raw_pixels']['mean'] == 100.0
+
+
+def test_the_sketch_of_all_images_is_the_mean_of_the_class_means(hypernet, bank, support_bank, monkeypatch):
+    used, forward = [], PudNet.forward
+    monkeypatch.setattr(PudNet, 'forward', lambda self, sketch: used.append(sketch.clone()) or forward(self, sketch))
+    groups = TestGroups.draw(bank, count=1, n_way=4, n_shot='all', n_query=5, support_bank=support_bank)
+    for size in (100, 7):
+        small_batches(monkeypatch, size)
+        evaluate(hypernet, bank, groups, support_bank=support_bank, progress=False)
+        with torch.no_grad():
+            features = hypernet.encoder(support_bank.images.float() / 127.5 - 1)
+        means = torch.stack([features[support_bank.labels == label].mean(0) for label in range(4)])
+        assert_close(used[-1], means.mean(0), rtol=1e-4, atol=1e-5)
+        assert (means.mean(0) - features.mean(0)).abs().max() > 1e-4
+
+
+def test_groups_of_other_banks_are_refused(hypernet, bank, support_bank, groups, one_line):
+    drawn = TestGroups.draw(bank, count=4, n_way=4, n_shot=4, n_query=6, support_bank=support_bank)
+    everything = TestGroups.draw(bank, count=4, n_way=4, n_shot='all', n_query=6, support_bank=support_bank)
+    overlap = TestGroups(groups.support, torch.cat([groups.query[:, :, :1], groups.support[:, :, :1]], 2))
+    renamed = ImageBank(support_bank.images, support_bank.labels, ['red', 'green', 'yellow', 'blue'])
+    smaller = ImageBank(support_bank.images[..., :8], support_bank.labels, support_bank.class_names)
+    beyond = TestGroups(groups.support + 100, groups.query)
+    cases = [
+        (overlap, None, ['group 0', 'support']),
+        (everything, None, ['support bank']),
+        (beyond, None, ['40 images']),
+        (drawn, renamed, ['red, green, yellow, blue', 'red, green, blue, yellow']),
+        (drawn, smaller, ['[3, 16, 8]', '[3, 16, 16]']),
+        (drawn, bank, ['very images']),
+    ]
+    for chosen, given, needles in cases:
+        with pytest.raises(InputError) as error:
+            evaluate(hypernet, bank, chosen, support_bank=given, progress=False)
+        one_line(error, *needles)
+
+
+def test_one_group_has_the_binomial_interval_and_no_gain_over_its_own_sketch(hypernet, support_bank):
+    noisy = coloured(torch.arange(80) % 4, seed=9, noise=250)
+    groups = TestGroups.draw(noisy, count=1, n_way=4, n_shot=2, n_query=18)
+    plain = timm.create_model('test_resnet', num_classes=0)
+    controls = {'plain': (plain, torch.eye(plain.num_features))}
+    result = evaluate(hypernet, noisy, groups, controls=controls, progress=False)
+    assert 'Wilson' in result['interval']
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert not {'swapped_sketch', 'mean_sketch'} & set(result['accuracy'])
+    assert not any(name.startswith('conditioning_gain') for name in result)
+    for row in [*result['accuracy'].values(), *result['accuracy_ridge'].values()]:
+        low, high = share_interval(round(row['mean'] * 0.72), 72)
+        assert_close(row['interval'], 50 * (high - low))
+    gain = result['accuracy']['predicted']['mean'] - result['accuracy']['plain']['mean']
+    assert_close(result['gain_over_plain']['mean'], gain, rtol=1e-4, atol=1e-4)
+    assert 0 < result['gain_over_plain']['interval'] < 25
+    assert 'Wilson' in format_table(result)
+
+
+# Heads
+
+
+def test_the_ridge_of_an_arm_is_that_of_its_features_in_its_space(hypernet, bank, groups, recorded, monkeypatch):
+    spaces = []
+
+    def record(features, labels, num_classes, whitening):
+        spaces.append((features, labels, whitening))
+        weight, bias = ridge_classifier(features, labels, num_classes, whitening)
+        return -weight, -bias  # the ridge head alone gets worse
+
+    right = evaluate(hypernet, bank, groups, progress=False)
+    recorded['support'].clear()
+    monkeypatch.setattr(measure, 'ridge_classifier', record)
+    wrong = evaluate(hypernet, bank, groups, progress=False)
+    assert wrong['accuracy'] == right['accuracy']
+    assert right['accuracy_ridge']['raw_pixels']['mean'] == 100
+    assert wrong['accuracy_ridge']['raw_pixels']['mean'] < 20
+    assert_close([features for features, _, _ in spaces], recorded['support'], rtol=0, atol=0)
+    for place, (_, labels, whitening) in enumerate(spaces):
+        assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        assert (whitening is not None) == (place % 5 < 3)  # predicted, swapped, mean; random weights, raw pixels
+
+
+# Conditions
+
+
+def test_conditions_change_no_image_and_travel_in_the_file(bank, tmp_path):
+    plain, groups = (TestGroups.draw(bank, count=6, n_way=3, n_shot=3, n_query=2, conditions=c) for c in (False, True))
+    assert torch.equal(plain.support, groups.support)
+    assert torch.equal(plain.query, groups.query)
+    assert plain.conditions is None
+    assert len(set(groups.conditions)) == 6
+    assert groups.digest != plain.digest
+    other = TestGroups(groups.support, groups.query, groups.conditions[::-1])
+    assert other.digest != groups.digest
+    plain.save(tmp_path / 'plain.json')
+    assert set(json.loads((tmp_path / 'plain.json').read_text())) == {'support', 'query'}
+    groups.save(tmp_path / 'groups.json')
+    loaded = TestGroups.load(tmp_path / 'groups.json')
+    assert loaded.conditions == groups.conditions
+    assert loaded.digest == groups.digest
+    assert TestGroups.load(tmp_path / 'plain.json').conditions is None
+    assert loaded.first(2).conditions == groups.conditions[:2]
+
+
+@pytest.mark.parametrize('size', [100, 4])
+def test_a_group_is_seen_under_its_condition(size, monkeypatch):
+    small_batches(monkeypatch, size)
+    noise = torch.randint(100, 156, (40, 3, 16, 16), generator=torch.Generator().manual_seed(7))
+    grey = ImageBank(noise.to(torch.uint8), torch.arange(40) % 4, 'abcd')
+    groups = TestGroups.draw(grey, count=3, n_way=3, n_shot=3, n_query=2, conditions=True)
+    config = InputConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    for number, condition in enumerate(groups.conditions):
+        shown = groups.images(number, grey, None, config, torch.device('cpu'))
+        noises = []
+        for images, places in zip(shown, (groups.support[number], groups.query[number]), strict=True):
+            first, again = (torch.cat([batch for batch, _ in images.batches()]) for _ in range(2))
+            assert torch.equal(first, again)
+            quiet = dataclasses.replace(condition, noise=0.0).apply(grey.images[places.flatten()].float() / 255)
+            found = first * torch.tensor(config.std)[:, None, None] + torch.tensor(config.mean)[:, None, None]
+            noises.append((found - quiet)[:6].flatten())
+            assert_close(float(noises[-1].std()), condition.noise, rtol=0.1, atol=0)
+        assert torch.corrcoef(torch.stack(noises))[0, 1].abs() < 0.1
+
+
+def test_every_arm_sees_support_and_query_under_the_condition(hypernet, bank, groups, recorded):
+    inverted = Condition(order=(0, 1, 2), inverted=True)
+    negatives = ImageBank(255 - bank.images, bank.labels, bank.class_names)
+    one = evaluate(hypernet, negatives, groups, progress=False)
+    expected = [*recorded['support'], *recorded['query']]
+    recorded['support'].clear()
+    recorded['query'].clear()
+    conditioned = TestGroups(groups.support, groups.query, (inverted,) * 5)
+    two = evaluate(hypernet, bank, conditioned, progress=False)
+    assert_close([*recorded['support'], *recorded['query']], expected, rtol=1e-3, atol=1e-3)
+    assert (one['conditions'], two['conditions']) == (False, True)
+    assert evaluate(hypernet, bank, conditioned, progress=False) == two
+
+
+# Another domain
+
+
+def test_the_sketch_of_another_domain_gives_the_weights_of_its_arm(hypernet, bank, groups, monkeypatch):
+    seen, sketch = [], measure.group_sketch
+
+    def recording(net, support):
+        seen.append(support)
+        return sketch(net, support)
+
+    monkeypatch.setattr(measure, 'group_sketch', recording)
+    grey = torch.randint(0, 256, (30, 1, 16, 16), dtype=torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    other = ImageBank(grey, torch.arange(30) % 2, ['letter', 'digit'])
+    conditioned = TestGroups(groups.support, groups.query, (Condition(order=(2, 1, 0)),) * 5)
+    result = evaluate(hypernet, bank, conditioned, other=other, progress=False)
+    picks = [images for images in seen if images.bank is other]
+    assert [len(images) for images in picks] == [9] * 5
+    assert len({tuple(images.places.tolist()) for images in picks}) == 5
+    assert all(images.condition is None for images in picks)
+    assert [images.condition for images in seen if images.bank is bank] == list(conditioned.conditions)
+    assert result['other_classes'] == ['letter', 'digit']
+    found = result['accuracy']['predicted']['mean'] - result['accuracy']['other_domain_sketch']['mean']
+    assert_close(result['conditioning_gain_over_other_domain']['mean'], found)
+    assert 'other_domain_sketch' in result['accuracy_ridge']
+    assert evaluate(hypernet, bank, conditioned, other=other, progress=False) == result
+    wrong = ImageBank(grey[..., :8], other.labels, other.class_names)
+    with pytest.raises(InputError, match='other domain'):
+        evaluate(hypernet, bank, groups, other=wrong, progress=False)
+    for generator in hypernet.generators:
+        torch.nn.init.zeros_(generator.embed.weight)
+    blind = evaluate(hypernet, bank, groups, other=other, progress=False)
+    assert blind['conditioning_gain_over_other_domain'] == {'mean': 0.0, 'interval': 0.0}
+
+
+# Scratch
+
+
+def test_centralised_gradients_have_no_mean_over_all_but_the_output():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4, 5))
+    model(torch.randn(6, 3, 3, 3)).square().sum().backward()
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    scratch.centralise_gradients(model.parameters())
+    kernel, bias, weight, offset = (parameter.grad for parameter in model.parameters())
+    assert_close(kernel, before[0] - before[0].mean((1, 2, 3), keepdim=True))
+    assert_close(weight, before[2] - before[2].mean(1, keepdim=True))
+    assert (before[0].mean((1, 2, 3)).abs() > 1e-3).all()
+    assert torch.equal(bias, before[1])
+    assert torch.equal(offset, before[3])
+
+
+def test_flips_and_shifts_move_each_image_by_itself():
+    images = torch.rand(64, 2, 16, 8) + 1
+    moved = scratch._flipped_and_shifted(images)
+    ways = set()
+    for image, found in zip(images, moved, strict=True):
+        padded = torch.nn.functional.pad(torch.stack([image, image.flip(2)]), (1, 1, 2, 2))
+        fits = [
+            (flip, row, column)
+            for flip in range(2)
+            for row in range(5)
+            for column in range(3)
+            if torch.equal(padded[flip, :, row : row + 16, column : column + 8], found)
+        ]
+        assert len(fits) == 1
+        ways.update(fits)
+    assert len(ways) > 20
+
+
+def colours_as_tensors(bank):
+    return bank.images.float() / 127.5 - 1, bank.labels
+
+
+@pytest.mark.parametrize('centralise', [False, True])
+def test_training_from_scratch_learns_and_is_the_same_again(centralise, bank, support_bank, monkeypatch):
+    calls, centralised = [], scratch.centralise_gradients
+    monkeypatch.setattr(scratch, 'centralise_gradients', lambda p: calls.append(1) or centralised(p))
+    before = torch.get_rng_state()
+
+    def train(epochs=12):
+        arguments = ('test_resnet', {}, *colours_as_tensors(support_bank), *colours_as_tensors(bank))
+        return list(train_from_scratch(*arguments, num_epochs=epochs, centralise=centralise, batch_size=16))
+
+    curve = train()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [point['epoch'] for point in curve] == list(range(1, 13))
+    seconds = [0.0, *(point['seconds'] for point in curve)]
+    assert all(early < late for early, late in itertools.pairwise(seconds))
+    assert curve[-1]['accuracy'] > 90
+    assert curve[0]['accuracy'] < curve[-1]['accuracy']
+    assert_close(curve[3]['accuracy'], 100 * float(curve[3]['right'].float().mean()))
+    assert [point['accuracy'] for point in train(3)] == [point['accuracy'] for point in curve[:3]]
+    assert len(calls) == (60 if centralise else 0)  # 4 batches in 15 epochs
+
+
+def test_a_last_batch_of_one_image_does_not_stop_training():
+    images, labels = torch.randn(17, 3, 32, 32), torch.arange(17) % 2
+    curve = train_from_scratch('test_resnet', {}, images, labels, images, labels, num_epochs=1, batch_size=8)
+    assert len(list(curve)) == 1
+    with pytest.raises(InputError, match='num_epochs'):
+        list(train_from_scratch('test_resnet', {}, images, labels, images, labels, num_epochs=0))
+
+
+def test_scratch_stands_beside_the_predicted_network(hypernet, bank, support_bank, monkeypatch):
+    groups = TestGroups.draw(bank, count=3, n_way=2, n_shot=5, n_query=8, support_bank=support_bank, conditions=True)
+    sizes, train = [], scratch.train_from_scratch
+
+    def recording(name, kwargs, images, labels, tested, answers, **more):
+        sizes.append((len(images), labels.bincount().tolist(), len(tested), more['centralise']))
+        return train(name, kwargs, images, labels, tested, answers, **more)
+
+    monkeypatch.setattr(scratch, 'train_from_scratch', recording)
+    result = compare_scratch(hypernet, bank, groups, support_bank, 2, num_epochs=8, batch_size=8, progress=False)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    counts = [[[6, 12, 18, 24][label] for label in groups.classes(number, bank)] for number in range(2)]
+    expected = [(sum(c), c, 16, centralise) for c in counts for centralise in (False, True)]
+    assert sizes == expected
+    assert (result['groups'], result['epochs'], result['training_images']) == (2, 8, sum(map(sum, counts)) / 2)
+    accuracies = evaluate(hypernet, bank, groups.first(2), support_bank=support_bank, progress=False)['accuracy']
+    assert result['predicted']['accuracy'] == accuracies['predicted']
+    assert 'all images' in result['setting']
+    for name in ('adam', 'adam_centralised'):
+        part = result[name]
+        means = [point['accuracy']['mean'] for point in part['curve']]
+        reached = [k for k, mean in enumerate(means) if mean >= accuracies['predicted']['mean']]
+        if reached:
+            assert part['seconds_to_predicted'] == part['curve'][reached[0]]['seconds']['mean']
+            assert_close(part['seconds_ratio'], part['seconds_to_predicted'] / result['predicted']['seconds']['mean'])
+            assert part['reached'] == 'yes'
+        else:
+            assert part['seconds_to_predicted'] is part['seconds_ratio'] is None
+            assert 'not within 8' in part['reached']
+
+
+def test_scratch_that_never_gets_there_says_so(hypernet, bank, support_bank, monkeypatch):
+    groups = TestGroups.draw(bank, count=1, n_way=2, n_shot=5, n_query=8, support_bank=support_bank)
+    monkeypatch.setattr(scratch, '_predicted', lambda *args: (torch.ones(16, dtype=torch.bool), 0.5))
+    settings = {'num_epochs': 1, 'rate': 1e-9, 'progress': False}
+    result = compare_scratch(hypernet, bank, groups, support_bank, 1, **settings)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result['predicted']['seconds'] == {'mean': 0.5, 'interval': None}
+    assert result['adam']['curve'][0]['accuracy']['interval'] > 0
+    assert result['adam']['seconds_ratio'] is None
+    monkeypatch.setattr(scratch, '_predicted', lambda *args: (torch.zeros(16, dtype=torch.bool), 0.5))
+    result = compare_scratch(hypernet, bank, groups, support_bank, 1, **settings)
+    assert result['adam']['reached'] == 'yes'
+    assert_close(result['adam']['seconds_ratio'], result['adam']['curve'][0]['seconds']['mean'] / 0.5)
+    with pytest.raises(InputError, match='2 groups, there are 1'):
+        compare_scratch(hypernet, bank, groups, support_bank, 2, progress=False)

@@ -37,6 +37,7 @@ from timm_pudnet import (
     save_model,
 )
 from timm_pudnet import predict as room
+from timm_pudnet.adapt import ridge_classifier
 from timm_pudnet.sketch import ImageSample
 
 NAMES = ('cup', 'jar', 'pan')
@@ -341,6 +342,38 @@ def test_head_none_differs_from_a_classifier_in_nothing_but_the_head(net, suppor
     state_close(state, {key: value for key, value in model.state_dict().items() if key[:3] != 'fc.'})
 
 
+@pytest.mark.parametrize('two_passes', [False, True])
+def test_head_ridge_is_the_regression_on_the_features_of_all_images(
+    two_passes, net, support, model, query, monkeypatch
+):
+    pixels, names = support
+    if two_passes:
+        monkeypatch.setattr(ImageSample, 'for_size', lambda size: ImageSample(7))
+    found = predict_model('test_resnet', pixels, names, hypernet=net, head='ridge', batch_size=4)
+    images, labels = in_one_batch(net, pixels, numbers(names))
+    with torch.inference_mode():
+        features = found.forward_head(found.forward_features(images), pre_logits=True)
+        right = (found(query[0]).argmax(1) == query[1]).float().mean()
+    expected = ridge_classifier(features, labels, 3, net.whitening)
+    assert_close((found.fc.weight.detach(), found.fc.bias.detach()), expected, rtol=1e-3, atol=1e-4)
+    assert found.fc.bias.abs().max() > 0.01
+    assert right > 0.9
+    if not two_passes:
+        for key, value in model.state_dict().items():
+            assert torch.equal(found.state_dict()[key], value) != key.startswith('fc.'), key
+
+
+@pytest.mark.parametrize('order', [list(range(17, -1, -1)), [*range(0, 18, 2), *range(1, 18, 2)]])
+def test_order_changes_nothing_in_the_ridge(order, net, support, query):
+    pixels, names = support
+    model = predict_model('test_resnet', pixels, names, hypernet=net, head='ridge')
+    found = predict_model(
+        'test_resnet', pixels[order], [names[k] for k in order], hypernet=net, head='ridge', batch_size=5
+    )
+    with torch.inference_mode():
+        assert_close(found(query[0]), model(query[0]), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize('counts', [{'cup': 3, 'jar': 2}, {'cup': 1, 'jar': 1}, {'cup': 9, 'jar': 1, 'pan': 4}])
 def test_few_images_and_unequal_classes_are_enough(counts, net, pictures):
     names = [name for name, count in counts.items() for _ in range(count)]
@@ -353,9 +386,10 @@ def test_few_images_and_unequal_classes_are_enough(counts, net, pictures):
     assert_close(model.fc.weight.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_one_class_only_is_an_error_that_says_what_to_do(net, support, one_line):
+@pytest.mark.parametrize('head', ['centroid', 'ridge'])
+def test_one_class_only_is_an_error_that_says_what_to_do(head, net, support, one_line):
     with pytest.raises(InputError) as error:
-        predict_model('test_resnet', support[0], ['cup'] * 18, hypernet=net)
+        predict_model('test_resnet', support[0], ['cup'] * 18, hypernet=net, head=head)
     one_line(error, 'one class', 'head="none"')
     assert predict_model('test_resnet', support[0], ['cup'] * 18, hypernet=net, head='none').num_classes == 0
 
@@ -377,12 +411,13 @@ def test_unreadable_images_are_skipped_or_refused(net, support, model, tmp_path,
 
 
 @pytest.mark.filterwarnings('ignore::timm_pudnet.PudNetWarning')
-def test_a_class_without_a_readable_image_is_named(net, support, tmp_path, write_folder, one_line):
+@pytest.mark.parametrize('head', ['centroid', 'ridge'])
+def test_a_class_without_a_readable_image_is_named(head, net, support, tmp_path, write_folder, one_line):
     write_folder(tmp_path, *support)
     (tmp_path / 'lid').mkdir()
     (tmp_path / 'lid' / 'bad.png').write_bytes(b'')
     with pytest.raises(InputError) as error:
-        predict_model('test_resnet', tmp_path, hypernet=net)
+        predict_model('test_resnet', tmp_path, hypernet=net, head=head)
     one_line(error, 'lid')
 
 
@@ -467,7 +502,7 @@ def test_create_model_with_images_is_predict_model(net, folder, model, query):
         ({'features_only': True}, ['test_resnet']),
         ({'batch_size': 0}, ['batch_size', '0']),
         ({'batch_size': 2.0}, ['batch_size', '2.0']),
-        ({'head': 'linear'}, ["'linear'", 'centroid', 'none']),
+        ({'head': 'linear'}, ["'linear'", 'centroid', 'ridge', 'none']),
         ({'balance': 'classes'}, ["'classes'", 'kmeans']),
         ({'device': 'gpu'}, ["'gpu'", 'cpu']),
         ({'labels': [0] * 4}, ['4 labels', '18']),

@@ -1,5 +1,6 @@
 """Predicts the weights of timm's convolutional networks for images that they have never seen (PudNet)."""
 
+import timm_pudnet.convnet3  # noqa: F401  (registers the architecture convnet3 with timm)
 from timm_pudnet.config import (
     DamagedFileError,
     InputConfig,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -10,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -56,6 +57,13 @@ def _data_options(split: str) -> Callable[[Callable[..., None]], Callable[..., N
 @click.option('--out', type=click.Path(path_type=Path), help='New folder for the model, in timm format.')
 @click.option('--hypernet', help='Hypernetwork: a name or a folder; by default the one that serves MODEL_NAME.')
 @click.option(
+    '--head',
+    type=click.Choice(['centroid', 'ridge', 'none']),
+    default='centroid',
+    show_default=True,
+    help='Classifier: class centroids, ridge regression, or none for a feature model.',
+)
+@click.option(
     '--holdout', default=0.25, show_default=True, help='Share of the labelled images kept aside for the test.'
 )
 @click.option('--seed', default=0, show_default=True, help='Of the choice of images kept aside.')
@@ -67,6 +75,7 @@ def predict(
     images: str,
     out: Path | None,
     hypernet: str | None,
+    head: Literal['centroid', 'ridge', 'none'],
     holdout: float,
     seed: int,
     device: str | None,
@@ -88,7 +97,7 @@ def predict(
     config = network.config.input
     source = open_images(images, input=config, split=split, data_dir=data_dir, strict=strict)
     click.echo(f'Found      {source.description}')
-    kept, tested = split_held_out(source, holdout, seed)
+    kept, tested = split_held_out(source, holdout if head != 'none' else 0, seed)
     if tested is not None and source.class_names:
         click.echo(f'Classes    {_some(source.class_names)}')
         single = [name for label, name in enumerate(source.class_names) if (source.labels == label).sum() == 1]
@@ -97,7 +106,7 @@ def predict(
         click.echo(f'Kept aside {len(tested):,} of them for the test, {len(kept):,} give the weights')
     chans, height, width = config.input_size
     started = time.perf_counter()
-    model = room.predict_model(model_name, kept, hypernet=network, device=device)
+    model = room.predict_model(model_name, kept, hypernet=network, head=head, device=device)
     seconds = time.perf_counter() - started
     where = next(model.parameters()).device
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -143,20 +152,23 @@ def train(recipe: Path, out: Path, plain: bool, device: str | None, data_dir: st
     for path in [result] if plain else [result, out / 'config.json']:
         if path.exists():
             raise OutputExistsError(f'{path} exists: choose another --out, or remove it first')
-    bank = training.load_bank(loaded, data_dir)
-    click.echo(f'Found      {len(bank.labels):,} images in {len(bank.class_names)} classes: {_some(bank.class_names)}')
+    banks = training.load_banks(loaded, data_dir)
+    for bank in banks:
+        click.echo(
+            f'Found      {len(bank.labels):,} images in {len(bank.class_names)} classes: {_some(bank.class_names)}'
+        )
     click.echo(f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} images; stop and resume at will')
     if plain:
-        model, whitening = training.train_plain(loaded, out / 'run-plain', bank=bank, device=device)
+        model, whitening = training.train_plain(loaded, out / 'run-plain', banks=banks, device=device)
         save_tensors({'whitening': whitening}, _whitening_path(result), {})
         save_model(model, result)
     else:
-        hypernet = training.meta_train(loaded, out / 'run', bank=bank, device=device)
+        hypernet = training.meta_train(loaded, out / 'run', banks=banks, device=device)
         hypernet.save_pretrained(out, half=True)
         if recipe.resolve() != (out / 'recipe.toml').resolve():
             shutil.copyfile(recipe, out / 'recipe.toml')
-    words = ['timm-pudnet', 'evaluate', str(out), loaded.data.images]
-    root = data_dir or loaded.data.data_dir
+    words = ['timm-pudnet', 'evaluate', str(out), loaded.data[0].images]
+    root = data_dir or loaded.data[0].data_dir
     words += ['--data-dir', root] if root else []
     words += ['--control', str(result)] if plain else []
     then = 'Next, where the hypernetwork is trained too' if plain else 'Next'
@@ -170,10 +182,19 @@ def train(recipe: Path, out: Path, plain: bool, device: str | None, data_dir: st
 @click.option('--control', 'controls', multiple=True, type=click.Path(path_type=Path), help='Folder of a control.')
 @click.option('--groups', default=500, show_default=True, help='Groups of unseen classes.')
 @click.option('--n-way', default=None, type=int, help='Classes a group; by default all unseen ones, at most 5.')
-@click.option('--n-shot', default=10, show_default=True, help='Labelled images a class.')
+@click.option('--n-shot', default='10', show_default=True, help='Labelled images a class; `all` with --support-split.')
 @click.option('--n-query', default=15, show_default=True, help='Tested images a class.')
 @click.option('--seed', default=0, show_default=True, help='Of the groups and of the random weights.')
+@click.option('--support-split', help='Take the labelled images from this split, and only tested ones from --split.')
+@click.option('--conditions', is_flag=True, help='See each group under a random imaging condition.')
+@click.option(
+    '--other', help='Images of another domain, for weights from their sketch; a folder or a timm dataset name.'
+)
+@click.option('--other-data-dir', help='Root of the timm dataset of --other.')
+@click.option('--scratch', default=0, help='Train from scratch too, on so many groups; needs --support-split.')
+@click.option('--scratch-epochs', default=10, show_default=True, help='Epochs of training from scratch.')
 @click.option('--save', is_flag=True, help='Write results.json and groups.json into the folder of HYPERNET.')
+@click.option('--protocol', help='Name for --save: writes results.NAME.json and groups.NAME.json instead.')
 @click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
 @_data_options('test')
 def evaluate(
@@ -182,10 +203,17 @@ def evaluate(
     controls: tuple[Path, ...],
     groups: int,
     n_way: int | None,
-    n_shot: int,
+    n_shot: str,
     n_query: int,
     seed: int,
+    support_split: str | None,
+    conditions: bool,
+    other: str | None,
+    other_data_dir: str | None,
+    scratch: int,
+    scratch_epochs: int,
     save: bool,
+    protocol: str | None,
     device: str | None,
     data_dir: str | None,
     split: str,
@@ -201,12 +229,30 @@ def evaluate(
     from timm_pudnet.images import open_images
     from timm_pudnet.training.episodes import ImageBank, bank_input
 
-    if groups < 2:
-        raise InputError(f'--groups must be at least 2, got {groups}')
+    shot = _labels_a_class(n_shot, support_split)
+    if groups < 1:
+        raise InputError(f'--groups must be at least 1, got {groups}')
+    if support_split == split:
+        raise InputError(f'--support-split {split} is the tested split too: choose another one')
+    if support_split is not None and Path(images).exists():
+        raise InputError(
+            f'--support-split: {images} is a folder, which has no splits; for folders train and test of class folders '
+            'use IMAGES torch/image_folder with --data-dir'
+        )
+    if not 0 <= scratch <= groups or scratch_epochs < 1:
+        raise InputError(
+            f'--scratch must be in 0-{groups}, the number of groups, and --scratch-epochs at least 1, '
+            f'got {scratch} and {scratch_epochs}'
+        )
+    if scratch and support_split is None:
+        raise InputError('--scratch trains on all images of the support split: add --support-split')
+    if protocol is not None and not (save and re.fullmatch(r'[\w-]+', protocol)):
+        raise InputError(f'--protocol {protocol}: needs --save, and a name of letters, digits, - and _')
     if save and not Path(hypernet).is_dir():
         raise InputError(f'--save needs the folder of a hypernetwork, {hypernet} is none')
     network = load_hypernet(hypernet)
-    source = open_images(images, input=bank_input(network.config.input), split=split, data_dir=data_dir)
+    config = bank_input(network.config.input)
+    source = open_images(images, input=config, split=split, data_dir=data_dir)
     unseen = [name for name in source.class_names or () if name not in network.config.class_names]
     if len(unseen) < 2:
         raise InputError(
@@ -214,13 +260,23 @@ def evaluate(
         )
     bank = ImageBank.from_source(source, unseen)
     click.echo(f'Found      {len(bank.labels):,} images in {len(unseen)} unseen classes: {_some(bank.class_names)}')
+    support_bank = other_bank = None
+    if support_split is not None:
+        given = open_images(images, input=config, split=support_split, data_dir=data_dir)
+        support_bank = ImageBank.from_source(given, unseen)
+        click.echo(f'Support    {len(support_bank.labels):,} images of these classes in split {support_split}')
+    if other is not None:
+        other_bank = ImageBank.from_source(open_images(other, input=config, split=split, data_dir=other_data_dir))
+        click.echo(f'Other      {len(other_bank.labels):,} images of {_some(other_bank.class_names)}')
     drawn = evaluation.TestGroups.draw(
         bank,
         count=groups,
         n_way=min(5, len(unseen)) if n_way is None else n_way,
-        n_shot=n_shot,
+        n_shot=shot,
         n_query=n_query,
         seed=seed,
+        support_bank=support_bank,
+        conditions=conditions,
     )
     rivals = {}
     for path in controls:
@@ -233,15 +289,35 @@ def evaluate(
             rivals[path.name] = model, safetensors.torch.load_file(_whitening_path(path))['whitening']
         except (RuntimeError, ValueError, KeyError, AssertionError, OSError, SafetensorError) as error:
             raise InputError(f'--control {path} holds no timm model: {error}') from error
-    result = evaluation.evaluate(network.to(usable_device(device)), bank, drawn, controls=rivals, seed=seed)
+    network = network.to(usable_device(device))
+    result = evaluation.evaluate(
+        network, bank, drawn, support_bank=support_bank, other=other_bank, controls=rivals, seed=seed
+    )
+    if scratch:
+        assert support_bank is not None
+        result['scratch'] = evaluation.compare_scratch(
+            network, bank, drawn, support_bank, scratch, num_epochs=scratch_epochs, seed=seed
+        )
     click.echo(evaluation.format_table(result))
     if save:
-        folder = Path(hypernet)
-        verb = 'Replaced  ' if (folder / 'results.json').exists() else 'Wrote     '
-        drawn.save(folder / 'groups.json')
-        with written_whole(folder / 'results.json') as beside:
+        ending = 'json' if protocol is None else f'{protocol}.json'
+        results, listed = (Path(hypernet) / f'{name}.{ending}' for name in ('results', 'groups'))
+        verb = 'Replaced  ' if results.exists() else 'Wrote     '
+        drawn.save(listed)
+        with written_whole(results) as beside:
             beside.write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
-        click.echo(f'{verb} {folder / "results.json"}, {folder / "groups.json"}')
+        click.echo(f'{verb} {results}, {listed}')
+
+
+def _labels_a_class(text: str, support_split: str | None) -> int | Literal['all']:
+    if text == 'all':
+        if support_split is None:
+            raise InputError('--n-shot all needs --support-split: images beside those that are tested')
+        return 'all'
+    try:
+        return int(text)
+    except ValueError as error:
+        raise InputError(f'--n-shot must be a whole number or all, got {text!r}') from error
 
 
 @main.command(name='list')

@@ -118,10 +118,12 @@ class PudNetConfig:
         sketch_width: `m`, width of the dataset sketch and of the AHRU's state.
         sketch_channels: Channels of the first two blocks of the sketch encoder; the third has `sketch_width`.
         eta: Share of the sketch in the initial residual (eq. 5), in [0, 1].
+        context: Whether the AHRU walks the layers; without it every layer's code is the sketch (an ablation).
         generator: Kind of weight generator, a name of the registry.
         generator_kwargs: Arguments of that kind.
         predict_norm: Whether the affine parameters of norm layers are predicted too, instead of shared.
         gain: Predicted kernels are scaled by `sqrt(gain / fan_in)`.
+        prior_images: Weight, in images, of the norm statistics of training when a model is calibrated.
         tag: The part of a hypernetwork's name after the architecture, `cifar100_set` for instance.
         class_names: Classes seen in training.
         training: What training cost: images seen, seconds, machine, and the digest of the recipe.
@@ -141,10 +143,12 @@ class PudNetConfig:
     sketch_width: int = 128
     sketch_channels: tuple[int, int] = (16, 32)
     eta: float = 0.5
+    context: bool = True
     generator: str = 'paper'
     generator_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     predict_norm: bool = False
     gain: float = 2.0
+    prior_images: float = 8.0
     tag: str = ''
     class_names: tuple[str, ...] = ()
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -163,6 +167,8 @@ class PudNetConfig:
                 raise InputError(f'{name} must be a mapping, got {getattr(self, name)!r}')
         if not 0 <= self.eta <= 1:
             raise InputError(f'eta must be in [0, 1], got {self.eta}')
+        if not 0 <= self.prior_images < math.inf:
+            raise InputError(f'prior_images must be at least 0, got {self.prior_images}')
         if not 0 < self.gain < math.inf:
             raise InputError(f'gain must be above zero, got {self.gain}')
         object.__setattr__(self, 'sketch_channels', channels)

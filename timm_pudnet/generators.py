@@ -125,6 +125,71 @@ class PaperGenerator(nn.Module):
         return mix_kernels(self.expand, self.basis(code)).view(self.shape)
 
 
+@register_generator('residual')
+class ResidualGenerator(nn.Module):
+    """A learned base kernel and a change of it that the code gives; about the size of the kernel tensor itself.
+
+    `W = (M base N) + U diag(c) V`: what differs between image sets (order and sign of the channels, turns, sharpness,
+    noise) acts on the axes of a kernel, so the code mixes its taps (`M`, `[t, t]`) and, where they are few, its input
+    channels (`N`, `[i, i]`); a low-rank term (`U` `[o, r]`, `V` `[r, t i]`, coefficients `c` from the code) takes the
+    rest. New, the change is zero and the kernel is the base, at the scale of ordinary initialisation.
+
+    Args:
+        layer: The kernel to predict.
+        width: `m`.
+        gain: The base starts at the scale `sqrt(gain / fan_in)`.
+        rank: `r`; 0 for no low-rank term. Lowered where the layer is too small to be worth it.
+        largest: Kernel tensors of more scalars than this are the base alone, for speed in training: late layers, whose
+            maps are so small that hardly a tap but the middle one counts.
+
+    Example:
+        >>> layer = LayerSpec('conv.weight', (64, 32, 3, 3))
+        >>> ResidualGenerator(layer, 128)(torch.zeros(128)).shape
+        torch.Size([64, 32, 3, 3])
+    """
+
+    def __init__(
+        self, layer: LayerSpec, width: int, gain: float = 2.0, *, rank: int = 4, largest: int = 600_000
+    ) -> None:
+        super().__init__()
+        if rank < 0 or largest < 0:
+            raise InputError('rank and largest must be at least 0')
+        self.shape = layer.shape
+        out_chans, in_chans = self.shape[:2]
+        taps = self.shape[2] * self.shape[3]
+        scale = math.sqrt(gain / layer.fan_in)
+        self.scale = scale / SPREAD
+        changed = layer.numel <= largest
+        self.rank = min(rank, out_chans // 2, layer.fan_in // 2) if changed else 0
+        self.base = nn.Parameter(torch.randn(out_chans, taps, in_chans) * scale)  # channels-last, as convs run fastest
+        self.taps = nn.Parameter(torch.zeros(taps * taps, width)) if changed and taps > 1 else None
+        few = changed and 1 < in_chans <= 4  # the image's own channels, or nearly so
+        self.channels = nn.Parameter(torch.zeros(in_chans * in_chans, width)) if few else None
+        if self.rank:
+            self.left = nn.Parameter(torch.randn(out_chans, self.rank) / math.sqrt(self.rank))
+            self.right = nn.Parameter(torch.randn(self.rank, layer.fan_in) * SPREAD)
+            self.coefficients = nn.Parameter(torch.zeros(self.rank, width))
+
+    def forward(self, code: Tensor) -> Tensor:
+        """The kernel tensor `(o, i, kh, kw)` of a code `[m]`."""
+        code = code / math.sqrt(len(code))
+        kernel = self.base
+        if self.channels is not None:
+            kernel = kernel @ _near_identity(self.channels @ code)
+        if self.taps is not None:
+            kernel = _near_identity(self.taps @ code) @ kernel
+        if self.rank:
+            left = self.left * (self.coefficients @ code) * self.scale
+            kernel = torch.addmm(kernel.flatten(1), left, self.right)
+        out_chans, in_chans, height, width = self.shape
+        return kernel.view(out_chans, height, width, in_chans).permute(0, 3, 1, 2)
+
+
+def _near_identity(change: Tensor) -> Tensor:
+    size = math.isqrt(len(change))
+    return change.view(size, size) + torch.eye(size, dtype=change.dtype, device=change.device)
+
+
 class AffineGenerator(nn.Module):
     """Predicts the weight or bias of a norm layer: a learned vector plus a linear change by the code.
 
@@ -140,7 +205,7 @@ class AffineGenerator(nn.Module):
 
     def forward(self, code: Tensor) -> Tensor:
         """The parameter `(o,)` of a code `[m]`."""
-        return self.base + self.change @ code
+        return self.base + self.change @ (code / math.sqrt(len(code)))
 
 
 def mix_kernels(weight: Tensor, basis: Tensor) -> Tensor:

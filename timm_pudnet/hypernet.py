@@ -72,7 +72,7 @@ class PudNet(nn.Module):
                 f'set one to the other (model_kwargs in_chans={chans} makes such a target)'
             )
         self.encoder = SketchEncoder(chans, config.sketch_width, config.sketch_channels)
-        self.ahru = AHRU(config.sketch_width, len(layers), config.eta)
+        self.ahru = AHRU(config.sketch_width, len(layers), config.eta) if config.context else None
         self.generators = nn.ModuleList(
             create_generator(config.generator, layer, config.sketch_width, config.gain, **config.generator_kwargs)
             for layer in layers
@@ -156,7 +156,8 @@ class PudNet(nn.Module):
         Returns:
             Predicted kernels, shared parameters and, to start calibration from, the norm statistics of training.
         """
-        parts = zip(self.target.layers, self.generators, self.ahru(sketch), strict=True)
+        codes = sketch.expand(len(self.target.layers), -1) if self.ahru is None else self.ahru(sketch)
+        parts = zip(self.target.layers, self.generators, codes, strict=True)
         state = {layer.key: generator(code) for layer, generator, code in parts}
         shared, statistics = dict(self.shared.items()), dict(self.norm_statistics.named_buffers())
         state.update({key: shared[name] for key, name in self._shared_names})

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from timm_pudnet.adapt import StreamingCentroids, calibrate, centroid_classifier
+from timm_pudnet.adapt import HEADS, calibrate
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, OutputExistsError
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, usable_device
@@ -25,7 +25,7 @@ from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.sketch import Balance, ImageSample
 from timm_pudnet.target import TargetSpec, describe_target
 
-Head = Literal['centroid', 'none']
+Head = Literal['centroid', 'ridge', 'none']
 _WEIGHTS_FROM_ELSEWHERE = ('pretrained', 'checkpoint_path', 'pretrained_cfg')  # arguments of timm.create_model
 
 
@@ -48,7 +48,7 @@ def predict_model(
 
     Compresses the images into a sketch (eq. 3), walks the layers (eq. 4, 5), generates their kernels (eq. 6),
     calibrates the norm statistics on the images and writes the class centroids into the classifier (eq. 7, in the
-    features' whitened space, `adapt.Whitening`).
+    features' whitened space, `adapt.Whitening`), or the head that was asked for.
 
     Args:
         model_name: timm architecture, without a tag.
@@ -58,7 +58,8 @@ def predict_model(
         labels: Class of every image, as numbers or names; else those of the data. Without labels the model has no
             classifier and gives features.
         hypernet: A `PudNet`, its folder or its name; by default the one that serves the architecture.
-        head: `centroid`, or `none` for a feature model in spite of labels.
+        head: What is written into the classifier: `centroid` (eq. 7), `ridge` (a ridge regression to the classes, in
+            closed form, `adapt.StreamingRidge`), or `none` for a feature model in spite of labels.
         device: Where to predict; by default CUDA where there is one. The model is returned there.
         balance: How the sketch weighs images: `none`, `class` or `kmeans`; by default `class` where there are labels.
         batch_size: Images read at a time. Changes nothing in the result.
@@ -81,8 +82,8 @@ def predict_model(
         >>> model(torch.rand(1, 3, 36, 36)).shape, model.pretrained_cfg['label_names']
         (torch.Size([1, 2]), ('cup', 'jar'))
     """
-    if head not in ('centroid', 'none'):
-        raise InputError(f'head {head!r}: use centroid or none')
+    if head not in (*HEADS, 'none'):
+        raise InputError(f'head {head!r}: use {", ".join(HEADS)} or none')
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f'batch_size must be a whole number above zero, got {batch_size!r}')
     for name in _WEIGHTS_FROM_ELSEWHERE:
@@ -209,7 +210,7 @@ def _predict(
         sketch.add(images.to(device), labels)
         sample.add(images, labels)
     num_classes = 0
-    if source.labelled and head == 'centroid':
+    if source.labelled and head != 'none':
         num_classes = len(source.class_names) if source.class_names else sample.top_label + 1
         if num_classes < 2:
             raise InputError(
@@ -229,19 +230,23 @@ def _predict(
             return model(images)
         return model.forward_head(model.forward_features(images), pre_logits=True)  # type: ignore[operator]
 
-    sampled = calibrate(model, sample.images.to(device), weights, forward=features)
+    sampled = calibrate(
+        model, sample.images.to(device), weights, prior_images=network.config.prior_images, forward=features
+    )
     if num_classes:
-        centroids = StreamingCentroids(num_classes, source.class_names)
+        stream = HEADS[head](num_classes, source.class_names)
         if sample.complete:
             assert sample.labels is not None
-            centroids.add(sampled, sample.labels)
+            stream.add(sampled, sample.labels)
         else:  # second pass, over more images than one batch holds
             with torch.inference_mode():
                 for images, labels in source.batches(batch_size):
                     assert labels is not None
-                    centroids.add(features(images.to(device)), labels)
-        weight, bias = centroid_classifier(centroids.result(), network.whitening.cpu())
+                    stream.add(features(images.to(device)), labels)
         classifier = model.get_submodule(spec.classifier)
+        weight, bias = stream.classifier(network.whitening)
+        if classifier.bias is None and bias.any():
+            raise InputError(f'{network.config.model_name}: its classifier has no bias, which head {head!r} needs')
         with torch.no_grad():
             classifier.weight.copy_(weight)  # type: ignore[union-attr, operator]
             if classifier.bias is not None:

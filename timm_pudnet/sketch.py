@@ -70,7 +70,7 @@ class SketchEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features `[n, m]` of images `[n, c, h, w]`; in eval mode a row depends on its image alone."""
-        return self.blocks(images).mean(dim=(2, 3))
+        return self.blocks(images).float().mean(dim=(2, 3))
 
 
 class StreamingSketch:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -15,15 +15,26 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_pudnet.adapt import calibrate, centroid_logits, class_centroids
+from timm_pudnet.adapt import (
+    StreamingCentroids,
+    StreamingRidge,
+    calibrate,
+    centroid_logits,
+    class_centroids,
+    ridge_classifier,
+)
 from timm_pudnet.config import InputError
-from timm_pudnet.evaluation.metrics import mean_interval
-from timm_pudnet.evaluation.protocols import TestGroups
+from timm_pudnet.evaluation.metrics import mean_interval, share_interval
+from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
 from timm_pudnet.hypernet import PudNet, library_versions
 from timm_pudnet.training.episodes import ImageBank
 
-# Features of the support and of the query, from their images.
-Classifier = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Features of the support, with labels and in batches, and features of the query, from their images.
+Features = tuple[Iterable[tuple[Tensor, Tensor]], Tensor]
+Extractor = Callable[[GroupImages, GroupImages], Features]
+
+OVER_GROUPS = '95 %, over groups, normal approximation'
+OVER_QUERIES = "95 %, over the queries of the one group: half of Wilson's binomial interval; of gains normal and paired"
 
 
 @torch.inference_mode()
@@ -32,6 +43,8 @@ def evaluate(
     bank: ImageBank,
     groups: TestGroups,
     *,
+    support_bank: ImageBank | None = None,
+    other: ImageBank | None = None,
     controls: Mapping[str, tuple[nn.Module, Tensor]] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -45,8 +58,9 @@ def evaluate(
 
     - `predicted`: the hypernetwork with the group's own sketch;
     - `predicted_without_whitening`: the same network, eq. 7 of its features as they are, as in the paper;
-    - `swapped_sketch`: with the sketch of the group before it;
-    - `mean_sketch`: with the mean sketch of all groups;
+    - `swapped_sketch`: with the sketch of the group before it (not where there is one group);
+    - `mean_sketch`: with the mean sketch of all groups (not where there is one group);
+    - `other_domain_sketch`: with the sketch of as many images of another data set as the support has;
     - each of `controls` by its name, the same architecture trained without a hypernetwork, and `..._own_statistics`:
       the same with its own norm statistics instead of calibrated ones;
     - `random_weights`: timm's random init;
@@ -56,67 +70,73 @@ def evaluate(
         hypernet: The hypernetwork to measure.
         bank: Images of the unseen classes.
         groups: Which of them make up each group.
+        support_bank: Other images of the same classes, which the support is taken from instead.
+        other: Images of another data set, for `other_domain_sketch`; they are seen as they are, under no condition.
         controls: Feature models and their whitenings, as `train_plain` gives them, by name.
         seed: Of the random weights.
         progress: Show a progress bar.
 
     Raises:
-        InputError: A control has the name of another result, or is of another architecture.
+        InputError: The groups are not of these banks, or test an image of their support; a control has the name of
+            another result, or is of another architecture.
 
     Returns:
-        A mapping that JSON can hold: `accuracy` in percent with the half-width of the 95 % interval over groups,
-        `conditioning_gain` and `gain_over_<control>` likewise, of the differences group by group.
+        A mapping that JSON can hold: `accuracy` in percent, by eq. 7, with the half-width of the 95 % interval over
+        groups, `accuracy_ridge` likewise with the ridge head (all but `predicted_without_whitening`);
+        `conditioning_gain`, `conditioning_gain_over_mean_sketch`, `conditioning_gain_over_other_domain` and
+        `gain_over_<control>` of the differences in `accuracy` group by group. With one group the intervals are over
+        its queries; `interval` says which.
     """
     hypernet.eval()
-    config = hypernet.config
+    groups.check(bank, support_bank)
+    config, device, count = hypernet.config, hypernet.device, len(groups)
     # How each arm's features are read: the names of its scores, and the whitening of each.
     whitening = hypernet.whitening
     readings: dict[str, dict[str, Tensor | None]] = {
         'predicted': {'predicted': whitening, 'predicted_without_whitening': None},
         'swapped_sketch': {'swapped_sketch': whitening},
         'mean_sketch': {'mean_sketch': whitening},
+        'other_domain_sketch': {'other_domain_sketch': whitening},
         'random_weights': {'random_weights': None},
         'raw_pixels': {'raw_pixels': None},
     }
-    reserved = {score for names in readings.values() for score in names}
-    expected = {
-        key: shape for key, shape in hypernet.target.shapes.items() if hypernet.target.roles[key] != 'classifier'
-    }
-    for name, (control, _) in (controls or {}).items():
-        if name in reserved:
-            raise InputError(f'a control cannot be called {name}: that is the name of another result')
-        if {key: tuple(value.shape) for key, value in control.state_dict().items()} != expected:
-            raise InputError(
-                f'control {name} is no {config.model_name} without classifier, which {hypernet.name} predicts'
-            )
-    mean, std = (torch.tensor(values)[:, None, None] for values in (config.input.mean, config.input.std))
-    device = hypernet.device
+    _check_controls(hypernet, controls or {}, {score for names in readings.values() for score in names})
+    if other is not None and other.images.shape[1:] != bank.images.shape[1:]:
+        raise InputError(
+            f'the images of the other domain are {list(other.images.shape[1:])}, not {list(bank.images.shape[1:])}'
+        )
 
-    def images(places: Tensor) -> Tensor:
-        return ((bank.images[places.flatten()].float() / 255 - mean) / std).to(device)
+    def images(number: int) -> tuple[GroupImages, GroupImages]:
+        return groups.images(number, bank, support_bank, config.input, device)
 
-    sketches = torch.stack([hypernet.encoder(images(support)).mean(0) for support in groups.support])
+    sketches = torch.stack([group_sketch(hypernet, images(number)[0]) for number in range(count)])
     average = sketches.double().mean(0).float()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        scratch = timm.create_model(config.model_name, **{**config.model_kwargs, 'num_classes': 0}).to(device).eval()
-    initial = {key: value.clone() for key, value in scratch.state_dict().items()}
-    model = scratch
+        model = timm.create_model(config.model_name, **{**config.model_kwargs, 'num_classes': 0}).to(device).eval()
+    initial = {key: value.clone() for key, value in model.state_dict().items()}
 
-    def with_weights(weights: dict[str, Tensor], calibrated: bool = True) -> Classifier:
-        def run(support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-            model.load_state_dict(weights)
-            return calibrate(model, support, weights) if calibrated else model(support), model(query)
+    def with_weights(weights: dict[str, Tensor], calibrated: bool = True) -> Extractor:
+        def run(support: GroupImages, query: GroupImages) -> Features:
+            features = support_features(model, weights, support, config.prior_images if calibrated else None)
+            return features, torch.cat([model(images) for images, _ in query.batches()])
 
         return run
 
-    arms: dict[str, Callable[[int], Classifier]] = {
-        'predicted': lambda number: with_weights(hypernet(sketches[number])),
-        'swapped_sketch': lambda number: with_weights(hypernet(sketches[number - 1])),
-        'mean_sketch': lambda number: with_weights(hypernet(average)),
-        'random_weights': lambda number: with_weights(initial),
-        'raw_pixels': lambda number: lambda support, query: (support.flatten(1), query.flatten(1)),
-    }
+    def with_other_sketch(number: int) -> Extractor:
+        assert other is not None
+        picks = torch.randperm(len(other.labels), generator=torch.Generator().manual_seed(number))
+        shown = GroupImages(other, [picks[: len(images(number)[0])]], config.input, device)
+        return with_weights(hypernet(group_sketch(hypernet, shown)))
+
+    arms: dict[str, Callable[[int], Extractor]] = {'predicted': lambda number: with_weights(hypernet(sketches[number]))}
+    if count > 1:  # the sketch of one group is also the one before it and the mean
+        arms['swapped_sketch'] = lambda number: with_weights(hypernet(sketches[number - 1]))
+        arms['mean_sketch'] = lambda number: with_weights(hypernet(average))
+    if other is not None:
+        arms['other_domain_sketch'] = with_other_sketch
+    arms['random_weights'] = lambda number: with_weights(initial)
+    arms['raw_pixels'] = lambda number: _raw_pixels
     for name, (control, learned) in (controls or {}).items():
         own = {key: value.to(device) for key, value in control.state_dict().items()}
         arms[name] = lambda number, own=own: with_weights(own)
@@ -124,41 +144,146 @@ def evaluate(
             readings[arm] = {arm: learned.to(device)}
         arms[f'{name}_own_statistics'] = lambda number, own=own: with_weights(own, calibrated=False)
 
-    n_way, n_shot, n_query = groups.support.shape[1], groups.support.shape[2], groups.query.shape[2]
-    labels, answers = torch.arange(n_way).repeat_interleave(n_shot), torch.arange(n_way).repeat_interleave(n_query)
-    scores: dict[str, list[float]] = {name: [] for names in readings.values() for name in names}
-    for number in tqdm(range(len(groups)), disable=not progress, unit='group'):
-        support, query = images(groups.support[number]), images(groups.query[number])
+    # Whether each query of each group is classified rightly, by head and score.
+    right: dict[str, dict[str, list[Tensor]]] = {'centroid': {}, 'ridge': {}}
+    support_images = 0
+    for number in tqdm(range(count), disable=not progress, unit='group'):
+        support, query = images(number)
+        support_images += len(support)
         for name, arm in arms.items():
             features, tested = arm(number)(support, query)
-            centroids = class_centroids(features, labels.to(device), n_way)
-            for reading, space in readings[name].items():
-                guesses = centroid_logits(tested, centroids, 1.0, space).argmax(1).cpu()
-                scores[reading].append(100 * float((guesses == answers).float().mean()))
+            for reading, guesses in _read(features, tested, readings[name], support, groups.query.shape[1]).items():
+                for head, found in guesses.items():
+                    right[head].setdefault(reading, []).append(found == query.labels)
 
     def gain(name: str) -> dict[str, float]:
-        return mean_interval([a - b for a, b in zip(scores['predicted'], scores[name], strict=True)])
+        return _gain(right['centroid']['predicted'], right['centroid'][name])
 
     result = {
         'hypernet': hypernet.name,
         'weights_digest': weights_digest(hypernet),
-        'groups': len(groups),
+        'groups': count,
         'groups_digest': groups.digest,
-        'n_way': n_way,
-        'n_shot': n_shot,
-        'n_query': n_query,
+        'n_way': groups.query.shape[1],
+        'n_shot': 'all' if groups.support is None else groups.support.shape[2],
+        'n_query': groups.query.shape[2],
+        'support_images': support_images / count,
+        'separate_support': support_bank is not None,
+        'conditions': groups.conditions is not None,
         'classes': list(bank.class_names),
         'input_size': list(config.input.input_size),
-        'chance': 100 / n_way,
+        'chance': 100 / groups.query.shape[1],
         'training': config.training,
-        'accuracy': {name: mean_interval(values) for name, values in scores.items()},
-        'conditioning_gain': gain('swapped_sketch'),
-        'conditioning_gain_over_mean_sketch': gain('mean_sketch'),
+        'interval': OVER_GROUPS if count > 1 else OVER_QUERIES,
+        'accuracy': {name: accuracy_interval(values) for name, values in right['centroid'].items()},
+        'accuracy_ridge': {name: accuracy_interval(values) for name, values in right['ridge'].items()},
         'library_versions': library_versions(),
         'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {device.type}',
     }
+    if count > 1:
+        result['conditioning_gain'] = gain('swapped_sketch')
+        result['conditioning_gain_over_mean_sketch'] = gain('mean_sketch')
+    if other is not None:
+        result['other_classes'] = list(other.class_names)
+        result['conditioning_gain_over_other_domain'] = gain('other_domain_sketch')
     result.update({f'gain_over_{name}': gain(name) for name in controls or {}})
     return result
+
+
+def _check_controls(
+    hypernet: PudNet, controls: Mapping[str, tuple[nn.Module, Tensor]], reserved: Iterable[str]
+) -> None:
+    expected = {
+        key: shape for key, shape in hypernet.target.shapes.items() if hypernet.target.roles[key] != 'classifier'
+    }
+    for name, (control, _) in controls.items():
+        if name in reserved:
+            raise InputError(f'a control cannot be called {name}: that is the name of another result')
+        if {key: tuple(value.shape) for key, value in control.state_dict().items()} != expected:
+            raise InputError(
+                f'control {name} is no {hypernet.config.model_name} without classifier, which {hypernet.name} predicts'
+            )
+
+
+def group_sketch(hypernet: PudNet, support: GroupImages) -> Tensor:
+    """The sketch `[m]` of a group's support; the mean of the class means, as `predict_model` takes it."""
+    equal = len(support.labels.bincount().unique()) == 1
+    if support.fits and equal:  # the mean over all then
+        return hypernet.encoder(support.sample).mean(0)
+    stream = hypernet.streaming_sketch('class')
+    for images, labels in support.batches():
+        stream.add(images, labels)
+    return stream.result()
+
+
+def support_features(
+    model: nn.Module, weights: dict[str, Tensor], support: GroupImages, prior_images: float | None
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Gives a model these weights, calibrated on the support unless `prior_images` is None.
+
+    Returns:
+        Features of the support with their labels, in batches. Those of a support that one batch does not hold are
+        computed when they are asked for, so this must be before the model gets other weights.
+    """
+    model.load_state_dict(weights)
+    if prior_images is not None:
+        sampled = calibrate(model, support.sample, weights, prior_images=prior_images)
+        if support.fits:
+            return [(sampled, support.labels)]
+    return ((model(images), labels) for images, labels in support.batches())
+
+
+def _raw_pixels(support: GroupImages, query: GroupImages) -> Features:
+    flat = ((images.flatten(1), labels) for images, labels in support.batches())
+    return flat, torch.cat([images.flatten(1) for images, _ in query.batches()])
+
+
+def _read(
+    features: Iterable[tuple[Tensor, Tensor]],
+    tested: Tensor,
+    spaces: Mapping[str, Tensor | None],
+    support: GroupImages,
+    n_way: int,
+) -> dict[str, dict[str, Tensor]]:
+    """Guessed classes of the query by each head, for each reading of an arm; its first reading has a ridge head."""
+    first, space = next(iter(spaces.items()))
+    if support.fits:
+        ((rows, labels),) = features
+        centroids = class_centroids(rows, labels.to(rows.device), n_way)
+        weight, bias = ridge_classifier(rows, labels, n_way, space)
+    else:
+        stream, ridge = StreamingCentroids(n_way), StreamingRidge(n_way)
+        for rows, labels in features:
+            stream.add(rows, labels)
+            ridge.add(rows, labels)
+        centroids, (weight, bias) = stream.result().to(tested.device), ridge.classifier(space)
+    guesses = {
+        name: {'centroid': centroid_logits(tested, centroids, 1.0, space).argmax(1).cpu()}
+        for name, space in spaces.items()
+    }
+    guesses[first]['ridge'] = (tested.cpu() @ weight.t() + bias).argmax(1)
+    return guesses
+
+
+def accuracy_interval(right: Sequence[Tensor]) -> dict[str, float]:
+    """Accuracy in percent and its 95 % interval, from which queries of each group were classified rightly.
+
+    The interval is over groups; that of one group is over its queries, half the width of Wilson's.
+    """
+    if len(right) > 1:
+        return mean_interval(_percents(right))
+    low, high = share_interval(int(right[0].sum()), len(right[0]))
+    return {'mean': 100 * float(right[0].float().mean()), 'interval': 50 * (high - low)}
+
+
+def _gain(right: Sequence[Tensor], rival: Sequence[Tensor]) -> dict[str, float]:
+    if len(right) > 1:
+        return mean_interval([a - b for a, b in zip(_percents(right), _percents(rival), strict=True)])
+    return mean_interval((100 * (right[0].float() - rival[0].float())).tolist())
+
+
+def _percents(right: Sequence[Tensor]) -> list[float]:
+    return [100 * float(found.float().mean()) for found in right]
 
 
 def weights_digest(hypernet: PudNet) -> str:
@@ -171,10 +296,33 @@ def weights_digest(hypernet: PudNet) -> str:
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The accuracies of a result as lines of text."""
+    """The accuracies of a result, by both heads, and its gains, as lines of text."""
+    labels = result['n_shot'] if result['n_shot'] != 'all' else f'all {result["support_images"]:g}'
+    budget = f'{labels} labels' + (' a class' if result['n_shot'] != 'all' else '')
     lines = [
-        f'{result["hypernet"]}: {result["groups"]} groups, {result["n_way"]}-way, {result["n_shot"]} labels a class'
+        f'{result["hypernet"]}: {result["groups"]} groups, {result["n_way"]}-way, {budget}',
+        f'  {"":36}{"centroid":^16}{"ridge":^16}',
     ]
-    rows = {**result['accuracy'], **{name: row for name, row in result.items() if 'gain' in name}}
-    lines += [f'  {name:36}{row["mean"]:7.2f} +- {row["interval"]:.2f}' for name, row in rows.items()]
+    ridge = result.get('accuracy_ridge', {})
+    for name, row in result['accuracy'].items():
+        lines.append(f'  {name:36}{_cell(row)}{_cell(ridge[name]) if name in ridge else ""}'.rstrip())
+    lines += [f'  {name:36}{_cell(row)}'.rstrip() for name, row in result.items() if 'gain' in name]
+    if 'interval' in result:
+        lines.append(f'  +- {result["interval"]}')
+    if 'scratch' in result:
+        lines += _scratch_lines(result['scratch'])
     return '\n'.join(lines)
+
+
+def _scratch_lines(scratch: dict[str, Any]) -> Iterator[str]:
+    yield f'from scratch, {scratch["groups"]} groups, {scratch["training_images"]:g} training images:'
+    predicted = scratch['predicted']
+    yield f'  {"predicted":36}{_cell(predicted["accuracy"])} in {predicted["seconds"]["mean"]:.2f} s'
+    for name in ('adam', 'adam_centralised'):
+        last, ratio = scratch[name]['curve'][-1], scratch[name]['seconds_ratio']
+        as_good = f'as good {"never" if ratio is None else f"after {ratio:.1f} times the seconds of predicted"}'
+        yield f'  {name:36}{_cell(last["accuracy"])} in {last["seconds"]["mean"]:.2f} s, {as_good}'
+
+
+def _cell(row: Mapping[str, float]) -> str:
+    return f'{row["mean"]:7.2f} +- {row["interval"]:<5.2f}'

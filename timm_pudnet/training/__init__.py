@@ -1,22 +1,26 @@
 """Training a hypernetwork: recipes, groups of images, losses and the loop."""
 
-from timm_pudnet.training.episodes import Augmentation, Group, GroupSampler, ImageBank
-from timm_pudnet.training.losses import Losses, group_losses
-from timm_pudnet.training.meta_train import load_bank, meta_train, train_plain
-from timm_pudnet.training.recipe import Data, Groups, Recipe, Schedule
+from timm_pudnet.training.conditions import Condition
+from timm_pudnet.training.episodes import Augmentation, Group, Groups, GroupSampler, ImageBank
+from timm_pudnet.training.losses import Losses, group_losses, sketch_loss
+from timm_pudnet.training.meta_train import load_banks, meta_train, train_plain
+from timm_pudnet.training.recipe import Data, LossWeights, Recipe, Schedule
 
 __all__ = [
     'Augmentation',
+    'Condition',
     'Data',
     'Group',
     'GroupSampler',
     'Groups',
     'ImageBank',
+    'LossWeights',
     'Losses',
     'Recipe',
     'Schedule',
     'group_losses',
-    'load_bank',
+    'load_banks',
     'meta_train',
+    'sketch_loss',
     'train_plain',
 ]

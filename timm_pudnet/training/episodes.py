@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
+import zlib
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.functional import to_pil_image
 
 from timm_pudnet.config import InputConfig, InputError
 from timm_pudnet.images import ImageSource
+from timm_pudnet.training.conditions import Condition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +97,8 @@ class Augmentation:
         rotation: Largest turn in degrees.
         scale: Largest change of size, as a share.
         brightness: Largest change of the pixel values, as a share.
+        timm: Arguments of `timm.data.create_transform` (`auto_augment`, `re_prob`, `color_jitter`, ...). Where given,
+            timm's own training transform takes the place of all of the above; several times slower.
     """
 
     flip: bool = True
@@ -97,11 +106,38 @@ class Augmentation:
     rotation: float = 10.0
     scale: float = 0.15
     brightness: float = 0.3
+    timm: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, top in (('shift', 1), ('rotation', 180), ('scale', 1), ('brightness', 1)):
             if not 0 <= getattr(self, name) <= top:
                 raise InputError(f'augmentation: {name} must be in 0-{top}, got {getattr(self, name)}')
+
+
+def timm_augmented(images: Tensor, kwargs: dict[str, Any], generator: torch.Generator) -> Tensor:
+    """Uint8 images `[n, c, h, w]` through timm's training transform, one by one; floats `[n, c, h, w]`, about 0-1.
+
+    Raises:
+        InputError: timm refuses an argument.
+    """
+    count, chans, height, width = images.shape
+    try:
+        transform = create_transform(
+            (chans, height, width), is_training=True, mean=(0.0,) * chans, std=(1.0,) * chans, **kwargs
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f'augmentation: timm.data.create_transform refused {kwargs}: {error}') from error
+    seed = int(torch.randint(2**31, (), generator=generator))
+    state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            return torch.stack([transform(to_pil_image(image)) for image in images])  # type: ignore[misc]
+    finally:
+        random.setstate(state)
+        np.random.set_state(numpy_state)
 
 
 def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
@@ -126,21 +162,63 @@ def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Te
     return (moved * (1 + uniform(how.brightness))[:, None, None, None]).clamp_(0, 1)
 
 
-class GroupSampler:
-    """Draws groups from a bank; every choice comes from one generator, whose state a checkpoint can hold.
-
-    With `turns` above 1 every class turned by quarter turns counts as a further class (`class + k * turn`), so that
-    a few classes make many groups.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Groups:
+    """What a group of images is.
 
     Args:
-        bank: The images of the seen classes.
-        config: The target's input, for mean and std.
-        n_way: Classes in a group.
-        n_shot: Support images a class.
+        n_way: Classes in a group, all of one data set.
+        n_shot: Support images a class: they give sketch and centroids.
         n_query: Query images a class.
-        turns: 1 for none, 2 for half turns, 4 for quarter turns.
+        turns: With 2 or 4, classes turned by a half or by quarter turns count as further classes.
+        per_step: Groups in an optimiser step.
+        conditions: Whether every group is seen under a random imaging condition of its own.
+        sketch_groups: Further groups for each of these, for the sketch's own loss alone; 0 for no such loss.
+        sketch_images: Images of each half of such a group.
+
+    Raises:
+        InputError: A value is out of range.
+    """
+
+    n_way: int = 8
+    n_shot: int = 8
+    n_query: int = 8
+    turns: int = 1
+    per_step: int = 1
+    conditions: bool = False
+    sketch_groups: int = 0
+    sketch_images: int = 16
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            least = {'n_way': 2, 'sketch_groups': 0, 'conditions': 0}.get(field.name, 1)
+            if getattr(self, field.name) < least:
+                raise InputError(f'groups: {field.name} must be at least {least}, got {getattr(self, field.name)}')
+        if self.sketch_groups == 1:
+            raise InputError('groups: sketch_groups must be 0, or at least 2 to be told apart, got 1')
+        if self.turns not in (1, 2, 4):
+            raise InputError(f'groups: turns must be 1, 2 or 4, got {self.turns}')
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that one optimiser step shows the target."""
+        return self.n_way * (self.n_shot + self.n_query) * self.per_step
+
+
+class GroupSampler:
+    """Draws groups from the banks of one or several data sets.
+
+    Every group has a number and is drawn from a generator of its own, so that groups can be drawn in any order, by
+    any process, and again. With `turns` above 1 every class turned by quarter turns counts as a further class
+    (`class + k * turn`), so that a few classes make many groups. Classes are numbered through all banks.
+
+    Args:
+        banks: The images of the seen classes, a bank for each data set.
+        config: The target's input, for mean and std.
+        groups: What a group is.
+        shares: How often groups come from each bank, in any unit; by default alike.
         augmentation: Random changes of each image.
-        seed: Of the generator.
+        seed: Of all draws.
 
     Raises:
         InputError: There are too few classes, or a class has too few images.
@@ -148,62 +226,109 @@ class GroupSampler:
 
     def __init__(
         self,
-        bank: ImageBank,
+        banks: Sequence[ImageBank],
         config: InputConfig,
+        groups: Groups,
         *,
-        n_way: int,
-        n_shot: int,
-        n_query: int,
-        turns: int = 1,
+        shares: Sequence[float] | None = None,
         augmentation: Augmentation | None = None,
         seed: int = 0,
     ) -> None:
-        if turns not in (1, 2, 4):
-            raise InputError(f'turns must be 1, 2 or 4, got {turns}')
-        height, width = bank.images.shape[2:]
-        if turns == 4 and height != width:
-            raise InputError(f'turns = 4 needs square images, these are {height}x{width}: use 2 or 1')
-        self.bank, self.n_way, self.n_shot, self.n_query = bank, n_way, n_shot, n_query
-        self.turns = turns
-        self.num_classes = len(bank.class_names) * turns
-        if not 2 <= n_way <= self.num_classes:
-            raise InputError(f'n_way is {n_way}, but there are {self.num_classes} classes to draw from')
-        for name, members in zip(bank.class_names, bank.members, strict=True):
-            if len(members) < n_shot + n_query:
-                raise InputError(f'class {name!r} has {len(members)} images, a group needs {n_shot + n_query}')
+        self.banks, self.groups, self.seed, self.augmentation = list(banks), groups, seed, augmentation
+        self.shares = torch.tensor(shares or [1.0] * len(self.banks), dtype=torch.float64)
+        counts = [len(bank.class_names) * groups.turns for bank in self.banks]
+        self.num_classes = sum(counts)
+        self.first = [sum(counts[:number]) for number in range(len(counts))]  # number of each bank's first class
+        each = groups.n_shot + groups.n_query
+        for bank, count in zip(self.banks, counts, strict=True):
+            height, width = bank.images.shape[2:]
+            if height != width and (groups.turns == 4 or groups.conditions):
+                raise InputError(f'turned images must be square, these are {height}x{width}: use turns = 2 or 1')
+            if groups.n_way > count:
+                raise InputError(f'n_way is {groups.n_way}, but there are {count} classes to draw from')
+            for name, members in zip(bank.class_names, bank.members, strict=True):
+                if len(members) < each:
+                    raise InputError(f'class {name!r} has {len(members)} images, a group needs {each}')
         self.mean = torch.tensor(config.mean)[:, None, None]
         self.std = torch.tensor(config.std)[:, None, None]
-        self.augmentation = augmentation
-        self.generator = torch.Generator().manual_seed(seed)
 
-    def draw(self) -> Group:
-        """The next group; support and query share no image."""
-        each = self.n_shot + self.n_query
-        classes = torch.randperm(self.num_classes, generator=self.generator)[: self.n_way]
-        members = [self.bank.members[label % len(self.bank.members)] for label in classes.tolist()]
-        picks = [m[torch.randperm(len(m), generator=self.generator)[:each]] for m in members]
-        picks = torch.cat(picks)
+    def generator(self, what: str, number: int) -> torch.Generator:
+        """The generator of one draw."""
+        return torch.Generator().manual_seed(zlib.crc32(f'{self.seed} {what} {number}'.encode()))
+
+    def draw(self, number: int, what: str = 'group') -> Group:
+        """Group `number` of a series; support and query share no image."""
+        generator = self.generator(what, number)
+        groups, each = self.groups, self.groups.n_shot + self.groups.n_query
+        place = self._bank(generator)
+        bank = self.banks[place]
+        classes = torch.randperm(len(bank.members) * groups.turns, generator=generator)[: groups.n_way]
+        members = [bank.members[label % len(bank.members)] for label in classes.tolist()]
+        picks = torch.cat([m[torch.randperm(len(m), generator=generator)[:each]] for m in members])
         labels = classes.repeat_interleave(each)
-        images = self._prepared(picks, labels).unflatten(0, (self.n_way, -1))
-        labels = labels.view(self.n_way, -1)
-        sizes = [self.n_shot, self.n_query]
-        support, query = images.split(sizes, 1)
-        support_classes, query_classes = labels.split(sizes, 1)
+        images = self._prepared(bank, picks, labels, generator, self._condition(bank, generator))
+        images, labels = images.unflatten(0, (groups.n_way, each)), labels.view(-1, each) + self.first[place]
+        support, query = images.split([groups.n_shot, groups.n_query], 1)
+        support_classes, query_classes = labels.split([groups.n_shot, groups.n_query], 1)
         return Group(support.flatten(0, 1), support_classes.flatten(), query.flatten(0, 1), query_classes.flatten())
 
-    def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """An ordinary batch of `size` images of all classes, and their classes."""
-        picks = torch.randint(len(self.bank.labels), (size,), generator=self.generator)
-        turns = torch.randint(self.turns, (size,), generator=self.generator)
-        labels = self.bank.labels[picks] + turns * len(self.bank.members)
-        return self._prepared(picks, labels), labels
+    def draw_halves(self, number: int) -> Tensor:
+        """Further groups for the sketch's own loss: `[sketch_groups, 2, sketch_images, c, h, w]`.
 
-    def _prepared(self, picks: Tensor, labels: Tensor) -> Tensor:
-        """Images of the bank, augmented, turned as their class says, normalised."""
-        images = self.bank.images[picks].float().div_(255)
-        if self.augmentation is not None:
-            images = augment(images, self.augmentation, self.generator)
-        images = quarter_turns(images, labels // len(self.bank.members) * (4 // self.turns))
+        The two halves of a group have the same classes and condition; images may repeat between them.
+        """
+        generator = self.generator('sketch', number)
+        halves = []
+        for _ in range(self.groups.sketch_groups):
+            bank = self.banks[self._bank(generator)]
+            classes = torch.randperm(len(bank.members) * self.groups.turns, generator=generator)[: self.groups.n_way]
+            count = 2 * self.groups.sketch_images
+            labels = classes[torch.randint(len(classes), (count,), generator=generator)]
+            members = [bank.members[label % len(bank.members)] for label in labels.tolist()]
+            picks = torch.stack([m[torch.randint(len(m), (), generator=generator)] for m in members])
+            images = self._prepared(bank, picks, labels, generator, self._condition(bank, generator))
+            halves.append(images.unflatten(0, (2, -1)))
+        return torch.stack(halves)
+
+    def batch(self, number: int, size: int) -> tuple[Tensor, Tensor]:
+        """An ordinary batch of about `size` images of all classes, and their classes, with the groups' shares.
+
+        Where groups have conditions every 16 images have one of their own, so that a batch is a fair sample.
+        """
+        generator = self.generator('batch', number)
+        wanted = torch.multinomial(self.shares, size, replacement=True, generator=generator).bincount(
+            minlength=len(self.banks)
+        )
+        images, labels = [], []
+        for bank, first, count in zip(self.banks, self.first, wanted.tolist(), strict=True):
+            for part in torch.arange(count).split(16 if self.groups.conditions else max(1, count)):
+                picks = torch.randint(len(bank.labels), (len(part),), generator=generator)
+                turns = torch.randint(self.groups.turns, (len(part),), generator=generator)
+                classes = bank.labels[picks] + turns * len(bank.members)
+                images.append(self._prepared(bank, picks, classes, generator, self._condition(bank, generator)))
+                labels.append(classes + first)
+        return torch.cat(images), torch.cat(labels)
+
+    def _bank(self, generator: torch.Generator) -> int:
+        return int(torch.multinomial(self.shares, 1, generator=generator))
+
+    def _condition(self, bank: ImageBank, generator: torch.Generator) -> Condition | None:
+        return Condition.draw(generator, bank.images.shape[1]) if self.groups.conditions else None
+
+    def _prepared(
+        self, bank: ImageBank, picks: Tensor, labels: Tensor, generator: torch.Generator, condition: Condition | None
+    ) -> Tensor:
+        """Images of a bank, augmented, turned as their class says, seen under the condition, normalised."""
+        images = bank.images[picks]
+        how = self.augmentation
+        if how is not None and how.timm:
+            images = timm_augmented(images, how.timm, generator)
+        else:
+            images = images.float().div_(255)
+            images = images if how is None else augment(images, how, generator)
+        images = quarter_turns(images, labels // len(bank.members) * (4 // self.groups.turns))
+        if condition is not None:
+            images = condition.apply(images, generator)
         return (images - self.mean) / self.std
 
 

@@ -16,16 +16,12 @@ from timm_pudnet.adapt import centroid_logits, class_centroids
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """L1, L2, L3 of eq. 8-10 and their sum (eq. 11), each a scalar."""
+    """L1, L2, L3 of eq. 8-10, each a scalar; eq. 11 is their sum, weighed as the recipe says."""
 
     metric: Tensor
     full: Tensor
     consistency: Tensor
 
-    @property
-    def total(self) -> Tensor:
-        """L1 + L2 + L3."""
-        return self.metric + self.full + self.consistency
 
 
 def group_losses(
@@ -66,3 +62,24 @@ def group_losses(
             padded.log_softmax(1), full_logits[len(support) :].log_softmax(1), log_target=True, reduction='batchmean'
         ),
     )
+
+
+def sketch_loss(halves: Tensor, temperature: float = 0.1) -> Tensor:
+    """Whether the sketches of the two halves of a group agree and differ from those of other groups.
+
+    A sketch encoder that learns only through the weights that it steers learns too slowly to matter (DESIGN section 2,
+    *What is known about conditioning*); this gives it a signal of its own, without labels. Cross-entropy of finding a
+    half's other half among all other halves by cosine, over a temperature (InfoNCE).
+
+    Args:
+        halves: Sketches `[g, 2, m]`, `g` at least 2.
+        temperature: Of the softmax.
+
+    Example:
+        >>> round(float(sketch_loss(torch.eye(2).repeat_interleave(2, 0).view(2, 2, 2))), 3)
+        0.0
+    """
+    flat = F.normalize(halves.transpose(0, 1).flatten(0, 1), dim=-1)
+    logits = flat @ flat.t() / temperature
+    logits = logits.masked_fill(torch.eye(len(flat), dtype=torch.bool, device=flat.device), -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(flat), device=flat.device).roll(len(halves)))

@@ -6,14 +6,16 @@ never stopped. It is written beside its place and renamed, so it is whole or abs
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +23,33 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from timm_pudnet.adapt import Whitening, calibrate
-from timm_pudnet.config import DamagedFileError, InputError, PudNetConfig
+from timm_pudnet.config import DamagedFileError, InputError, PudNetConfig, PudNetWarning
 from timm_pudnet.hypernet import PudNet, save_tensors, usable_device, written_whole
 from timm_pudnet.images import open_images
 from timm_pudnet.target import describe_target
 from timm_pudnet.training.episodes import GroupSampler, ImageBank, bank_input
-from timm_pudnet.training.losses import group_losses
+from timm_pudnet.training.losses import group_losses, sketch_loss
+from timm_pudnet.training.processes import Processes
 from timm_pudnet.training.recipe import Recipe
+from timm_pudnet.training.watch import Board, plot_losses
 
 CHECKPOINT_NAME = 'checkpoint.safetensors'
 LOG_NAME = 'log.jsonl'
+PLOT_NAME = 'losses.png'
+MOST_SKIPPED = 10  # steps in a row
 
 
 def meta_train(
     recipe: Recipe | str | os.PathLike[str],
     folder: str | os.PathLike[str] | None = None,
     *,
-    bank: ImageBank | None = None,
+    banks: Sequence[ImageBank] | None = None,
     device: str | torch.device | None = None,
     checkpoint_seconds: float = 120.0,
     max_steps: int | None = None,
@@ -50,10 +57,14 @@ def meta_train(
 ) -> PudNet:
     """Trains a hypernetwork by a recipe; goes on where an earlier run of the same recipe in `folder` stopped.
 
+    Under `accelerate launch` or `torchrun` the groups of each step are spread over the processes; the result is that of
+    one process, to rounding.
+
     Args:
         recipe: A recipe or the path of its file.
-        folder: Where checkpoint and log go; without it nothing is written.
-        bank: The seen classes' images, if they are in memory already; otherwise they are read as the recipe says.
+        folder: Where checkpoint, log (JSON lines, TensorBoard) and plot go; without it nothing is written.
+        banks: The seen classes' images, one bank a data set of the recipe, if they are in memory already; otherwise
+            they are read as the recipe says.
         device: Default: CUDA where there is one.
         checkpoint_seconds: Seconds between checkpoints.
         max_steps: Stop after so many steps in all, with a checkpoint, as if interrupted.
@@ -64,10 +75,10 @@ def meta_train(
 
     Raises:
         InputError: The recipe, its data, or a checkpoint of another recipe.
-        FloatingPointError: The loss is no longer finite; the last checkpoint remains.
+        FloatingPointError: The loss was not finite for ten steps in a row; the last checkpoint remains.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    run = _MetaRun(recipe, bank or load_bank(recipe), usable_device(device))
+    run = _MetaRun(recipe, banks or load_banks(recipe), device)
     _go(run, folder, checkpoint_seconds, max_steps, progress)
     return run.finished()
 
@@ -76,7 +87,7 @@ def train_plain(
     recipe: Recipe | str | os.PathLike[str],
     folder: str | os.PathLike[str] | None = None,
     *,
-    bank: ImageBank | None = None,
+    banks: Sequence[ImageBank] | None = None,
     device: str | torch.device | None = None,
     checkpoint_seconds: float = 120.0,
     max_steps: int | None = None,
@@ -90,8 +101,9 @@ def train_plain(
         The target as a feature model (`num_classes=0`), in eval mode, and the whitening of its features, on the CPU.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    run = _PlainRun(recipe, bank or load_bank(recipe), usable_device(device))
+    run = _PlainRun(recipe, banks or load_banks(recipe), device)
     _go(run, folder, checkpoint_seconds, max_steps, progress)
+    run.settle()
     whitening = run.whitening()
     return run.target.cpu().eval(), whitening
 
@@ -108,60 +120,88 @@ def _go(
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         if checkpoint.exists():
             run.load(checkpoint)
+    main = run.processes.rank == 0
     last = min(run.num_steps, max_steps or run.num_steps)
+    each = run.recipe.groups.images_per_step
+    board = Board(checkpoint.parent / 'board', run.step) if checkpoint is not None and main and run.step < last else None
     saved = time.monotonic()
-    with tqdm(total=last, initial=run.step, disable=not progress, unit='step') as bar:
-        for losses in run.steps(last):
-            bar.update()
-            bar.set_postfix({name: f'{value:.3f}' for name, value in losses.items()}, refresh=False)
-            if checkpoint is not None and (run.step == last or time.monotonic() - saved > checkpoint_seconds):
-                run.save(checkpoint)
-                saved = time.monotonic()
-
-
-def load_bank(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) -> ImageBank:
-    """Reads the images of the recipe's seen classes into memory, from `data_dir` in place of the recipe's if given."""
-    data = recipe.data
-    source = open_images(
-        data.images, input=bank_input(recipe.hypernet.input), split=data.split, data_dir=data_dir or data.data_dir
+    bar = tqdm(
+        total=last * each, initial=run.step * each, disable=not (progress and main), unit='image', unit_scale=True
     )
-    return ImageBank.from_source(source, data.classes or None)
+    with bar, contextlib.ExitStack() as stack:
+        if board is not None:
+            stack.callback(board.close)
+        for losses in run.steps(last):
+            bar.update(each)
+            bar.set_postfix({name: f'{value:.3f}' for name, value in losses.items()}, refresh=False)
+            if board is not None:
+                board.add(run.step, {f'loss/{name}': value for name, value in losses.items()})
+            due = run.step == last or time.monotonic() - saved > checkpoint_seconds
+            if checkpoint is not None and due and main:
+                run.save(checkpoint)
+            if due:
+                saved = time.monotonic()
+    if checkpoint is not None and main and run.step == run.num_steps:
+        plot_losses(run.log, checkpoint.with_name(PLOT_NAME), title=run.recipe.hypernet.model_name)
+    run.processes.wait()
 
 
-def group_sampler(recipe: Recipe, bank: ImageBank) -> GroupSampler:
+def load_banks(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) -> list[ImageBank]:
+    """Reads the seen classes' images into memory, a bank a data set, from `data_dir` in place of the recipe's if given.
+
+    Raises:
+        InputError: A set cannot be read, has no labels, or lacks a class that the recipe names.
+    """
+    banks = []
+    for data in recipe.data:
+        source = open_images(
+            data.images, input=bank_input(recipe.hypernet.input), split=data.split, data_dir=data_dir or data.data_dir
+        )
+        names = source.class_names or ()
+        absent = [name for name in data.unseen if name not in names]
+        if absent:
+            raise InputError(f'{source.description}: no class {absent[0]!r}, which unseen names')
+        chosen = data.classes or tuple(name for name in names if name not in data.unseen)
+        banks.append(ImageBank.from_source(source, chosen or None))
+    return banks
+
+
+def group_sampler(recipe: Recipe, banks: Sequence[ImageBank]) -> GroupSampler:
     """The sampler that a recipe describes."""
-    groups = recipe.groups
     return GroupSampler(
-        bank,
+        banks,
         recipe.hypernet.input,
-        n_way=groups.n_way,
-        n_shot=groups.n_shot,
-        n_query=groups.n_query,
-        turns=groups.turns,
+        recipe.groups,
+        shares=[data.share for data in recipe.data],
         augmentation=recipe.augmentation,
         seed=recipe.seed,
     )
 
 
 def rate_at(step: int, num_steps: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine down to zero."""
-    schedule = recipe.schedule
-    warm = max(1, round(schedule.warmup * num_steps))
+    """Share of the largest rate: a linear warm-up, then a cosine down to zero."""
+    warm = max(1, round(recipe.schedule.warmup * num_steps))
     if step < warm:
-        return schedule.rate * (step + 1) / warm
-    return schedule.rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, num_steps - warm)))
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, num_steps - warm)))
 
 
 class _Run:
-    """The whole state of a training run: modules, optimiser, sampler, step, log."""
+    """The whole state of a training run: modules, optimisers, sampler, step, log."""
 
     modules: dict[str, nn.Module]  # what is saved; `target` holds norm statistics, the rest is trained
 
-    def __init__(self, recipe: Recipe, bank: ImageBank, device: torch.device) -> None:
-        self.recipe, self.device, self.step, self.seconds = recipe, device, 0, 0.0
+    def __init__(self, recipe: Recipe, banks: Sequence[ImageBank], device: str | torch.device | None) -> None:
+        self.recipe, self.step, self.seconds, self.skipped = recipe, 0, 0.0, 0
+        self.processes = Processes(device)
+        self.device = self.processes.device or usable_device(device)
         self.num_steps = -(-recipe.schedule.images // recipe.groups.images_per_step)
-        self.sampler = group_sampler(recipe, bank)
+        self.sampler = group_sampler(recipe, banks)
         self.log: list[dict[str, float]] = []
+        if self.parts < self.processes.count:
+            raise InputError(
+                f'{self.processes.count} processes, but per_step is {self.parts}: raise it to their number or more'
+            )
         config = recipe.hypernet
         describe_target(config.model_name, **config.model_kwargs)  # clear errors before any work
         with torch.random.fork_rng():
@@ -169,35 +209,54 @@ class _Run:
             self.target_kwargs = {**config.model_kwargs, 'num_classes': 0}
             self.target = timm.create_model(config.model_name, **self.target_kwargs)
             self.head = nn.Linear(int(self.target.num_features), self.sampler.num_classes)  # type: ignore[arg-type]
-            self.modules = {name: module.to(device).train() for name, module in self.build(bank).items()}
-            self.random_state = self._get_random_state()  # of torch itself, which dropout in the target draws from
-        self.parameters = [p for m in self.modules.values() for p in m.parameters() if p.requires_grad]
-        decay = recipe.schedule.weight_decay
-        self.optimizer = torch.optim.AdamW(
-            [
-                {'params': [p for p in self.parameters if p.ndim > 1], 'weight_decay': decay},
-                {'params': [p for p in self.parameters if p.ndim <= 1], 'weight_decay': 0.0},
-            ],
-            lr=recipe.schedule.rate,
-            fused=True,
-        )
+            self.modules = {name: module.to(device=self.device).train() for name, module in self.build(banks).items()}
+            self.target.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        named = [
+            (f'{name}.{key}', value)
+            for name, module in self.modules.items()
+            for key, value in module.named_parameters()
+            if value.requires_grad
+        ]
+        self.parameters = [value for _, value in named]
+        # Statistics of norm layers: of the target over groups, and of the sketch encoder.
+        self.statistics = [
+            buffer
+            for module in self.modules.values()
+            for part in module.modules()
+            if isinstance(part, nn.modules.batchnorm._NormBase)
+            for buffer in part.buffers()
+        ]
+        self.optimizers = self._make_optimizers(named)
+        self.average = ModelEmaV3(nn.ModuleDict(self.modules), recipe.schedule.ema) if recipe.schedule.ema else None
 
-    def _get_random_state(self) -> dict[str, Tensor]:
-        states = {'cpu': torch.get_rng_state()}
-        if self.device.type == 'cuda':
-            states['cuda'] = torch.cuda.get_rng_state(self.device)
-        return states
+    def _make_optimizers(self, named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
+        schedule = self.recipe.schedule
+        ordinary = [value for name, value in named if schedule.optimizer == 'adamw' or self.is_ordinary(name)]
+        chosen = {id(value) for value in ordinary}
+        others = [value for _, value in named if id(value) not in chosen]
+        groups = [
+            {'params': [p for p in ordinary if p.ndim > 1], 'weight_decay': schedule.weight_decay},
+            {'params': [p for p in ordinary if p.ndim <= 1], 'weight_decay': 0.0},
+        ]
+        if schedule.optimizer == 'adamw':
+            return [torch.optim.AdamW(groups, lr=schedule.rate, fused=True)]
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.SGD(groups, lr=schedule.rate, momentum=0.9, nesterov=True, fused=True)
+        ]
+        if others:
+            optimizers.append(torch.optim.AdamW(others, lr=schedule.sketch_rate, weight_decay=0.0, fused=True))
+        return optimizers
 
-    def _set_random_state(self, states: dict[str, Tensor]) -> None:
-        torch.set_rng_state(states['cpu'])
-        if self.device.type == 'cuda' and 'cuda' in states:
-            torch.cuda.set_rng_state(states['cuda'], self.device)
-
-    def build(self, bank: ImageBank) -> dict[str, nn.Module]:
+    def is_ordinary(self, name: str) -> bool:
+        """Whether an ordinary training of the target would train this parameter."""
         raise NotImplementedError
 
-    def losses(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a part of the step, and its terms by name."""
+    def build(self, banks: Sequence[ImageBank]) -> dict[str, nn.Module]:
+        """The modules of the run by name."""
+        raise NotImplementedError
+
+    def losses(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a part of a step, and its terms by name; parts are numbered through the run."""
         raise NotImplementedError
 
     @property
@@ -207,47 +266,97 @@ class _Run:
 
     def steps(self, last: int) -> Iterator[dict[str, float]]:
         """Trains up to step `last`, and gives the mean terms of the loss of every step."""
+        schedule = self.recipe.schedule
         while self.step < last:
             started = time.monotonic()
-            for group in self.optimizer.param_groups:
-                group['lr'] = rate_at(self.step, self.num_steps, self.recipe)
-            sums: dict[str, float] = {}
-            devices = [self.device] if self.device.type == 'cuda' else []
-            with torch.random.fork_rng(devices):
-                self._set_random_state(self.random_state)
-                for _ in range(self.parts):
-                    loss, terms = self.losses()
-                    (loss / self.parts).backward()
-                    for name, value in terms.items():
-                        sums[name] = sums.get(name, 0.0) + float(value.detach()) / self.parts
-                self.random_state = self._get_random_state()
-            norm = float(nn.utils.clip_grad_norm_(self.parameters, self.recipe.schedule.clip))
-            if not all(map(math.isfinite, [norm, *sums.values()])):
-                raise FloatingPointError(
-                    f'step {self.step}: the loss is {sums}, the norm of its gradient {norm}; lower the rate of the '
-                    'recipe. The last checkpoint is as it was'
-                )
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            rate = rate_at(self.step, self.num_steps, self.recipe)
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group['lr'] = rate * optimizer.defaults['lr']
+            before = [buffer.clone() for buffer in self.statistics]
+            sums = self._gradients(before)
+            norm = float(nn.utils.clip_grad_norm_(self.parameters, schedule.clip))
+            entry = {'step': self.step + 1, 'rate': rate * schedule.rate, **sums}
+            if all(map(math.isfinite, [norm, *sums.values()])):
+                self.skipped = 0
+                for optimizer in self.optimizers:
+                    optimizer.step()
+            else:
+                self._skip(sums, norm, before)
+                entry = {'step': self.step + 1, 'rate': rate * schedule.rate, 'skipped': 1.0}
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
             self.step += 1
+            if self.average is not None:
+                self.average.update(nn.ModuleDict(self.modules), self.step)
             self.seconds += time.monotonic() - started
-            self.log.append({'step': self.step, 'rate': self.optimizer.param_groups[0]['lr'], **sums})
+            self.log.append(entry)
             yield sums
+
+    def _gradients(self, before: list[Tensor]) -> dict[str, float]:
+        """Gradients of one step, and the mean terms of its loss.
+
+        Every part starts from the norm statistics `before` the step, and the mean of what they become is kept: so it
+        does not matter in which order the parts run, or in which process.
+        """
+        totals = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in self.statistics]
+        values: dict[str, Tensor] = {}
+        for part in range(self.processes.rank, self.parts, self.processes.count):
+            number = self.step * self.parts + part
+            for buffer, start in zip(self.statistics, before, strict=True):
+                buffer.copy_(start)
+            with torch.random.fork_rng([self.device] if self.device.type == 'cuda' else []):
+                # Dropout and drop path in the target draw from torch itself.
+                torch.manual_seed(zlib.crc32(f'{self.recipe.seed} target {number}'.encode()))
+                loss, terms = self.losses(number)
+                (loss / self.parts).backward()
+            for total, buffer in zip(totals, self.statistics, strict=True):
+                total += buffer
+            for name, value in terms.items():
+                values[name] = values.get(name, 0.0) + value.detach() / self.parts
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.processes.sum_([*gradients, *totals, *values.values()])
+        with torch.no_grad():
+            for total, buffer in zip(totals, self.statistics, strict=True):
+                buffer.copy_(total / self.parts)
+        return {name: float(value) for name, value in values.items()}
+
+    def _skip(self, sums: dict[str, float], norm: float, before: list[Tensor]) -> None:
+        """Leaves a step out whose loss or gradient is not finite; too many in a row stop the run."""
+        for buffer, start in zip(self.statistics, before, strict=True):
+            buffer.copy_(start)
+        self.skipped += 1
+        reason = f'step {self.step}: the loss is {sums}, the norm of its gradient {norm}'
+        if self.skipped >= MOST_SKIPPED:
+            raise FloatingPointError(
+                f'{reason}; {self.skipped} such steps in a row: lower the rate of the recipe. '
+                'The last checkpoint is as it was'
+            )
+        warnings.warn(f'{reason}; skipped', PudNetWarning, stacklevel=2)
+
+    def settle(self) -> None:
+        """Puts the moving average, where the recipe asks for one, in place of the weights."""
+        if self.average is not None:
+            for name, module in self.modules.items():
+                module.load_state_dict(self.average.module[name].state_dict())  # type: ignore[index, union-attr]
 
     @torch.inference_mode()
     def whitening(self, groups: int = 40) -> Tensor:
         """The whitening of the features, from new groups of seen classes, each treated as a group of unseen ones."""
         learned = Whitening(self.head.in_features)
+        if not self.recipe.schedule.whitening:
+            return learned.result()
         with torch.random.fork_rng():
             model = timm.create_model(self.recipe.hypernet.model_name, **self.target_kwargs).to(self.device)
-        sampler = copy.copy(self.sampler)
+        sampler = group_sampler(self.recipe, self.sampler.banks)
         sampler.augmentation = None
-        for _ in range(groups):
-            group = sampler.draw()
+        prior = self.recipe.hypernet.prior_images
+        for number in range(groups):
+            group = sampler.draw(number, 'whitening')
             support, query = group.support.to(self.device), group.query.to(self.device)
             weights = self.weights_of(support)
             model.load_state_dict(weights)
-            features = [calibrate(model, support, weights), model(query)]
+            features = [calibrate(model, support, weights, prior_images=prior), model(query)]
             learned.add(torch.cat(features), torch.cat([group.support_classes, group.query_classes]))
         return learned.result()
 
@@ -255,11 +364,15 @@ class _Run:
         """State dict of the target for a group's support images."""
         raise NotImplementedError
 
+    def mixed_precision(self) -> torch.autocast:
+        """The context of forward passes, as the recipe's precision says."""
+        half = self.recipe.schedule.precision == 'bfloat16'
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+
     def features(self, images: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
         """The target's features `[n, d]` in float32; with its own weights, or with these."""
         images = images.contiguous(memory_format=torch.channels_last)
-        half = self.recipe.schedule.precision == 'bfloat16'
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+        with self.mixed_precision():
             if weights is None:
                 return self.target(images).float()
             return torch.func.functional_call(self.target, weights, (images,)).float()
@@ -271,10 +384,12 @@ class _Run:
             for key, value in module.state_dict().items()
         }
         for number, parameter in enumerate(self.parameters):
-            for name, value in self.optimizer.state[parameter].items():
-                tensors[f'optimizer.{number}.{name}'] = value
-        tensors['generator'] = self.sampler.generator.get_state()
-        tensors.update({f'target_generator.{place}': state for place, state in self.random_state.items()})
+            for optimizer in self.optimizers:
+                for name, value in optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor):
+                        tensors[f'optimizer.{number}.{name}'] = value
+        if self.average is not None:
+            tensors.update({f'average.{key}': value for key, value in self.average.module.state_dict().items()})
         return tensors
 
     def save(self, path: Path) -> None:
@@ -284,9 +399,10 @@ class _Run:
             'recipe': self.recipe.digest,
             'step': str(self.step),
             'seconds': str(self.seconds),
+            'skipped': str(self.skipped),
             'log': json.dumps(self.log),
         }
-        tensors = {key: value.detach().cpu().contiguous() for key, value in self._tensors().items()}
+        tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in self._tensors().items()}
         with written_whole(path) as beside:
             save_tensors(tensors, beside, about)
         with written_whole(path.with_name(LOG_NAME)) as beside:
@@ -302,44 +418,56 @@ class _Run:
             raise DamagedFileError(f'{path} is damaged ({error}): remove it to start anew') from error
         if (about.get('recipe'), about.get('kind')) != (self.recipe.digest, type(self).__name__):
             raise InputError(f'{path} belongs to another recipe: choose another folder, or remove it to start anew')
+        home = {id(p): o for o in self.optimizers for group in o.param_groups for p in group['params']}
         for number, parameter in enumerate(self.parameters):
             state = _taken(tensors, f'optimizer.{number}.')
             if state:
-                self.optimizer.state[parameter] = {
-                    name: value if name == 'step' else value.to(self.device) for name, value in state.items()
+                home[id(parameter)].state[parameter] = {
+                    # In the memory format of the parameter, which fused steps want.
+                    name: value if name == 'step' else torch.empty_like(parameter).copy_(value)
+                    for name, value in state.items()
                 }
+        if self.average is not None:
+            self.average.module.load_state_dict(_taken(tensors, 'average.'))
         for name, module in self.modules.items():
             module.load_state_dict(_taken(tensors, f'{name}.'))
-        self.sampler.generator.set_state(tensors['generator'])
-        self.random_state = _taken(tensors, 'target_generator.')
-        self.step, self.seconds = int(about['step']), float(about['seconds'])
+        self.step, self.seconds, self.skipped = int(about['step']), float(about['seconds']), int(about['skipped'])
         self.log = json.loads(about['log'])
 
 
 class _MetaRun(_Run):
     """Algorithm 1. The target lends its forward pass and its norm statistics; its own weights are never used."""
 
-    def build(self, bank: ImageBank) -> dict[str, nn.Module]:
-        self.hypernet = PudNet.for_target(**_fields(self.recipe.hypernet, class_names=bank.class_names))
+    def build(self, banks: Sequence[ImageBank]) -> dict[str, nn.Module]:
+        names = tuple(name for bank in banks for name in bank.class_names)
+        self.hypernet = PudNet.for_target(**_fields(self.recipe.hypernet, class_names=names))
         self.target.requires_grad_(False)
         return {'hypernet': self.hypernet, 'head': self.head, 'target': self.target}
+
+    def is_ordinary(self, name: str) -> bool:
+        return name.startswith(('head.', 'hypernet.shared.')) or name.endswith('.base')
 
     @property
     def parts(self) -> int:
         return self.recipe.groups.per_step
 
-    def losses(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward pass of one group: sketch, weights, features of support and query in one batch, losses."""
-        group = self.sampler.draw()
+        weigh = self.recipe.losses
+        group = self.sampler.draw(number)
         support, query = (images.to(self.device) for images in (group.support, group.query))
-        weights = self.hypernet(self.hypernet.encoder(support).mean(0))
+        further = None  # groups for the sketch's own loss
+        if weigh.sketch and self.recipe.groups.sketch_groups:
+            further = self.sampler.draw_halves(number).to(self.device)
+        with self.mixed_precision():
+            rows = self.hypernet.encoder(support if further is None else torch.cat([support, further.flatten(0, 2)]))
+        weights = self.hypernet(rows[: len(support)].mean(0))
         for key in self.hypernet.target.keys('calibrated'):
             del weights[key]  # the target keeps its own: batch statistics in training
         features = self.features(torch.cat([support, query]), weights)
-        halves = features.split([len(support), len(query)])
         losses = group_losses(
-            halves[0],
-            halves[1],
+            features[: len(support)],
+            features[len(support) :],
             group.support_classes.to(self.device),
             group.query_classes.to(self.device),
             full_logits=self.head(features),
@@ -347,17 +475,23 @@ class _MetaRun(_Run):
             label_smoothing=self.recipe.schedule.label_smoothing,
         )
         terms = {'metric': losses.metric, 'full': losses.full, 'consistency': losses.consistency}
-        return losses.total, terms
+        if further is not None:
+            terms['sketch'] = sketch_loss(rows[len(support) :].unflatten(0, further.shape[:3]).mean(2))
+        # A term of weight 0 is watched, not trained on.
+        kept = [getattr(weigh, name) * value for name, value in terms.items() if getattr(weigh, name)]
+        return torch.stack(kept).sum(), terms
 
     def finished(self) -> PudNet:
         """The hypernetwork, with the norm statistics that the target gathered over the groups."""
+        self.settle()
         buffers = dict(self.target.named_buffers())
         for key in self.hypernet.target.keys('calibrated'):
             self.hypernet.statistics(key).copy_(buffers[key])
         cost = {
             'images': self.step * self.recipe.groups.images_per_step,
             'seconds': round(self.seconds),
-            'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {self.device.type}',
+            'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {self.device.type}, '
+            f'{self.processes.count} process{"es" if self.processes.count > 1 else ""}',
             'recipe_digest': self.recipe.digest,
         }
         self.hypernet.config = dataclasses.replace(self.hypernet.config, training=cost)
@@ -372,20 +506,23 @@ class _MetaRun(_Run):
 class _PlainRun(_Run):
     """The control *plain*: the target itself as an ordinary classifier of the seen classes."""
 
+    def is_ordinary(self, name: str) -> bool:
+        return True
+
     def weights_of(self, support: Tensor) -> dict[str, Tensor]:
         """The target's own weights, whatever the group."""
         return self.target.state_dict()
 
-    def build(self, bank: ImageBank) -> dict[str, nn.Module]:
+    def build(self, banks: Sequence[ImageBank]) -> dict[str, nn.Module]:
         return {'target': self.target, 'head': self.head}
 
     @property
     def parts(self) -> int:
-        return 1
+        return self.processes.count
 
-    def losses(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward pass of an ordinary batch, cross-entropy of the full head."""
-        images, labels = self.sampler.batch(self.recipe.groups.images_per_step)
+        images, labels = self.sampler.batch(number, self.recipe.groups.images_per_step // self.parts)
         logits = self.head(self.features(images.to(self.device)))
         smoothing = self.recipe.schedule.label_smoothing
         loss = F.cross_entropy(logits, labels.to(self.device), label_smoothing=smoothing)

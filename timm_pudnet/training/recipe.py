@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tomllib
 import types
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetConfig, reject_unknown_keys
-from timm_pudnet.training.episodes import Augmentation
+from timm_pudnet.training.episodes import Augmentation, Groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,42 +27,48 @@ class Data:
         data_dir: Root of a timm dataset.
         split: Split of a timm dataset.
         classes: Names of the classes to train on; all where empty.
+        unseen: Names of classes that are kept for the test: all others are trained on.
+        share: How often groups come from this set, where there are several, in any unit.
+
+    Raises:
+        InputError: A class is both seen and unseen, or the share is not above zero.
     """
 
     images: str
     data_dir: str | None = None
     split: str = 'train'
     classes: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        both = sorted(set(self.classes) & set(self.unseen))
+        if both:
+            raise InputError(f'{self.images}: {", ".join(both)} cannot be both in classes (seen) and in unseen')
+        if not 0 < self.share < math.inf:
+            raise InputError(f'{self.images}: share must be above zero, got {self.share}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Groups:
-    """What a group of images is.
+class LossWeights:
+    """Weights of the terms of the loss; the paper has 1 for its three (eq. 11). 0 leaves a term out (its ablations).
 
     Args:
-        n_way: Classes in a group.
-        n_shot: Support images a class: they give sketch and centroids.
-        n_query: Query images a class.
-        turns: With 2 or 4, classes turned by a half or by quarter turns count as further classes.
-        per_step: Groups in an optimiser step.
+        metric: Of L1, cross-entropy of eq. 7.
+        full: Of L2, cross-entropy of the full head.
+        consistency: Of L3, the divergence of the two.
+        sketch: Of the sketch's own loss; it needs `sketch_groups`.
     """
 
-    n_way: int = 8
-    n_shot: int = 8
-    n_query: int = 8
-    turns: int = 1
-    per_step: int = 1
+    metric: float = 1.0
+    full: float = 1.0
+    consistency: float = 1.0
+    sketch: float = 1.0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            least = 2 if field.name == 'n_way' else 1
-            if getattr(self, field.name) < least:
-                raise InputError(f'groups: {field.name} must be at least {least}, got {getattr(self, field.name)}')
-
-    @property
-    def images_per_step(self) -> int:
-        """Images that one optimiser step sees."""
-        return self.n_way * (self.n_shot + self.n_query) * self.per_step
+        values = dataclasses.astuple(self)
+        if min(values) < 0 or not any(values):
+            raise InputError('losses: no weight may be below zero, and one must be above')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,26 +77,40 @@ class Schedule:
 
     Args:
         images: Images seen in all.
-        rate: Largest rate of AdamW.
+        optimizer: `adamw` for all; or `sgd` (Nesterov, 0.9) for what an ordinary training of the target would train,
+            base kernels, shared weights and the full head, and AdamW for the rest.
+        rate: Largest rate: AdamW's, or SGD's where that is the optimizer.
+        sketch_rate: Largest rate of AdamW beside SGD.
         warmup: Share of the steps in which the rate rises; it then falls to zero by a cosine.
-        weight_decay: Decoupled.
+        weight_decay: Of weights with more than one dimension; decoupled in AdamW.
         clip: Largest norm of the gradient.
         label_smoothing: Of the full head's loss.
         precision: `float32` or `bfloat16` (mixed, for the target's passes).
+        whitening: Whether features are whitened within classes after training (`adapt.Whitening`); it helps where the
+            seen classes are few.
+        ema: Decay of the moving average of all weights that is kept in the end, 0.999 for instance; 0 for none.
     """
 
     images: int = 100_000
+    optimizer: str = 'adamw'
     rate: float = 3e-3
+    sketch_rate: float = 1e-3
     warmup: float = 0.15
     weight_decay: float = 0.05
     clip: float = 5.0
     label_smoothing: float = 0.1
     precision: str = 'float32'
+    whitening: bool = True
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.optimizer not in ('adamw', 'sgd'):
+            raise InputError(f'optimizer {self.optimizer!r}: use adamw or sgd')
+        if not 0 <= self.ema < 1:
+            raise InputError(f'ema must be in [0, 1), got {self.ema}')
         if self.precision not in ('float32', 'bfloat16'):
             raise InputError(f'precision {self.precision!r}: use float32 or bfloat16')
-        if self.images < 1 or not self.rate > 0 or not 0 <= self.warmup < 1:
+        if self.images < 1 or not min(self.rate, self.sketch_rate) > 0 or not 0 <= self.warmup < 1:
             raise InputError('schedule: images and rate must be above zero, warmup in [0, 1)')
 
 
@@ -99,19 +120,25 @@ class Recipe:
 
     Args:
         hypernet: Architecture of target and hypernetwork.
-        data: Where the images come from.
+        data: Where the images come from: a set, or several (`[[data]]` in a file).
         groups: What a group is.
         augmentation: Random changes of every image.
+        losses: Weights of the terms of the loss.
         schedule: How long and how fast.
         seed: Of everything random.
     """
 
     hypernet: PudNetConfig
-    data: Data
+    data: tuple[Data, ...]
     groups: Groups = dataclasses.field(default_factory=Groups)
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
+    losses: LossWeights = dataclasses.field(default_factory=LossWeights)
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise InputError('data: a recipe needs at least one set of images')
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -143,7 +170,9 @@ class Recipe:
         values['hypernet'] = _build(PudNetConfig, hypernet, f'{where}: [hypernet]')
         if 'seed' in values:
             values['seed'] = _typed(values['seed'], int, f'{where}: seed')
-        tables = {'data': Data, 'groups': Groups, 'augmentation': Augmentation, 'schedule': Schedule}
+        sets = values['data'] if isinstance(values['data'], list | tuple) else [values['data']]
+        values['data'] = tuple(_build(Data, one, f'{where}: [data]') for one in sets)
+        tables = {'groups': Groups, 'augmentation': Augmentation, 'losses': LossWeights, 'schedule': Schedule}
         for name, kind in tables.items():
             if name in values:
                 values[name] = _build(kind, values[name], f'{where}: [{name}]')

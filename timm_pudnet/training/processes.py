@@ -1,0 +1,57 @@
+"""One process or several, started by `accelerate launch` or `torchrun`: who does what, and sums over all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from timm_pudnet.config import InputError
+
+
+class Processes:
+    """This process among those that train together; alone, it needs no further library.
+
+    Args:
+        device: What the caller asked for; with several processes each takes its own GPU, or the CPU if that is asked
+            for or there is no GPU.
+
+    Raises:
+        InputError: Several processes were started, but accelerate is not installed.
+    """
+
+    def __init__(self, device: str | torch.device | None = None) -> None:
+        self.rank, self.count, self.device = 0, 1, None
+        if int(os.environ.get('WORLD_SIZE', '1')) == 1:
+            return
+        try:
+            from accelerate import PartialState
+        except ImportError as error:
+            raise InputError("several processes need accelerate: pip install 'timm-pudnet[train]'") from error
+        on_cpu = not torch.cuda.is_available() or (device is not None and torch.device(device).type == 'cpu')
+        state = PartialState(cpu=on_cpu)
+        self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Puts the sum over all processes in place of each tensor; all have the same tensors in the same order."""
+        if self.count == 1:
+            return
+        from accelerate.utils import reduce
+
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_type.setdefault(tensor.dtype, []).append(tensor)
+        with torch.no_grad():
+            for ours in by_type.values():
+                total = reduce(torch.cat([tensor.flatten() for tensor in ours]), reduction='sum')
+                for tensor, part in zip(ours, total.split([t.numel() for t in ours]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
+
+    def wait(self) -> None:
+        """Returns when all processes are here."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
