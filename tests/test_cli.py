@@ -170,6 +170,21 @@ def test_without_a_holdout_all_images_give_the_weights(images, work, predict):
     assert_close(timm.create_model('local-dir:model', pretrained=True).state_dict(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_head_is_the_one_that_is_asked_for(images, work, predict):
+    biases = {}
+    for head in ('centroid', 'ridge'):
+        out = succeeds(*predict(images, '--head', head, out=head)).stdout
+        assert float(re.search(r'Accuracy +([\d.]+)%', out)[1]) > 60
+        biases[head] = timm.create_model(f'local-dir:{head}', pretrained=True).fc.bias.detach()
+    assert not biases['centroid'].any()
+    assert biases['ridge'].abs().max() > 0.01
+    out = succeeds(*predict(images, '--head', 'none', out='none')).stdout
+    assert 'Accuracy' not in out
+    assert 'Kept aside' not in out
+    assert timm.create_model('local-dir:none', pretrained=True).num_classes == 0
+    fails(*predict(images, '--head', 'linear', out='linear'), needles=['--head', 'linear', 'ridge'])
+
+
 def test_an_unlabelled_folder_gives_a_feature_model_and_is_told_so(work, predict, pictures, write_folder, tmp_path):
     write_folder(tmp_path / 'flat', pictures(6)[0])
     assert 'features' in succeeds(*predict(tmp_path / 'flat')).stdout
@@ -574,11 +589,48 @@ def test_evaluation_is_of_unseen_classes_only_and_beside_the_control(trained, sh
     assert {'predicted', 'swapped_sketch', 'mean_sketch', 'random_weights', 'raw_pixels', 'plain'} <= set(
         results['accuracy']
     )
+    assert 'plain' in results['accuracy_ridge']
+    assert re.search(r'\n  predicted +[\d.]+ \+- [\d.]+ +[\d.]+ \+- [\d.]+\n', result.stdout), result.stdout
     for arm, found in results['accuracy'].items():
         assert 0 <= found['mean'] <= 100, arm
     groups = timm_pudnet.evaluation.TestGroups.load(tmp_path / 'hypernet' / 'groups.json')
     assert groups.digest == results['groups_digest']
     assert str(tmp_path / 'hypernet' / 'results.json') in result.stdout
+
+
+@pytest.fixture(scope='module')
+def splits(shapes, pictures, write_folder):
+    """A folder with `train` and `test` of all five classes, for the timm dataset `torch/image_folder`."""
+    for seed, split in enumerate(('train', 'test')):
+        write_folder(shapes / 'splits' / split, *pictures(60, names=('cup', 'jar', 'pan', *UNSEEN), size=16, seed=seed))
+    return shapes / 'splits'
+
+
+@pytest.mark.filterwarnings('ignore::ResourceWarning')  # torchvision's reader leaves files to the garbage collector
+@pytest.mark.parametrize('n_shot', ['3', 'all'])
+def test_support_from_another_split_conditions_another_domain_and_scratch(n_shot, trained, shapes, splits, tmp_path):
+    hypernet = shutil.copytree(trained[0], tmp_path / 'hypernet')
+    before = {path.name for path in hypernet.iterdir()}
+    data = ('torch/image_folder', '--data-dir', splits, '--support-split', 'train', '--other', shapes / 'my shapes')
+    more = ('--n-shot', n_shot, '--conditions', '--scratch', '2', '--scratch-epochs', '2', '--save')
+    result = succeeds(*evaluation(hypernet, *data), *more, '--protocol', 'hard-1')
+    assert {path.name for path in hypernet.iterdir()} == before | {'results.hard-1.json', 'groups.hard-1.json'}
+    found = json.loads((hypernet / 'results.hard-1.json').read_text())
+    groups = timm_pudnet.evaluation.TestGroups.load(hypernet / 'groups.hard-1.json')
+    assert groups.digest == found['groups_digest']
+    assert len(groups.conditions) == 3
+    assert found['conditions']
+    assert found['separate_support']
+    assert (found['n_shot'], found['support_images']) == ((3, 6) if n_shot == '3' else ('all', 24))
+    assert {'other_domain_sketch', 'swapped_sketch'} <= set(found['accuracy'])
+    assert 'conditioning_gain_over_other_domain' in found
+    assert (found['scratch']['groups'], found['scratch']['epochs'], found['scratch']['training_images']) == (2, 2, 24)
+    for needle in ('24 images of these classes in split train', '130 images of', 'ridge', 'from scratch', 'adam'):
+        assert needle in result.stdout, needle
+
+
+def test_one_group_is_enough(trained, shapes):
+    assert 'Wilson' in succeeds(*evaluation(trained[0], shapes / 'my shapes'), '--groups', '1').stdout
 
 
 def test_evaluation_writes_nothing_unasked(trained, shapes, nothing_written):
@@ -598,7 +650,7 @@ def test_evaluation_refuses_where_no_classes_are_unseen(trained, shapes, tmp_pat
 
 
 BAD_EVALUATIONS = {
-    'one group': (['--groups', '1'], ['groups', '1']),
+    'no group': (['--groups', '0'], ['groups', '0']),
     'groups in words': (['--groups', 'many'], ['groups', 'many']),
     'too many classes': (['--n-way', '3'], ['3', '2 classes']),
     'one class': (['--n-way', '1'], ['1']),
@@ -609,6 +661,16 @@ BAD_EVALUATIONS = {
     'too many images': (['--n-shot', '30'], ['26 images']),
     'missing control': (['--control', 'nowhere'], ['nowhere']),
     'bad device': (['--device', 'gpu'], ['gpu']),
+    'shots in words': (['--n-shot', 'many'], ['--n-shot', "'many'", 'all']),
+    'all without a support split': (['--n-shot', 'all'], ['--n-shot all', '--support-split']),
+    'the tested split': (['--support-split', 'test'], ['--support-split test']),
+    'a folder has no splits': (['--support-split', 'train'], ['my shapes', 'torch/image_folder']),
+    'scratch without a support split': (['--scratch', '2'], ['--scratch', '--support-split']),
+    'more scratch than groups': (['--scratch', '4'], ['--scratch', '0-3', '4']),
+    'negative scratch': (['--scratch', '-1'], ['--scratch', '-1']),
+    'no epochs': (['--scratch-epochs', '0'], ['--scratch-epochs', '0']),
+    'missing other': (['--other', 'nowhere'], ['nowhere']),
+    'a path as protocol': (['--protocol', '../mine'], ['--protocol ../mine']),
 }
 
 
@@ -617,6 +679,10 @@ def test_bad_options_of_evaluation_are_one_line_and_write_nothing(case, trained,
     more, needles = BAD_EVALUATIONS[case]
     with nothing_written(trained[0]):
         fails(*evaluation(trained[0], shapes / 'my shapes', '--save'), *more, needles=needles)
+
+
+def test_a_name_for_nothing_that_is_saved_is_refused(trained, shapes):
+    fails(*evaluation(trained[0], shapes / 'my shapes', '--protocol', 'mine'), needles=['--protocol mine', '--save'])
 
 
 def test_a_control_that_is_no_timm_model_is_one_line(trained, shapes, tmp_path, nothing_written):

@@ -15,18 +15,33 @@ PIXELS = InputConfig(input_size=(3, 12, 12), mean=(0.0,) * 3, std=(1.0,) * 3)
 SMALL = InputConfig(input_size=(3, 16, 16))
 
 
-def unique_bank(per_class=12, num_classes=3, size=12):
+def unique_bank(per_class=12, num_classes=3, size=12, seed=6):
     """Noise images, every one different, also from the others' turns."""
     count = per_class * num_classes
-    rng = torch.Generator().manual_seed(6)
+    rng = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, 3, size, size), generator=rng).to(torch.uint8)
     return ImageBank(images, torch.arange(count) % num_classes, [f'class {k}' for k in range(num_classes)])
 
 
-def origins(images, bank):
-    """Place in the bank and quarter turns of every image of a group that is neither augmented nor normalised."""
-    known = {bank.images[k].rot90(turn, (1, 2)).numpy().tobytes(): (k, turn) for k in range(36) for turn in range(4)}
+def make_sampler(banks=None, config=PIXELS, *, shares=None, augmentation=None, seed=0, **groups):
+    groups = Groups(**{'n_way': 2, 'n_shot': 2, 'n_query': 2, **groups})
+    banks = banks or [unique_bank()]
+    return GroupSampler(banks, config, groups, shares=shares, augmentation=augmentation, seed=seed)
+
+
+def origins(images, *banks):
+    """Bank, place in it and quarter turns of every image that is neither augmented nor normalised."""
+    known = {
+        image.rot90(turn, (1, 2)).numpy().tobytes(): (number, place, turn)
+        for number, bank in enumerate(banks)
+        for place, image in enumerate(bank.images)
+        for turn in range(4)
+    }
     return [known[(image * 255).round().to(torch.uint8).numpy().tobytes()] for image in images]
+
+
+def together(group):
+    return torch.cat([group.support, group.query]), torch.cat([group.support_classes, group.query_classes])
 
 
 def test_a_bank_holds_the_pixels_of_a_folder_by_class(tmp_path, one_line):
@@ -50,8 +65,34 @@ def test_a_bank_holds_the_pixels_of_a_folder_by_class(tmp_path, one_line):
     one_line(error, "'cups'", 'cup, jar, pan')
     with pytest.raises(InputError, match='labelled'):
         ImageBank.from_source(open_images(tmp_path / 'pan', input=bank_input(SMALL)))
-    data = Data(images=str(tmp_path), classes=('jar',))
-    assert_close(load_bank(make_recipe(data=data)).images, torch.stack(pixels['jar']), rtol=0, atol=0)
+
+
+def banks_of(make_recipe, *data):
+    return load_banks(make_recipe(data=tuple(data)))
+
+
+def test_a_bank_is_read_for_each_set_of_a_recipe(tmp_path, make_recipe, pictures, write_folder, one_line):
+    first, second = str(tmp_path / 'first'), str(tmp_path / 'second')
+    write_folder(tmp_path / 'first', *pictures(12, size=16))
+    write_folder(tmp_path / 'second', *pictures(10, names=('lid', 'mug'), size=16, seed=1))
+    banks = banks_of(make_recipe, Data(images=first, classes=('jar',)), Data(images=second))
+    assert [bank.class_names for bank in banks] == [('jar',), ('lid', 'mug')]
+    assert [len(bank.images) for bank in banks] == [4, 10]
+    (everything,) = banks_of(make_recipe, Data(images=first))
+    assert_close(banks[0].images, everything.images[everything.members[1]], rtol=0, atol=0)
+    (left,) = banks_of(make_recipe, Data(images=first, unseen=('jar',)))
+    assert left.class_names == ('cup', 'pan')
+    assert_close(left.images[left.members[1]], everything.images[everything.members[2]], rtol=0, atol=0)
+    (left,) = banks_of(make_recipe, Data(images=first, classes=('pan',), unseen=('jar',)))
+    assert left.class_names == ('pan',)
+    for data, needles in (
+        (Data(images=first, unseen=('jra',)), ["'jra'", 'unseen']),
+        (Data(images=first, classes=('jra',)), ["'jra'", 'cup, jar, pan']),
+        (Data(images=first, unseen=('cup', 'jar', 'pan')), ['unseen']),  # no class is left, and not: all are
+    ):
+        with pytest.raises(InputError) as error:
+            banks_of(make_recipe, data)
+        one_line(error, first, *needles)
 
 
 def test_a_selection_of_classes_is_numbered_anew():
@@ -66,35 +107,111 @@ def test_a_selection_of_classes_is_numbered_anew():
 
 def test_a_group_has_the_right_classes_and_no_image_twice():
     bank = unique_bank()
-    sampler = GroupSampler(bank, PIXELS, n_way=2, n_shot=3, n_query=4)
+    sampler = make_sampler([bank], n_shot=3, n_query=4)
     seen = set()
-    for _ in range(20):
-        group = sampler.draw()
+    for number in range(20):
+        group = sampler.draw(number)
         assert group.support_classes.unique_consecutive(return_counts=True)[1].tolist() == [3, 3]
         assert group.query_classes.unique_consecutive(return_counts=True)[1].tolist() == [4, 4]
         assert group.support_classes.unique().tolist() == group.query_classes.unique().tolist()
-        classes = torch.cat([group.support_classes, group.query_classes]).tolist()
-        found = origins(torch.cat([group.support, group.query]), bank)
-        assert [int(bank.labels[k]) for k, _ in found] == classes
-        assert len({k for k, _ in found}) == 14
-        seen |= {k for k, _ in found}
+        images, classes = together(group)
+        found = origins(images, bank)
+        assert [int(bank.labels[k]) for _, k, _ in found] == classes.tolist()
+        assert len({k for _, k, _ in found}) == 14
+        seen |= {k for _, k, _ in found}
     assert len(seen) == 36
 
 
 @pytest.mark.parametrize('turns', [2, 4])
 def test_turned_classes_are_further_classes(turns):
     bank = unique_bank()
-    sampler = GroupSampler(bank, PIXELS, n_way=3 * turns, n_shot=2, n_query=1, turns=turns)
+    sampler = make_sampler([bank], n_way=3 * turns, n_shot=2, n_query=1, turns=turns)
     assert sampler.num_classes == 3 * turns
-    group = sampler.draw()
-    images, labels = torch.cat([group.support, group.query]), torch.cat([group.support_classes, group.query_classes])
+    group = sampler.draw(0)
+    images, labels = together(group)
     assert sorted(group.query_classes.tolist()) == list(range(3 * turns))
-    for (place, turn), label in zip(origins(images, bank), labels.tolist(), strict=True):
+    for (_, place, turn), label in zip(origins(images, bank), labels.tolist(), strict=True):
         assert (int(bank.labels[place]), turn) == (label % 3, label // 3 * (4 // turns))  # two turns are half turns
-    images, labels = sampler.batch(200)
-    found = [int(bank.labels[place]) + 3 * turn * turns // 4 for place, turn in origins(images, bank)]
+    images, labels = sampler.batch(0, 200)
+    found = [int(bank.labels[place]) + 3 * turn * turns // 4 for _, place, turn in origins(images, bank)]
     assert found == labels.tolist()
     assert len(set(found)) == 3 * turns
+
+
+def three_banks():
+    return [unique_bank(num_classes=3), unique_bank(num_classes=2, seed=7), unique_bank(num_classes=4, seed=8)]
+
+
+@pytest.mark.parametrize('turns', [1, 2])
+def test_classes_are_numbered_through_all_banks_and_a_group_is_of_one(turns):
+    banks = three_banks()
+    sampler = make_sampler(banks, turns=turns)
+    first = [0, 3 * turns, 5 * turns]
+    assert (sampler.num_classes, sampler.first) == (9 * turns, first)
+    seen = set()
+    for number in range(80):
+        images, labels = together(sampler.draw(number))
+        found = origins(images, *banks)
+        assert len({bank for bank, _, _ in found}) == 1
+        for (bank, place, turn), label in zip(found, labels.tolist(), strict=True):
+            own = int(banks[bank].labels[place]) + len(banks[bank].class_names) * (turn // 2)
+            assert label == first[bank] + own
+        seen |= set(labels.tolist())
+    assert seen == set(range(9 * turns))
+    images, labels = sampler.batch(0, 300)
+    for (bank, place, turn), label in zip(origins(images, *banks), labels.tolist(), strict=True):
+        assert label == first[bank] + int(banks[bank].labels[place]) + len(banks[bank].class_names) * (turn // 2)
+    assert set(labels.tolist()) == seen
+    halves = make_sampler(banks, turns=turns, sketch_groups=10).draw_halves(0)
+    groups = [{bank for bank, _, _ in origins(half.flatten(0, 1), *banks)} for half in halves]
+    assert all(len(group) == 1 for group in groups)
+    assert set.union(*groups) == {0, 1, 2}
+
+
+@pytest.mark.parametrize('shares', [None, (1.0, 1.0, 8.0), (30.0, 10.0, 0.001)])
+def test_banks_are_drawn_by_their_shares(shares):
+    banks = three_banks()
+    sampler = make_sampler(banks, shares=shares, n_shot=1, n_query=1, sketch_groups=300, sketch_images=1)
+    wanted = torch.tensor(shares or (1.0, 1.0, 1.0))
+    groups = torch.cat([sampler.draw(number).support_classes[:1] for number in range(300)])
+    labels = sampler.batch(0, 600)[1]
+    halves = sampler.draw_halves(0)[:, 0]
+    halves = torch.tensor([bank for bank, _, _ in origins(halves.flatten(0, 1), *banks)])
+    first = torch.tensor(sampler.first)
+    for found in (torch.searchsorted(first, groups, right=True) - 1, torch.searchsorted(first, labels, right=True) - 1):
+        assert_close(found.bincount(minlength=3) / len(found), wanted / wanted.sum(), rtol=0, atol=0.08)
+    assert_close(halves.bincount(minlength=3) / 300, wanted / wanted.sum(), rtol=0, atol=0.08)
+
+
+@pytest.mark.parametrize('augmentation', [None, Augmentation()])
+@pytest.mark.parametrize('conditions', [False, True])
+def test_a_batch_without_an_image_of_some_bank_is_no_error(augmentation, conditions):
+    banks = [unique_bank(), unique_bank(seed=7)]
+    sampler = make_sampler(banks, shares=(1.0, 1e-9), augmentation=augmentation, conditions=conditions)
+    images, labels = sampler.batch(0, 5)
+    assert len(images) == len(labels) == 5
+    assert labels.max() < 3
+
+
+def test_shares_are_one_a_bank(one_line):
+    for shares in ((1.0,), (1.0, 2.0, 3.0)):
+        with pytest.raises(InputError) as error:
+            make_sampler([unique_bank(), unique_bank(seed=7)], shares=shares)
+        one_line(error, '2', len(shares))
+
+
+def test_the_halves_of_a_group_have_its_classes():
+    bank = unique_bank(num_classes=6, per_class=8)
+    halves = make_sampler([bank], n_way=2, sketch_groups=5, sketch_images=20).draw_halves(3)
+    assert halves.shape == (5, 2, 20, 3, 12, 12)
+    groups = []
+    for pair in halves:
+        first, second = ({int(bank.labels[place]) for _, place, _ in origins(half, bank)} for half in pair)
+        assert first == second
+        assert len(first) == 2
+        groups.append(tuple(first))
+    assert len(set(groups)) > 1
+    assert not torch.equal(halves[:, 0], halves[:, 1])
 
 
 def test_quarter_turns_turn_each_image_by_its_own_number():
@@ -104,32 +221,58 @@ def test_quarter_turns_turn_each_image_by_its_own_number():
         assert_close(result, image.rot90(turn, (1, 2)), rtol=0, atol=0)
 
 
-def test_groups_follow_the_seed_and_the_saved_state():
-    def sampler(seed):
-        return GroupSampler(
-            unique_bank(), SMALL, n_way=2, n_shot=2, n_query=2, turns=4, augmentation=Augmentation(), seed=seed
+DRAWS = {
+    'draw': lambda sampler, number: together(sampler.draw(number)),
+    'draw of another series': lambda sampler, number: together(sampler.draw(number, 'whitening')),
+    'halves': lambda sampler, number: sampler.draw_halves(number),
+    'batch': lambda sampler, number: sampler.batch(number, 9),
+}
+
+
+@pytest.mark.parametrize('what', DRAWS)
+def test_a_draw_depends_on_its_number_and_the_seed_alone(what):
+    def make(seed=1):
+        return make_sampler(
+            [unique_bank(), unique_bank(seed=7)],
+            augmentation=Augmentation(),
+            seed=seed,
+            turns=4,
+            conditions=True,
+            sketch_groups=2,
         )
 
-    def draws(source, count=3):
-        return torch.stack([source.draw().query for _ in range(count)])
+    draw, sampler = DRAWS[what], make()
+    numbers = [0, 1, 2, 77, 10**9]
+    first = [draw(sampler, number) for number in numbers]
+    for other in DRAWS.values():  # other draws in between, in another order, under another global random state
+        other(sampler, 5)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    for number, expected in reversed(list(zip(numbers, first, strict=True))):
+        assert_close(draw(sampler, number), expected, rtol=0, atol=0)
+        assert_close(draw(make(), number), expected, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
 
-    first = sampler(1)
-    assert_close(draws(first), draws(sampler(1)), rtol=0, atol=0)
-    assert not torch.equal(draws(sampler(1)), draws(sampler(2)))
-    state = first.generator.get_state()
-    later = draws(first)
-    other = sampler(9)
-    other.generator.set_state(state)
-    assert_close(draws(other), later, rtol=0, atol=0)
+    def images(found):
+        return found if isinstance(found, torch.Tensor) else found[0]
+
+    drawn = [images(found) for found in first] + [images(draw(make(seed=2), 0))]
+    assert len({image.numpy().tobytes() for image in drawn}) == len(drawn)
+
+
+def test_series_of_draws_differ():
+    sampler = make_sampler(n_shot=4)
+    assert not torch.equal(sampler.draw(0).support, sampler.draw(0, 'whitening').support)
 
 
 def test_groups_are_normalised_by_mean_and_std():
     config = InputConfig(input_size=(3, 12, 12), mean=(0.1, 0.5, 0.7), std=(0.2, 0.4, 0.5))
-    kwargs = {'n_way': 2, 'n_shot': 2, 'n_query': 1}
-    plain = GroupSampler(unique_bank(), PIXELS, **kwargs).draw().support
-    found = GroupSampler(unique_bank(), config, **kwargs).draw().support
-    expected = torch.stack([(plain[:, c] - config.mean[c]) / config.std[c] for c in range(3)], 1)
-    assert_close(found, expected)
+    plain, found = (make_sampler(config=c, sketch_groups=2) for c in (PIXELS, config))
+    for what in DRAWS:
+        before, after = DRAWS[what](plain, 0), DRAWS[what](found, 0)
+        before, after = (one if isinstance(one, torch.Tensor) else one[0] for one in (before, after))
+        expected = torch.stack([(before[..., c, :, :] - config.mean[c]) / config.std[c] for c in range(3)], -3)
+        assert_close(after, expected)
 
 
 def test_augmentation_of_nothing_changes_nothing_and_of_something_stays_in_range():
@@ -148,27 +291,112 @@ def test_augmentation_of_nothing_changes_nothing_and_of_something_stays_in_range
         Augmentation(shift=1.5)
 
 
+# timm's augmentation
+
+
+STRONG = {'auto_augment': 'rand-m5', 're_prob': 0.3, 'color_jitter': 0.3}
+
+
+def global_states():
+    return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+
+
+def test_timm_s_augmentation_is_reproducible_and_leaves_the_global_random_states_alone():
+    def make(seed=1):
+        return make_sampler(config=PIXELS, augmentation=Augmentation(timm=STRONG), seed=seed)
+
+    before = global_states()
+    first = make().draw(4)
+    assert global_states() == before
+    random.seed(8), np.random.seed(8), torch.manual_seed(8)
+    assert_close(together(make().draw(4)), together(first), rtol=0, atol=0)
+    assert not torch.equal(make().draw(5).support, first.support)
+    assert not torch.equal(make(seed=2).draw(4).support, first.support)
+    assert first.support.shape == (4, 3, 12, 12)
+    assert first.support.isfinite().all()
+
+
+def test_timm_s_augmentation_takes_the_place_of_ours_and_its_arguments_count():
+    nothing = {'scale': (1.0, 1.0), 'ratio': (1.0, 1.0), 'hflip': 0.0, 'color_jitter': None}
+    images = unique_bank().images
+    rng = torch.Generator().manual_seed(0)
+    assert_close(timm_augmented(images, nothing, rng), images / 255, rtol=0, atol=1e-6)
+    flipped = timm_augmented(images, {**nothing, 'hflip': 1.0}, rng)
+    assert_close(flipped, images.flip(-1) / 255, rtol=0, atol=1e-6)
+    erased = timm_augmented(images, {**nothing, 're_prob': 1.0, 're_mode': 'const'}, rng)
+    assert ((erased == 0).flatten(1).float().mean(1) > 0.01).all()
+    changed = timm_augmented(images, STRONG, rng)
+    assert (changed - images / 255).abs().flatten(1).amax(1).min() > 0.05
+    again = timm_augmented(images, STRONG, rng)
+    assert not torch.equal(changed, again)
+    grey = timm_augmented(images[:, :1], {'auto_augment': 'rand-m5', 're_prob': 0.3}, rng)
+    assert grey.shape == (36, 1, 12, 12)
+
+
+def test_an_erased_image_under_a_condition_is_finite():
+    """Pixels that timm erases hold noise below zero, which has no power."""
+    how = Augmentation(timm={'re_prob': 1.0, 're_mode': 'pixel'})
+    sampler = make_sampler(augmentation=how, conditions=True)
+    for number in range(5):
+        assert sampler.draw(number).support.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'needle'),
+    [
+        ({'auto_augmnt': 'rand-m5'}, 'auto_augmnt'),
+        ({'auto_augment': 'rind-m5'}, 'rind'),
+        ({'auto_augment': 'rand-zz5'}, 'rand-zz5'),
+        ({'interpolation': 'cubical'}, 'cubical'),
+        ({'re_mode': 'blue', 're_prob': 0.5}, 'blue'),
+        ({'color_jitter': 'much'}, 'much'),
+        ({'scale': 7}, 'scale'),
+    ],
+)
+def test_what_timm_refuses_is_one_line(kwargs, needle, one_line):
+    sampler = make_sampler(augmentation=Augmentation(timm=kwargs))
+    before = global_states()
+    with pytest.raises(InputError) as error:
+        sampler.draw(0)
+    one_line(error, 'augmentation', needle)
+    assert global_states() == before
+
+
+# What cannot be
+
+
 @pytest.mark.parametrize(
     ('changes', 'needles'),
     [
         ({'n_shot': 10, 'n_query': 3}, ["'class 0'", '12', '13']),
         ({'n_way': 4}, ['n_way is 4', '3 classes']),
-        ({'n_way': 1}, ['n_way is 1']),
+        ({'n_way': 1}, ['n_way', '1']),
+        ({'n_query': 0}, ['n_query', '0']),
         ({'turns': 3}, ['turns', '3']),
+        ({'sketch_groups': 1}, ['sketch_groups', '1']),
+        ({'sketch_groups': -2}, ['sketch_groups', '-2']),
+        ({'sketch_groups': 2, 'sketch_images': 0}, ['sketch_images', '0']),
+        ({'per_step': 0}, ['per_step', '0']),
     ],
 )
 def test_impossible_groups_are_refused(changes, needles, one_line):
     with pytest.raises(InputError) as error:
-        GroupSampler(unique_bank(), PIXELS, **{'n_way': 2, 'n_shot': 2, 'n_query': 2, **changes})
+        make_sampler(**changes)
     one_line(error, *needles)
 
 
-def test_quarter_turns_of_oblong_images_are_refused():
+def test_every_bank_must_suffice():
+    with pytest.raises(InputError, match='2 classes'):
+        make_sampler([unique_bank(), unique_bank(num_classes=2)], n_way=3)
+    with pytest.raises(InputError, match='has 3 images'):
+        make_sampler([unique_bank(), unique_bank(per_class=3)])
+
+
+def test_quarter_turns_and_conditions_of_oblong_images_are_refused():
     bank = ImageBank(torch.zeros(20, 3, 12, 16, dtype=torch.uint8), torch.arange(20) % 2, ['a', 'b'])
     config = InputConfig(input_size=(3, 12, 16))
-    with pytest.raises(InputError, match='square'):
-        GroupSampler(bank, config, n_way=4, n_shot=2, n_query=2, turns=4)
-    group = GroupSampler(bank, config, n_way=4, n_shot=2, n_query=2, turns=2).draw()
+    for groups in ({'n_way': 4, 'turns': 4}, {'conditions': True}):
+        with pytest.raises(InputError, match='square'):
+            make_sampler([bank], config, **groups)
+    group = make_sampler([bank], config, n_way=4, turns=2).draw(0)
     assert group.support.shape == (8, 3, 12, 16)
-
-

@@ -352,6 +352,7 @@ def test_a_large_support_is_calibrated_on_a_sample_and_its_heads_are_of_all(hype
 
     def record_calibrate(model, images, *args, **kwargs):
         samples.append(images)
+        assert kwargs == {'prior_images': hypernet.config.prior_images}
         return calibrate(model, images, *args, **kwargs)
 
     class Centroids(StreamingCentroids):

@@ -288,6 +288,18 @@ def test_predicted_tensors_are_those_of_the_hypernetwork(net, support, model):
     state_close(predict_model('test_resnet', pixels, names, hypernet=net).state_dict(), state, tolerance=0)
 
 
+def test_the_hypernetwork_says_how_much_its_own_statistics_weigh(support):
+    statistics = {}
+    for prior_images in (0.0, 8.0, 1e9):
+        hypernet = PudNet.for_target(
+            'test_resnet', sketch_width=16, input=InputConfig(input_size=(3, 32, 32)), prior_images=prior_images
+        )
+        norm = predict_model('test_resnet', *support, hypernet=hypernet).bn1
+        statistics[prior_images] = norm.running_mean.abs().max(), (norm.running_var - 1).abs().max()
+    for own, some, none in zip(statistics[1e9], statistics[8.0], statistics[0.0], strict=True):
+        assert own < 1e-4 < some < none
+
+
 def test_pretrained_cfg_says_what_timm_needs(net, model, support):
     cfg = model.pretrained_cfg
     assert 'state_dict' not in cfg
@@ -745,6 +757,14 @@ def test_the_bits_survive_saving(saved, model, query):
     assert again.pretrained_cfg['label_names'] in (NAMES, list(NAMES))
     with torch.inference_mode():
         assert_close(again(query[0]), model(query[0]), rtol=0, atol=0)
+
+
+def test_a_model_in_channels_last_is_saved_and_left_as_it_is(model, tmp_path):
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    save_model(last, tmp_path / 'model')
+    assert last.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True)
+    assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
 def test_an_existing_folder_or_file_is_left_alone(model, tmp_path, one_line, nothing_written):

@@ -45,14 +45,60 @@ def test_a_recipe_says_everything(tmp_path):
             generator_kwargs={'basis_kernels': 12},
             input=InputConfig(input_size=(3, 16, 16), mean=(0.4, 0.5, 0.6)),
         ),
-        data=Data(images='torch/fashion_mnist', classes=('0', '1')),
+        data=(Data(images='torch/fashion_mnist', classes=('0', '1')),),
         groups=Groups(n_way=3),
         augmentation=Augmentation(flip=False),
         schedule=Schedule(images=5000, rate=1e-3),
         seed=3,
     )
-    assert Recipe.from_dict(recipe.to_dict()).digest == recipe.digest
+    assert recipe.groups.per_step == 1
+    assert recipe.losses == LossWeights()
+    again = Recipe.from_dict(recipe.to_dict())
+    assert (again, again.digest) == (recipe, recipe.digest)
     assert load(tmp_path, RECIPE.replace('rate = 1e-3', 'rate = 2e-3')).digest != recipe.digest
+
+
+SETS = RECIPE.replace('[data]', '[[data]]').replace(
+    '[groups]',
+    """[[data]]
+images = "photos"
+data_dir = "/data"
+split = "all"
+unseen = ["cup"]
+share = 3
+
+[losses]
+metric = 2
+sketch = 0.5
+
+[augmentation.timm]
+auto_augment = "rand-m5"
+re_prob = 0.3
+
+[groups]
+conditions = true
+sketch_groups = 4
+turns = 2
+""",
+)
+
+
+def test_a_recipe_may_have_several_sets_and_every_table(tmp_path):
+    recipe = load(tmp_path, SETS.replace('images = 5000', 'images = 5000\noptimizer = "sgd"\nema = 0.99'))
+    assert recipe.data == (
+        Data(images='torch/fashion_mnist', classes=('0', '1')),
+        Data(images='photos', data_dir='/data', split='all', unseen=('cup',), share=3.0),
+    )
+    assert recipe.losses == LossWeights(metric=2.0, sketch=0.5)
+    assert recipe.augmentation == Augmentation(flip=False, timm={'auto_augment': 'rand-m5', 're_prob': 0.3})
+    assert recipe.groups == Groups(n_way=3, conditions=True, sketch_groups=4, turns=2)
+    assert recipe.schedule == Schedule(images=5000, rate=1e-3, optimizer='sgd', ema=0.99)
+    again = Recipe.from_dict(recipe.to_dict())
+    assert (again, again.digest) == (recipe, recipe.digest)
+
+
+def test_one_set_is_the_same_as_a_list_of_one(tmp_path):
+    assert load(tmp_path, RECIPE) == load(tmp_path, RECIPE.replace('[data]', '[[data]]'))
 
 
 @pytest.mark.parametrize(
@@ -74,13 +120,38 @@ def test_a_recipe_says_everything(tmp_path):
         ('seed = 3', 'seed = "x"', ['seed']),
         ('input = {input_size = [3, 16, 16], mean = [0.4, 0.5, 0.6]}', 'input = 32', ['input']),
         ('classes = ["0", "1"]', 'classes = "0"', ['[data]', 'classes']),
+        ('classes = ["0", "1"]', 'classes = ["0", "1"]\nunseen = ["2", "1"]', ['[data]', 'both', ' 1 ']),
+        ('classes = ["0", "1"]', 'unseen = "1"', ['[data]', 'unseen', 'list']),
+        ('classes = ["0", "1"]', 'share = 0', ['[data]', 'share', '0']),
+        ('classes = ["0", "1"]', 'share = -1.5', ['[data]', 'share', '-1.5']),
+        ('classes = ["0", "1"]', 'share = nan', ['[data]', 'share', 'nan']),
+        ('classes = ["0", "1"]', 'share = "half"', ['[data]', 'share', 'number']),
+        ('[data]\nimages = "torch/fashion_mnist"\nclasses = ["0", "1"]', 'data = []', ['data']),
+        ('[data]\nimages = "torch/fashion_mnist"\nclasses = ["0", "1"]', 'data = ["photos"]', ['[data]', 'table']),
+        ('[schedule]', '[losses]\nmetrics = 1\n[schedule]', ['[losses]', "'metrics'", 'Did you mean metric']),
+        ('[schedule]', '[losses]\nfull = -1\n[schedule]', ['[losses]', 'below zero']),
+        (
+            '[schedule]',
+            '[losses]\nmetric = 0\nfull = 0\nconsistency = 0\nsketch = 0\n[schedule]',
+            ['[losses]', 'above'],
+        ),
+        ('n_way = 3', 'conditions = 1', ['[groups]', 'conditions', 'true or false']),
+        ('n_way = 3', 'sketch_groups = 1', ['[groups]', 'sketch_groups', '1']),
+        ('flip = false', 'timm = "rand-m5"', ['[augmentation]', 'timm', 'table']),
+        ('rate = 1e-3', 'optimizer = "adam"', ['[schedule]', "'adam'", 'adamw']),
+        ('rate = 1e-3', 'ema = 1', ['[schedule]', 'ema', '1']),
+        ('rate = 1e-3', 'precision = "float16"', ['[schedule]', "'float16'", 'bfloat16']),
+        ('rate = 1e-3', 'whitening = 1', ['[schedule]', 'whitening', 'true or false']),
     ],
 )
 def test_a_wrong_recipe_is_told_in_one_line(old, new, needles, tmp_path, one_line):
     text = RECIPE.replace('[groups]\nn_way = 3', '') if new == 'groups = 3' else RECIPE
     assert old in text
+    text = text.replace(old, new)
+    if new.startswith('data'):  # a bare key stands before all tables
+        text = new + text.replace(new, '')
     with pytest.raises(InputError) as error:
-        load(tmp_path, text.replace(old, new))
+        load(tmp_path, text)
     one_line(error, tmp_path / 'recipe.toml', *needles)
 
 

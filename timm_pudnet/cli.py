@@ -135,28 +135,29 @@ def predict(
 
 @main.command()
 @click.argument('recipe', type=click.Path(path_type=Path))
-@click.option(
-    '--out', type=click.Path(path_type=Path), required=True, help='Folder for the result and its checkpoints.'
-)
+@click.option('--out', type=click.Path(path_type=Path), help='Folder for the result and its checkpoints.')
+@click.option('--short', is_flag=True, help='Only try for two minutes whether the recipe learns; writes nothing.')
 @click.option('--plain', is_flag=True, help='Train the control instead: the target as an ordinary classifier.')
 @click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
 @click.option('--data-dir', help="Root of a timm dataset, in place of the recipe's.")
-def train(recipe: Path, out: Path, plain: bool, device: str | None, data_dir: str | None) -> None:
+def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str | None, data_dir: str | None) -> None:
     """Train a hypernetwork by a RECIPE file; goes on where an earlier run in --out stopped."""
     from timm_pudnet import training
     from timm_pudnet.hypernet import save_tensors
     from timm_pudnet.predict import save_model
 
     loaded = training.Recipe.load(recipe)
+    if short:
+        _try_recipe(loaded, training.load_banks(loaded, data_dir), device)
+        return
+    if out is None:
+        raise InputError('--out is missing: name a folder for the result, or try the recipe with --short')
     result = out / ('plain' if plain else 'model.safetensors')
     for path in [result] if plain else [result, out / 'config.json']:
         if path.exists():
             raise OutputExistsError(f'{path} exists: choose another --out, or remove it first')
     banks = training.load_banks(loaded, data_dir)
-    for bank in banks:
-        click.echo(
-            f'Found      {len(bank.labels):,} images in {len(bank.class_names)} classes: {_some(bank.class_names)}'
-        )
+    _say_found(banks)
     click.echo(f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} images; stop and resume at will')
     if plain:
         model, whitening = training.train_plain(loaded, out / 'run-plain', banks=banks, device=device)
@@ -174,6 +175,32 @@ def train(recipe: Path, out: Path, plain: bool, device: str | None, data_dir: st
     then = 'Next, where the hypernetwork is trained too' if plain else 'Next'
     click.echo(f'Wrote      {result}. {then}:')
     click.echo(f'\n    {shlex.join(words)}\n')
+
+
+def _say_found(banks: Any) -> None:
+    for bank in banks:
+        names = bank.class_names
+        click.echo(f'Found      {len(bank.labels):,} images in {len(names)} classes: {_some(names)}')
+
+
+def _try_recipe(recipe: Any, banks: Any, device: str | None) -> None:
+    from timm_pudnet import training
+
+    for bank in banks:
+        click.echo(
+            f'Found      {len(bank.labels):,} images in {len(bank.class_names)} classes: {_some(bank.class_names)}'
+        )
+    found = training.try_recipe(recipe, banks=banks, device=device)
+    hours = recipe.schedule.images / found['images_per_second'] / 3600
+    click.echo(
+        f'Tried      {found["images"]:,} images in {found["seconds"]:.0f} s; right in groups of seen classes: '
+        f'{found["before"]:.1%} before, {found["after"]:.1%} after (chance {found["chance"]:.1%})'
+    )
+    learns = found['after'] > found['before'] + found['chance'] / 2
+    click.echo(
+        f'{"It learns" if learns else "It does not learn yet"}; the whole recipe takes about {hours:.1f} hours here, '
+        f'at {found["images_per_second"]:.0f} images/s'
+    )
 
 
 @main.command()

@@ -172,14 +172,13 @@ class ResidualGenerator(nn.Module):
 
     def forward(self, code: Tensor) -> Tensor:
         """The kernel tensor `(o, i, kh, kw)` of a code `[m]`."""
-        code = code / math.sqrt(len(code))
         kernel = self.base
         if self.channels is not None:
             kernel = kernel @ _near_identity(self.channels @ code)
         if self.taps is not None:
             kernel = _near_identity(self.taps @ code) @ kernel
         if self.rank:
-            left = self.left * (self.coefficients @ code) * self.scale
+            left = self.left * (self.coefficients @ code) * (self.scale / math.sqrt(len(code)))
             kernel = torch.addmm(kernel.flatten(1), left, self.right)
         out_chans, in_chans, height, width = self.shape
         return kernel.view(out_chans, height, width, in_chans).permute(0, 3, 1, 2)

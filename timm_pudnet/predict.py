@@ -5,6 +5,7 @@ Dimension letters: `n` images, `c h w` an image, `m` width of the sketch, `d` fe
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -155,6 +156,10 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """
     folder = Path(folder).expanduser()
     check_output(folder)
+    if not all(value.is_contiguous() for value in model.state_dict().values()):  # channels_last, which files have not
+        model = copy.deepcopy(model)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.contiguous()
     beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:
         try:

@@ -3,7 +3,7 @@
 from timm_pudnet.training.conditions import Condition
 from timm_pudnet.training.episodes import Augmentation, Group, Groups, GroupSampler, ImageBank
 from timm_pudnet.training.losses import Losses, group_losses, sketch_loss
-from timm_pudnet.training.meta_train import load_banks, meta_train, train_plain
+from timm_pudnet.training.meta_train import load_banks, meta_train, train_plain, try_recipe
 from timm_pudnet.training.recipe import Data, LossWeights, Recipe, Schedule
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     'meta_train',
     'sketch_loss',
     'train_plain',
+    'try_recipe',
 ]

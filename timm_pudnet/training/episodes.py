@@ -120,12 +120,12 @@ def timm_augmented(images: Tensor, kwargs: dict[str, Any], generator: torch.Gene
     Raises:
         InputError: timm refuses an argument.
     """
-    count, chans, height, width = images.shape
+    _, chans, height, width = images.shape
     try:
         transform = create_transform(
             (chans, height, width), is_training=True, mean=(0.0,) * chans, std=(1.0,) * chans, **kwargs
         )
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, KeyError, AssertionError) as error:
         raise InputError(f'augmentation: timm.data.create_transform refused {kwargs}: {error}') from error
     seed = int(torch.randint(2**31, (), generator=generator))
     state, numpy_state = random.getstate(), np.random.get_state()
@@ -167,12 +167,13 @@ class Groups:
     """What a group of images is.
 
     Args:
-        n_way: Classes in a group, all of one data set.
+        n_way: Classes in a group, all of one data set. A set with fewer gives all of its classes, and as many times
+            more images of each, so that groups stay about as large.
         n_shot: Support images a class: they give sketch and centroids.
         n_query: Query images a class.
         turns: With 2 or 4, classes turned by a half or by quarter turns count as further classes.
         per_step: Groups in an optimiser step.
-        conditions: Whether every group is seen under a random imaging condition of its own.
+        conditions: Share of the groups that are seen under a random imaging condition of their own, in 0-1.
         sketch_groups: Further groups for each of these, for the sketch's own loss alone; 0 for no such loss.
         sketch_images: Images of each half of such a group.
 
@@ -185,7 +186,7 @@ class Groups:
     n_query: int = 8
     turns: int = 1
     per_step: int = 1
-    conditions: bool = False
+    conditions: float = 0.0
     sketch_groups: int = 0
     sketch_images: int = 16
 
@@ -194,6 +195,8 @@ class Groups:
             least = {'n_way': 2, 'sketch_groups': 0, 'conditions': 0}.get(field.name, 1)
             if getattr(self, field.name) < least:
                 raise InputError(f'groups: {field.name} must be at least {least}, got {getattr(self, field.name)}')
+        if self.conditions > 1:
+            raise InputError(f'groups: conditions must be a share in 0-1, got {self.conditions}')
         if self.sketch_groups == 1:
             raise InputError('groups: sketch_groups must be 0, or at least 2 to be told apart, got 1')
         if self.turns not in (1, 2, 4):
@@ -236,16 +239,18 @@ class GroupSampler:
     ) -> None:
         self.banks, self.groups, self.seed, self.augmentation = list(banks), groups, seed, augmentation
         self.shares = torch.tensor(shares or [1.0] * len(self.banks), dtype=torch.float64)
+        if len(self.shares) != len(self.banks):
+            raise InputError(f'{len(self.banks)} banks of images, but {len(self.shares)} shares (sets of the recipe)')
         counts = [len(bank.class_names) * groups.turns for bank in self.banks]
         self.num_classes = sum(counts)
         self.first = [sum(counts[:number]) for number in range(len(counts))]  # number of each bank's first class
-        each = groups.n_shot + groups.n_query
         for bank, count in zip(self.banks, counts, strict=True):
             height, width = bank.images.shape[2:]
             if height != width and (groups.turns == 4 or groups.conditions):
                 raise InputError(f'turned images must be square, these are {height}x{width}: use turns = 2 or 1')
-            if groups.n_way > count:
-                raise InputError(f'n_way is {groups.n_way}, but there are {count} classes to draw from')
+            if count < 2:
+                raise InputError(f'a group needs 2 classes, but there is {count} to draw from')
+            each = sum(self._sizes(bank)[1:])
             for name, members in zip(bank.class_names, bank.members, strict=True):
                 if len(members) < each:
                     raise InputError(f'class {name!r} has {len(members)} images, a group needs {each}')
@@ -259,17 +264,18 @@ class GroupSampler:
     def draw(self, number: int, what: str = 'group') -> Group:
         """Group `number` of a series; support and query share no image."""
         generator = self.generator(what, number)
-        groups, each = self.groups, self.groups.n_shot + self.groups.n_query
         place = self._bank(generator)
         bank = self.banks[place]
-        classes = torch.randperm(len(bank.members) * groups.turns, generator=generator)[: groups.n_way]
+        n_way, n_shot, n_query = self._sizes(bank)
+        each = n_shot + n_query
+        classes = torch.randperm(len(bank.members) * self.groups.turns, generator=generator)[:n_way]
         members = [bank.members[label % len(bank.members)] for label in classes.tolist()]
         picks = torch.cat([m[torch.randperm(len(m), generator=generator)[:each]] for m in members])
         labels = classes.repeat_interleave(each)
         images = self._prepared(bank, picks, labels, generator, self._condition(bank, generator))
-        images, labels = images.unflatten(0, (groups.n_way, each)), labels.view(-1, each) + self.first[place]
-        support, query = images.split([groups.n_shot, groups.n_query], 1)
-        support_classes, query_classes = labels.split([groups.n_shot, groups.n_query], 1)
+        images, labels = images.unflatten(0, (n_way, each)), labels.view(-1, each) + self.first[place]
+        support, query = images.split([n_shot, n_query], 1)
+        support_classes, query_classes = labels.split([n_shot, n_query], 1)
         return Group(support.flatten(0, 1), support_classes.flatten(), query.flatten(0, 1), query_classes.flatten())
 
     def draw_halves(self, number: int) -> Tensor:
@@ -301,7 +307,7 @@ class GroupSampler:
         )
         images, labels = [], []
         for bank, first, count in zip(self.banks, self.first, wanted.tolist(), strict=True):
-            for part in torch.arange(count).split(16 if self.groups.conditions else max(1, count)):
+            for part in torch.arange(count).split(16 if self.groups.conditions else max(1, count)) if count else ():
                 picks = torch.randint(len(bank.labels), (len(part),), generator=generator)
                 turns = torch.randint(self.groups.turns, (len(part),), generator=generator)
                 classes = bank.labels[picks] + turns * len(bank.members)
@@ -309,11 +315,21 @@ class GroupSampler:
                 labels.append(classes + first)
         return torch.cat(images), torch.cat(labels)
 
+    def _sizes(self, bank: ImageBank) -> tuple[int, int, int]:
+        """Classes, support and query images a class of a group from this bank."""
+        groups = self.groups
+        n_way = min(groups.n_way, len(bank.members) * groups.turns)
+        more = groups.n_way // n_way
+        return n_way, groups.n_shot * more, groups.n_query * more
+
     def _bank(self, generator: torch.Generator) -> int:
         return int(torch.multinomial(self.shares, 1, generator=generator))
 
     def _condition(self, bank: ImageBank, generator: torch.Generator) -> Condition | None:
-        return Condition.draw(generator, bank.images.shape[1]) if self.groups.conditions else None
+        share = self.groups.conditions
+        if not share or (share < 1 and float(torch.rand((), generator=generator)) >= share):
+            return None
+        return Condition.draw(generator, bank.images.shape[1])
 
     def _prepared(
         self, bank: ImageBank, picks: Tensor, labels: Tensor, generator: torch.Generator, condition: Condition | None
@@ -328,7 +344,7 @@ class GroupSampler:
             images = images if how is None else augment(images, how, generator)
         images = quarter_turns(images, labels // len(bank.members) * (4 // self.groups.turns))
         if condition is not None:
-            images = condition.apply(images, generator)
+            images = condition.apply(images.clamp(0, 1), generator)  # timm erases with noise, below zero too
         return (images - self.mean) / self.std
 
 

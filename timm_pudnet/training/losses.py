@@ -23,7 +23,6 @@ class Losses:
     consistency: Tensor
 
 
-
 def group_losses(
     support: Tensor,
     query: Tensor,

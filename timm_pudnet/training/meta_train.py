@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from timm_pudnet.adapt import Whitening, calibrate
+from timm_pudnet.adapt import Whitening, calibrate, centroid_logits, class_centroids
 from timm_pudnet.config import DamagedFileError, InputError, PudNetConfig, PudNetWarning
 from timm_pudnet.hypernet import PudNet, save_tensors, usable_device, written_whole
 from timm_pudnet.images import open_images
 from timm_pudnet.target import describe_target
-from timm_pudnet.training.episodes import GroupSampler, ImageBank, bank_input
+from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input
 from timm_pudnet.training.losses import group_losses, sketch_loss
 from timm_pudnet.training.processes import Processes
 from timm_pudnet.training.recipe import Recipe
@@ -108,6 +108,54 @@ def train_plain(
     return run.target.cpu().eval(), whitening
 
 
+def try_recipe(
+    recipe: Recipe | str | os.PathLike[str],
+    *,
+    banks: Sequence[ImageBank] | None = None,
+    device: str | torch.device | None = None,
+    seconds: float = 80.0,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Whether a recipe learns at all: its whole schedule, squeezed into a minute or two.
+
+    Args:
+        recipe: A recipe or the path of its file.
+        banks: As in `meta_train`.
+        device: As in `meta_train`.
+        seconds: What the squeezed training may take.
+        progress: Show a progress bar.
+
+    Returns:
+        `before` and `after`, the share of query images that eq. 7 gets right in groups of the *seen* classes (so no
+        measure of quality), `chance`, `images` and `seconds` of the squeezed training, and `images_per_second`, from
+        which the time of the whole recipe follows.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    banks = banks or load_banks(recipe)
+    run = _MetaRun(recipe, banks, device)
+    each, chance = recipe.groups.images_per_step, run.accuracy()[1]
+    for _ in run.steps(1):  # the first step is slower
+        run.seconds = 0.0
+    started = time.monotonic()
+    while time.monotonic() - started < seconds / 20:
+        next(run.steps(run.step + 1))
+    speed = (run.step - 1) * each / run.seconds
+    images = min(recipe.schedule.images, max(10 * each, int(speed * seconds)))
+    short = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, images=images))
+    run = _MetaRun(short, banks, device)
+    before = run.accuracy()[0]
+    _go(run, None, math.inf, None, progress)
+    run.finished()
+    return {
+        'before': before,
+        'after': run.accuracy()[0],
+        'chance': chance,
+        'images': run.step * each,
+        'seconds': run.seconds,
+        'images_per_second': speed,
+    }
+
+
 def _go(
     run: _Run,
     folder: str | os.PathLike[str] | None,
@@ -123,7 +171,9 @@ def _go(
     main = run.processes.rank == 0
     last = min(run.num_steps, max_steps or run.num_steps)
     each = run.recipe.groups.images_per_step
-    board = Board(checkpoint.parent / 'board', run.step) if checkpoint is not None and main and run.step < last else None
+    board = (
+        Board(checkpoint.parent / 'board', run.step) if checkpoint is not None and main and run.step < last else None
+    )
     saved = time.monotonic()
     bar = tqdm(
         total=last * each, initial=run.step * each, disable=not (progress and main), unit='image', unit_scale=True
@@ -162,6 +212,8 @@ def load_banks(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) -
         if absent:
             raise InputError(f'{source.description}: no class {absent[0]!r}, which unseen names')
         chosen = data.classes or tuple(name for name in names if name not in data.unseen)
+        if names and not chosen:
+            raise InputError(f'{source.description}: unseen names every class, none is left to train on')
         banks.append(ImageBank.from_source(source, chosen or None))
     return banks
 
@@ -311,7 +363,7 @@ class _Run:
                 loss, terms = self.losses(number)
                 (loss / self.parts).backward()
             for total, buffer in zip(totals, self.statistics, strict=True):
-                total += buffer
+                total.add_(buffer)
             for name, value in terms.items():
                 values[name] = values.get(name, 0.0) + value.detach() / self.parts
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -341,24 +393,41 @@ class _Run:
                 module.load_state_dict(self.average.module[name].state_dict())  # type: ignore[index, union-attr]
 
     @torch.inference_mode()
-    def whitening(self, groups: int = 40) -> Tensor:
-        """The whitening of the features, from new groups of seen classes, each treated as a group of unseen ones."""
-        learned = Whitening(self.head.in_features)
-        if not self.recipe.schedule.whitening:
-            return learned.result()
+    def tested(self, groups: int, what: str) -> Iterator[tuple[Group, Tensor, Tensor]]:
+        """New groups of seen classes, each treated as one of unseen classes; features of support and query."""
         with torch.random.fork_rng():
             model = timm.create_model(self.recipe.hypernet.model_name, **self.target_kwargs).to(self.device)
         sampler = group_sampler(self.recipe, self.sampler.banks)
         sampler.augmentation = None
-        prior = self.recipe.hypernet.prior_images
+        modes = {module: module.training for one in self.modules.values() for module in one.modules()}
         for number in range(groups):
-            group = sampler.draw(number, 'whitening')
+            group = sampler.draw(number, what)
             support, query = group.support.to(self.device), group.query.to(self.device)
             weights = self.weights_of(support)
             model.load_state_dict(weights)
-            features = [calibrate(model, support, weights, prior_images=prior), model(query)]
-            learned.add(torch.cat(features), torch.cat([group.support_classes, group.query_classes]))
+            features = calibrate(model, support, weights, prior_images=self.recipe.hypernet.prior_images)
+            yield group, features, model(query)
+        for module, mode in modes.items():
+            module.training = mode
+
+    def whitening(self) -> Tensor:
+        """The whitening of the features within classes; the identity where the recipe wants none."""
+        learned = Whitening(self.head.in_features)
+        if self.recipe.schedule.whitening:
+            for group, support, query in self.tested(40, 'whitening'):
+                learned.add(torch.cat([support, query]), torch.cat([group.support_classes, group.query_classes]))
         return learned.result()
+
+    def accuracy(self, groups: int = 10) -> tuple[float, float]:
+        """Share of query images of seen classes that eq. 7 gets right, and chance."""
+        right, chance = [], []
+        for group, support, query in self.tested(groups, 'accuracy'):
+            classes, labels = group.support_classes.unique(return_inverse=True)
+            centroids = class_centroids(support, labels, len(classes))
+            guesses = classes[centroid_logits(query, centroids, 1.0).argmax(1).cpu()]
+            right.append(float((guesses == group.query_classes).float().mean()))
+            chance.append(1 / len(classes))
+        return sum(right) / groups, sum(chance) / groups
 
     def weights_of(self, support: Tensor) -> dict[str, Tensor]:
         """State dict of the target for a group's support images."""
@@ -402,11 +471,14 @@ class _Run:
             'skipped': str(self.skipped),
             'log': json.dumps(self.log),
         }
-        tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in self._tensors().items()}
-        with written_whole(path) as beside:
+        tensors = {
+            key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for key, value in self._tensors().items()
+        }
+        # The log takes its place first: a run stopped between the two writes it again, one at its end would not.
+        with written_whole(path) as beside, written_whole(path.with_name(LOG_NAME)) as log:
             save_tensors(tensors, beside, about)
-        with written_whole(path.with_name(LOG_NAME)) as beside:
-            beside.write_text(''.join(json.dumps(entry) + '\n' for entry in self.log), encoding='utf-8')
+            log.write_text(''.join(json.dumps(entry) + '\n' for entry in self.log), encoding='utf-8')
 
     def load(self, path: Path) -> None:
         """Goes back to the state of a checkpoint."""
@@ -424,7 +496,7 @@ class _Run:
             if state:
                 home[id(parameter)].state[parameter] = {
                     # In the memory format of the parameter, which fused steps want.
-                    name: value if name == 'step' else torch.empty_like(parameter).copy_(value)
+                    name: value.to(self.device) if name == 'step' else torch.empty_like(parameter).copy_(value)
                     for name, value in state.items()
                 }
         if self.average is not None:
@@ -441,8 +513,25 @@ class _MetaRun(_Run):
     def build(self, banks: Sequence[ImageBank]) -> dict[str, nn.Module]:
         names = tuple(name for bank in banks for name in bank.class_names)
         self.hypernet = PudNet.for_target(**_fields(self.recipe.hypernet, class_names=names))
+        if self.recipe.start:
+            self._start_from(PudNet.from_pretrained(self.recipe.start))
         self.target.requires_grad_(False)
         return {'hypernet': self.hypernet, 'head': self.head, 'target': self.target}
+
+    def _start_from(self, earlier: PudNet) -> None:
+        """Takes over the tensors of an earlier hypernetwork, and its norm statistics; what it lacks starts anew."""
+        ours, theirs = self.hypernet.state_dict(), earlier.state_dict()
+        for key, value in theirs.items():
+            if key not in ours or ours[key].shape != value.shape:
+                found = tuple(ours[key].shape) if key in ours else 'not there'
+                raise InputError(
+                    f'start {self.recipe.start}: {key} is {tuple(value.shape)} there, here it is {found}: '
+                    '[hypernet] must be as in its recipe'
+                )
+        self.hypernet.load_state_dict({**ours, **theirs})
+        buffers = dict(self.target.named_buffers())
+        for key in earlier.target.keys('calibrated'):
+            buffers[key].copy_(earlier.statistics(key))
 
     def is_ordinary(self, name: str) -> bool:
         return name.startswith(('head.', 'hypernet.shared.')) or name.endswith('.base')
@@ -514,6 +603,12 @@ class _PlainRun(_Run):
         return self.target.state_dict()
 
     def build(self, banks: Sequence[ImageBank]) -> dict[str, nn.Module]:
+        if self.recipe.start:
+            folder = Path(self.recipe.start) / 'plain'
+            if not folder.is_dir():
+                raise InputError(f'{folder} is not there: the control starts from the earlier control, train it first')
+            earlier = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=0)
+            self.target.load_state_dict(earlier.state_dict())
         return {'target': self.target, 'head': self.head}
 
     @property

@@ -125,6 +125,8 @@ class Recipe:
         augmentation: Random changes of every image.
         losses: Weights of the terms of the loss.
         schedule: How long and how fast.
+        start: Folder of a hypernetwork of the same architecture to go on from; the control goes on from the folder
+            `plain` in it. Empty: from anew.
         seed: Of everything random.
     """
 
@@ -134,11 +136,15 @@ class Recipe:
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     losses: LossWeights = dataclasses.field(default_factory=LossWeights)
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    start: str = ''
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.data:
             raise InputError('data: a recipe needs at least one set of images')
+        weigh = self.losses
+        if not (weigh.metric or weigh.full or weigh.consistency or self.groups.sketch_groups):
+            raise InputError('losses: the sketch alone has a weight, but groups: sketch_groups is 0')
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -168,8 +174,11 @@ class Recipe:
         if isinstance(hypernet, Mapping) and 'input' in hypernet:
             hypernet = {**hypernet, 'input': _build(InputConfig, hypernet['input'], f'{where}: [hypernet.input]')}
         values['hypernet'] = _build(PudNetConfig, hypernet, f'{where}: [hypernet]')
-        if 'seed' in values:
-            values['seed'] = _typed(values['seed'], int, f'{where}: seed')
+        for name, kind in (('seed', int), ('start', str)):
+            if name in values:
+                values[name] = _typed(values[name], kind, f'{where}: {name}')
+        if not values['data']:
+            raise InputError(f'{where}: data needs at least one set of images')
         sets = values['data'] if isinstance(values['data'], list | tuple) else [values['data']]
         values['data'] = tuple(_build(Data, one, f'{where}: [data]') for one in sets)
         tables = {'groups': Groups, 'augmentation': Augmentation, 'losses': LossWeights, 'schedule': Schedule}

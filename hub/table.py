@@ -1,0 +1,99 @@
+"""Writes README.md of this folder: one table of every hypernetwork, from the results files beside their weights.
+
+    python hub/table.py            # writes
+    python hub/table.py --check    # exit code 1 where README.md is not what it would write
+
+What the machine had no time for stands in not_run.md and goes below the table.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HUB = Path(__file__).parent
+# The paper's accuracies in percent (tables II, III and VII) of what comes nearest.
+PAPER = {
+    ('resnet18.fashion_set', 'results'): '96.24',
+    ('resnet18.cifar100_set', 'results'): '73.33',
+    ('resnet18.cifar100_set', 'cifar10'): '51.05',
+    ('convnet3.cifar100_set', 'results'): '64.09',
+}
+HEAD = """# Hypernetworks
+
+Every accuracy is in percent on classes that were never seen in training, with its 95 % interval, from a results file that
+`timm-pudnet evaluate` wrote on the committed weights; the commands are in the README of each folder. *Plain* is the
+same architecture trained as an ordinary classifier on as many images of the same classes, with the same head and
+calibration (in brackets: with its own norm statistics). *Swapped* is the network predicted from another group's sketch;
+*gain* is what the right sketch adds to it, *gain, other domain* what it adds to the sketch of another data set. *Scratch*
+trains on all images of the group's classes, by Adam with and without gradient centralisation: the seconds until it is as
+good as the predicted network, over the seconds of predicting.
+
+| hypernetwork | protocol | labels a class | predicted | ridge head | plain | swapped | gain | gain, other domain | gain over \
+plain | scratch | paper |
+|---|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def cell(row: dict[str, float] | None, signed: bool = False) -> str:
+    """A mean with its interval."""
+    return '-' if row is None else f'{row["mean"]:{"+" if signed else ""}.2f} ± {row["interval"]:.2f}'
+
+
+def scratch(result: dict[str, Any]) -> str:
+    """Seconds of training from scratch over those of predicting, by optimiser."""
+    if 'scratch' not in result:
+        return '-'
+    found = []
+    for name in ('adam', 'adam_centralised'):
+        curve, ratio = result['scratch'][name]['curve'], result['scratch'][name]['seconds_ratio']
+        if ratio is None:
+            spent = curve[-1]['seconds']['mean'] / result['scratch']['predicted']['seconds']['mean']
+            found.append(f'not within {spent:,.0f}x')
+        else:
+            found.append(f'{ratio:,.0f}x')
+    return ' / '.join(found)
+
+
+def row(folder: str, protocol: str, result: dict[str, Any]) -> str:
+    """A line of the table."""
+    accuracy = result['accuracy']
+    plain = cell(accuracy.get('plain'))
+    if 'plain_own_statistics' in accuracy:
+        plain += f' ({accuracy["plain_own_statistics"]["mean"]:.2f})'
+    where = result['hypernet'].split('.')[-1] if protocol == 'results' else protocol
+    cells = [
+        f'[{folder}]({folder}/README.md)',
+        f'{where}, {result["n_way"]}-way',
+        str(result['n_shot']),
+        cell(accuracy['predicted']),
+        cell(result.get('accuracy_ridge', {}).get('predicted')),
+        plain,
+        cell(accuracy.get('swapped_sketch')),
+        cell(result.get('conditioning_gain'), signed=True),
+        cell(result.get('conditioning_gain_over_other_domain'), signed=True),
+        cell(result.get('gain_over_plain'), signed=True),
+        scratch(result),
+        PAPER.get((folder, protocol), '-'),
+    ]
+    return f'| {" | ".join(cells)} |'
+
+
+def text() -> str:
+    """The whole README."""
+    lines = []
+    for path in sorted(HUB.glob('*/results*.json')):
+        protocol = path.stem.removeprefix('results.')
+        lines.append(row(path.parent.name, protocol, json.loads(path.read_text(encoding='utf-8'))))
+    notes = HUB / 'not_run.md'
+    tail = f'\n{notes.read_text(encoding="utf-8")}' if notes.exists() else ''
+    return f'{HEAD}{chr(10).join(lines)}\n{tail}'
+
+
+if __name__ == '__main__':
+    readme = HUB / 'README.md'
+    if '--check' in sys.argv[1:]:
+        if not readme.exists() or readme.read_text(encoding='utf-8') != text():
+            sys.exit('hub/README.md is not what its results say: run python hub/table.py')
+    else:
+        readme.write_text(text(), encoding='utf-8')
