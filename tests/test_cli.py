@@ -515,7 +515,7 @@ def test_a_result_that_exists_is_not_trained_over(trained, shapes, nothing_writt
     def refuse(*args, **kwargs):
         raise AssertionError('work began before the arguments were checked')
 
-    monkeypatch.setattr('timm_pudnet.training.load_bank', refuse)
+    monkeypatch.setattr('timm_pudnet.training.load_banks', refuse)
     with nothing_written(shapes):
         fails('train', shapes / 'recipe.toml', '--out', trained[0], needles=[trained[0], 'exists'])
         fails('train', shapes / 'recipe.toml', '--out', trained[0], '--plain', needles=[trained[0] / 'plain', 'exists'])

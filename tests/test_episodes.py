@@ -268,8 +268,8 @@ def test_series_of_draws_differ():
 def test_groups_are_normalised_by_mean_and_std():
     config = InputConfig(input_size=(3, 12, 12), mean=(0.1, 0.5, 0.7), std=(0.2, 0.4, 0.5))
     plain, found = (make_sampler(config=c, sketch_groups=2) for c in (PIXELS, config))
-    for what in DRAWS:
-        before, after = DRAWS[what](plain, 0), DRAWS[what](found, 0)
+    for draw in DRAWS.values():
+        before, after = draw(plain, 0), draw(found, 0)
         before, after = (one if isinstance(one, torch.Tensor) else one[0] for one in (before, after))
         expected = torch.stack([(before[..., c, :, :] - config.mean[c]) / config.std[c] for c in range(3)], -3)
         assert_close(after, expected)

@@ -8,9 +8,17 @@ from torch import nn
 from torch.testing import assert_close
 
 from timm_pudnet import generators
-from timm_pudnet.config import InputError
-from timm_pudnet.generators import AffineGenerator, PaperGenerator, create_generator, mix_kernels, register_generator
-from timm_pudnet.target import LayerSpec
+from timm_pudnet.config import InputError, PudNetConfig
+from timm_pudnet.generators import (
+    AffineGenerator,
+    PaperGenerator,
+    ResidualGenerator,
+    create_generator,
+    mix_kernels,
+    register_generator,
+)
+from timm_pudnet.hypernet import PudNet
+from timm_pudnet.target import LayerSpec, describe_target
 
 SHAPES = [(24, 16, 3, 3), (32, 16, 1, 1), (16, 3, 7, 7), (32, 1, 3, 3), (8, 4, 1, 5), (16, 8, 5, 1)]
 
@@ -135,3 +143,118 @@ def test_affine_parameters_are_a_learned_vector_and_a_linear_change():
     nn.init.normal_(generator.change)
     expected = generator.base.double() + torch.einsum('om,m->o', generator.change.double(), code.double())
     assert_close(generator(code).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+# Residual
+
+
+def make_residual(shape, width=16, **kwargs):
+    """A generator whose every parameter counts: none is zero."""
+    generator = ResidualGenerator(LayerSpec('conv.weight', shape), width, **kwargs)
+    for name, parameter in generator.named_parameters():
+        if name in ('taps', 'channels', 'coefficients'):
+            nn.init.normal_(parameter)
+    return generator
+
+
+@torch.no_grad()
+def plain_residual(generator, code, shape, gain):
+    """`(M base N) + U diag(c) V`, rewritten in float64 with explicit loops over axes."""
+    _, i, kh, kw = shape
+    taps = kh * kw
+    code = code.double() / math.sqrt(len(code))
+    kernel = generator.base.double()  # [o, t, i]
+    if generator.channels is not None:
+        mix = generator.channels.double() @ code
+        changed = torch.zeros_like(kernel)
+        for new in range(i):
+            for old in range(i):
+                changed[:, :, new] += kernel[:, :, old] * (mix[old * i + new] + (old == new))
+        kernel = changed
+    if generator.taps is not None:
+        mix = generator.taps.double() @ code
+        changed = torch.zeros_like(kernel)
+        for new in range(taps):
+            for old in range(taps):
+                changed[:, new] += (mix[new * taps + old] + (old == new)) * kernel[:, old]
+        kernel = changed
+    result = torch.zeros(shape, dtype=torch.float64)
+    scale = math.sqrt(gain / math.prod(shape[1:])) / generators.SPREAD
+    for row in range(kh):
+        for column in range(kw):
+            for chan in range(i):
+                tap = row * kw + column
+                result[:, chan, row, column] = kernel[:, tap, chan]
+                for r in range(generator.rank):
+                    strength = scale * float(generator.coefficients[r].double() @ code)
+                    right = float(generator.right[r, tap * i + chan])
+                    result[:, chan, row, column] += generator.left[:, r].double() * strength * right
+    return result
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('kwargs', [{}, {'rank': 0}, {'rank': 2}, {'largest': 0}], ids=str)
+def test_residual_kernels_are_those_of_a_plain_rewrite(shape, kwargs):
+    generator, code = make_residual(shape, gain=1.5, **kwargs), torch.rand(16)
+    expected = plain_residual(generator, code, shape, 1.5)
+    assert_close(generator(code).double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_a_new_residual_kernel_is_its_base_to_the_bit_whatever_the_code(shape):
+    generator = ResidualGenerator(LayerSpec('conv.weight', shape), 16, 2.0)
+    base = generator.base.detach().view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+    for code in (torch.zeros(16), torch.rand(16), 1000 * torch.randn(16)):
+        assert_close(generator(code).detach(), base, rtol=0, atol=0)
+    spread = float(base.square().mean().sqrt()) / math.sqrt(2 / math.prod(shape[1:]))
+    assert 0.8 < spread < 1.25
+    with torch.no_grad():
+        before = generator(torch.ones(16))
+        for name, parameter in generator.named_parameters():
+            if name in ('taps', 'channels', 'coefficients'):
+                parameter.normal_()
+        assert (generator(torch.ones(16)) - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_gradients_reach_every_parameter_of_a_residual_generator(shape):
+    generator, code = make_residual(shape), torch.rand(16, requires_grad=True)
+    (generator(code) * torch.randn(shape)).sum().backward()
+    for name, tensor in [*generator.named_parameters(), ('code', code)]:
+        assert tensor.grad is not None, name
+        assert tensor.grad.abs().sum() > 0, name
+    new = ResidualGenerator(LayerSpec('conv.weight', shape), 16, 2.0)  # from the start, what the code gives is learned
+    (new(code) * torch.randn(shape)).sum().backward()
+    for name, tensor in new.named_parameters():
+        if name not in ('left', 'right'):
+            assert tensor.grad.abs().sum() > 0, name
+
+
+def test_a_residual_generator_has_the_parts_that_its_layer_is_worth():
+    def parts(shape, **kwargs):
+        generator = ResidualGenerator(LayerSpec('conv.weight', shape), 16, 2.0, **kwargs)
+        return {name: tuple(p.shape) for name, p in generator.named_parameters() if name != 'base'}
+
+    low_rank = {'left': (64, 4), 'right': (4, 288), 'coefficients': (4, 16)}
+    assert parts((64, 32, 3, 3)) == {'taps': (81, 16), **low_rank}
+    assert parts((64, 32, 3, 3), largest=64 * 32 * 9) == {'taps': (81, 16), **low_rank}
+    assert parts((64, 32, 3, 3), largest=64 * 32 * 9 - 1) == {}
+    assert parts((64, 32, 3, 3), rank=0) == {'taps': (81, 16)}
+    assert set(parts((64, 32, 1, 1))) == {'left', 'right', 'coefficients'}
+    assert parts((64, 3, 7, 7))['channels'] == (9, 16)
+    assert 'channels' not in parts((64, 5, 3, 3))
+    assert 'channels' not in parts((64, 1, 3, 3))  # a depthwise kernel
+    assert parts((64, 2, 1, 1))['left'] == (64, 1)  # its two inputs are worth a rank of one
+    for wrong in ({'rank': -1}, {'largest': -1}):
+        with pytest.raises(InputError, match='at least 0'):
+            create_generator('residual', LayerSpec('conv.weight', (4, 3, 3, 3)), 8, 2.0, **wrong)
+
+
+def test_a_residual_hypernetwork_of_resnet18_is_about_as_large_as_its_target():
+    with torch.device('meta'):
+        hypernet = PudNet(PudNetConfig(model_name='resnet18', generator='residual', sketch_width=128))
+    target = sum(math.prod(shape) for shape in describe_target('resnet18', num_classes=0).shapes.values())
+    size = sum(parameter.numel() for parameter in hypernet.parameters()) / target
+    assert 1.0 < size < 1.2, size
+    in_generators = sum(parameter.numel() for parameter in hypernet.generators.parameters()) / target
+    assert in_generators < 1.1

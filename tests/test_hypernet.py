@@ -35,7 +35,10 @@ def saved(tiny, tmp_path):
 @pytest.fixture
 def trained():
     """A hypernetwork none of whose tensors is at its start."""
-    hypernet = PudNet.for_target('test_resnet', sketch_width=16, input=SMALL, predict_norm=True, tag='a_tag')
+    return changed(PudNet.for_target('test_resnet', sketch_width=16, input=SMALL, predict_norm=True, tag='a_tag'))
+
+
+def changed(hypernet):
     with torch.no_grad():
         for value in hypernet.state_dict().values():
             if value.is_floating_point():
@@ -112,9 +115,12 @@ def test_another_sketch_gives_other_kernels_and_the_same_shared_parameters(tiny)
             assert_close(first[key], second[key], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('predict_norm', [False, True])
-def test_gradients_reach_every_parameter_through_the_target(predict_norm, random_images):
-    hypernet = PudNet.for_target('test_resnet', sketch_width=16, input=SMALL, predict_norm=predict_norm).train()
+VARIANTS = [{}, {'predict_norm': True}, {'generator': 'residual'}, {'context': False}]
+
+
+@pytest.mark.parametrize('config', VARIANTS, ids=str)
+def test_gradients_reach_every_parameter_through_the_target(config, random_images):
+    hypernet = PudNet.for_target('test_resnet', sketch_width=16, input=SMALL, **config).train()
     with torch.no_grad():
         for parameter in hypernet.parameters():  # timm starts the last norm of a block at zero, which stops gradients
             parameter.add_(0.1 * torch.rand_like(parameter))
@@ -182,12 +188,46 @@ def test_a_fresh_process_predicts_the_same_bits(trained, tmp_path):
     assert digest(safetensors.torch.load_file(tmp_path / 'out.safetensors')) == digest(expected)
 
 
+@pytest.mark.parametrize('config', VARIANTS, ids=str)
+def test_a_saved_and_loaded_one_predicts_the_same_bits(config, tmp_path):
+    hypernet = changed(PudNet.for_target('test_resnet', sketch_width=16, input=SMALL, **config))
+    loaded = PudNet.from_pretrained(hypernet.save_pretrained(tmp_path / 'net'))
+    assert loaded.state_dict().keys() == hypernet.state_dict().keys()
+    images = torch.rand(5, 3, 32, 32)
+    with torch.no_grad():
+        assert digest(loaded(loaded.sketch(images))) == digest(hypernet(hypernet.sketch(images)))
+
+
+def test_without_context_every_layer_s_code_is_the_sketch():
+    hypernet = changed(PudNet.for_target('test_resnet', sketch_width=16, input=SMALL, context=False))
+    assert not any('ahru' in key for key in hypernet.state_dict())
+    sketch = torch.rand(16)
+    with torch.no_grad():
+        weights = hypernet(sketch)
+        for layer, generator in zip(hypernet.target.layers, hypernet.generators, strict=True):
+            assert_close(weights[layer.key], generator(sketch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('eta', [0.0, 0.5, 1.0])
+def test_codes_are_of_the_share_that_eta_says(eta):
+    hypernet = changed(PudNet.for_target('test_resnet', sketch_width=16, input=SMALL, eta=eta))
+    sketch = torch.rand(16)
+    with torch.no_grad():
+        weights, codes = hypernet(sketch), hypernet.ahru(sketch)
+        for layer, generator, code in zip(hypernet.target.layers, hypernet.generators, codes, strict=True):
+            assert_close(weights[layer.key], generator(code), rtol=0, atol=0)
+    assert hypernet.ahru.eta == eta
+    assert torch.equal(codes, sketch.expand_as(codes)) == (eta == 1)
+
+
 def test_everything_of_the_config_survives(tmp_path):
     hypernet = PudNet.for_target(
         'test_resnet',
         sketch_width=8,
         sketch_channels=(4, 6),
         eta=0.25,
+        context=False,
+        prior_images=3.5,
         gain=1.5,
         predict_norm=True,
         tag='shop',

@@ -335,7 +335,9 @@ def test_bfloat16_is_nearly_float32(train, make_recipe, bank, tmp_path):
 # Variants of the hypernetwork
 
 
-@pytest.mark.parametrize('changes', [{'context': False}, {'eta': 0.0}, {'eta': 1.0}, {'generator': 'residual'}], ids=str)
+@pytest.mark.parametrize(
+    'changes', [{'context': False}, {'eta': 0.0}, {'eta': 1.0}, {'generator': 'residual'}], ids=str
+)
 def test_variants_train_and_survive_their_files(changes, make_recipe, bank, tmp_path):
     recipe = make_recipe(2, hypernet=changes)
     hypernet = meta_train(recipe, None, banks=[bank], device='cpu', progress=False)
@@ -599,7 +601,7 @@ def test_ten_such_steps_in_a_row_stop_the_run_and_nothing_of_them_is_saved(
     before = safetensors.torch.load_file(tmp_path / loop.CHECKPOINT_NAME)
     break_losses(monkeypatch, range(1000), how)
     with pytest.warns(PudNetWarning, match='skipped') as caught:
-        with pytest.raises(FloatingPointError, match='step 11: .*10 such steps'):
+        with pytest.raises(FloatingPointError, match=r'step 11: .*10 such steps'):
             run(meta_train, recipe, tmp_path, bank, checkpoint_seconds=0)
     assert len(caught) == 9
     after = safetensors.torch.load_file(tmp_path / loop.CHECKPOINT_NAME)

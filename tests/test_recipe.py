@@ -159,5 +159,3 @@ def test_an_absent_recipe_is_named(tmp_path, one_line):
     with pytest.raises(NotFoundError) as error:
         Recipe.load(tmp_path / 'none.toml')
     one_line(error, tmp_path / 'none.toml')
-
-

@@ -193,8 +193,23 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """A short hash that tells one recipe from another."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        """A short hash that tells one recipe from another; new fields of later versions, left alone, change nothing."""
+        return hashlib.sha256(json.dumps(_told(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _told(value: Any) -> Any:
+    """What a recipe says, defaults left out, as JSON can hold it."""
+    if isinstance(value, tuple):
+        return [_told(one) for one in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    said = {}
+    for field in dataclasses.fields(value):
+        made = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if made else field.default  # type: ignore[misc]
+        if getattr(value, field.name) != default:
+            said[field.name] = _told(getattr(value, field.name))
+    return said
 
 
 def _build(kind: Any, table: Any, where: str) -> Any:
