@@ -493,6 +493,7 @@ def test_training_writes_a_hypernetwork_its_recipe_and_its_log(trained, shapes):
     assert hypernet.config.class_names == ('cup', 'jar', 'pan')
     assert hypernet.config.training['images'] == 12
     assert len((out / 'run' / 'log.jsonl').read_text().splitlines()) == 2
+    assert {path.name for path in (out / 'run').iterdir()} >= {'board', 'checkpoint.safetensors', 'losses.png'}
     assert not list(out.rglob('.*')), 'temporary files are left'
 
 
@@ -509,6 +510,17 @@ def test_the_line_that_training_prints_runs(trained):
         assert command[:2] == ['timm-pudnet', 'evaluate']
         result = succeeds(*command[1:], '--groups', '2')
         assert '2 unseen classes: lid, mug' in result.stdout
+
+
+def test_several_sets_are_found_and_trained_on(shapes, tmp_path):
+    images = json.dumps(str(shapes / 'my shapes'))
+    unseen = f'[[data]]\nimages = {images}\nunseen = ["cup", "jar", "mug"]\nshare = 2\n\n[groups]'
+    recipe = (shapes / 'recipe.toml').read_text().replace('[data]', '[[data]]').replace('[groups]', unseen)
+    (tmp_path / 'recipe.toml').write_text(recipe)
+    printed = succeeds('train', tmp_path / 'recipe.toml', '--out', tmp_path / 'out').stdout
+    assert '78 images in 3 classes: cup, jar, pan' in printed
+    assert '52 images in 2 classes: lid, pan' in printed
+    assert timm_pudnet.load_hypernet(tmp_path / 'out').config.class_names == ('cup', 'jar', 'pan', 'lid', 'pan')
 
 
 def test_a_result_that_exists_is_not_trained_over(trained, shapes, nothing_written, monkeypatch):
@@ -542,7 +554,9 @@ BAD_RECIPES = {
     'unknown class': (lambda text: text.replace('"pan"', '"pam"'), ["'pam'", 'pan']),
     'unknown architecture': (lambda text: text.replace('test_resnet', 'test_resnt'), ["'test_resnt'", 'test_resnet']),
     'transformer': (lambda text: text.replace('test_resnet', 'test_vit'), ['test_vit']),
-    'too many classes a group': (lambda text: text.replace('n_way = 2', 'n_way = 9'), ['n_way', '9']),
+    'seen and unseen': (lambda text: text.replace('classes =', 'unseen = ["pan"]\nclasses ='), ['pan', 'both']),
+    'unknown unseen class': (lambda text: text.replace('classes =', 'unseen = ["pam"] #'), ["'pam'", 'unseen']),
+    'one class a group': (lambda text: text.replace('n_way = 2', 'n_way = 1'), ['n_way', '1']),
     'too many images a class': (lambda text: text.replace('n_shot = 2', 'n_shot = 99'), ['26', '100']),
     'missing images': (lambda text: text.replace('my shapes', 'my shpes'), ['my shpes', 'no such folder']),
 }
@@ -716,7 +730,7 @@ def test_a_full_disk_in_evaluation_and_training_is_one_line(trained, shapes, tmp
         fails(*evaluation(hypernet, shapes / 'my shapes', '--save'))
     with full_disk():
         fails('train', shapes / 'recipe.toml', '--out', tmp_path / 'out')
-    left = [path.name for path in (tmp_path / 'out').rglob('*') if path.is_file()]
+    left = [path.name for path in (tmp_path / 'out').rglob('*') if path.is_file() and path.parent.name != 'board']
     assert not left, 'a half-written checkpoint stays'
 
 

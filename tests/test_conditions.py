@@ -129,7 +129,7 @@ def flat_sampler(**changes):
     image = torch.tensor(GREYS, dtype=torch.uint8)[:, None, None].repeat(1, 8, 8)
     image[:, 0, 0] = 0
     bank = ImageBank(image.repeat(40, 1, 1, 1), torch.arange(40) % 2, ['a', 'b'])
-    groups = Groups(**{'n_way': 2, 'n_shot': 3, 'n_query': 2, 'conditions': True, **changes})
+    groups = Groups(**{'n_way': 2, 'n_shot': 3, 'n_query': 2, 'conditions': 1.0, **changes})
     return GroupSampler([bank], PIXELS, groups)
 
 
@@ -160,10 +160,22 @@ def test_all_images_of_a_group_share_one_condition_and_groups_differ():
     assert max(c[3] for c in found) - min(c[3] for c in found) > 0.8
 
 
+def test_a_share_of_the_groups_has_a_condition():
+    plain = flat_sampler(conditions=0.0).draw(0).support[0]
+    sampler = flat_sampler(conditions=0.25, sketch_groups=200, sketch_images=1)
+    groups = [sampler.draw(number) for number in range(200)]
+    bare = [all(torch.equal(image, plain) for image in torch.cat([g.support, g.query])) for g in groups]
+    touched = [any(torch.equal(image, plain) for image in torch.cat([g.support, g.query])) for g in groups]
+    assert bare == touched  # a whole group or none of it
+    assert 0.65 < sum(bare) / 200 < 0.85
+    halves = [torch.equal(pair[0, 0], plain) for pair in sampler.draw_halves(0)]
+    assert 0.65 < sum(halves) / 200 < 0.85
+
+
 def test_without_conditions_images_are_as_they_are():
     image = torch.tensor(GREYS)[:, None, None].repeat(1, 8, 8) / 255
     image[:, 0, 0] = 0
-    group = flat_sampler(conditions=False).draw(0)
+    group = flat_sampler(conditions=0.0).draw(0)
     assert_close(torch.cat([group.support, group.query]), image.repeat(10, 1, 1, 1))
 
 

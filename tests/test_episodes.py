@@ -184,7 +184,7 @@ def test_banks_are_drawn_by_their_shares(shares):
 
 
 @pytest.mark.parametrize('augmentation', [None, Augmentation()])
-@pytest.mark.parametrize('conditions', [False, True])
+@pytest.mark.parametrize('conditions', [0.0, 1.0])
 def test_a_batch_without_an_image_of_some_bank_is_no_error(augmentation, conditions):
     banks = [unique_bank(), unique_bank(seed=7)]
     sampler = make_sampler(banks, shares=(1.0, 1e-9), augmentation=augmentation, conditions=conditions)
@@ -198,6 +198,22 @@ def test_shares_are_one_a_bank(one_line):
         with pytest.raises(InputError) as error:
             make_sampler([unique_bank(), unique_bank(seed=7)], shares=shares)
         one_line(error, '2', len(shares))
+
+
+def test_a_bank_of_fewer_classes_gives_groups_of_all_of_them_with_more_images_each():
+    banks = [unique_bank(num_classes=8, per_class=6), unique_bank(num_classes=3, seed=7), unique_bank(num_classes=2)]
+    sampler, seen = make_sampler(banks, n_way=7, n_shot=2, n_query=1), {}
+    for number in range(30):
+        group = sampler.draw(number)
+        images, labels = together(group)
+        found = origins(images, *banks)
+        assert len(set(found)) == len(found)
+        shots, queries = (c.unique(return_counts=True)[1] for c in (group.support_classes, group.query_classes))
+        assert len(labels.unique()) == len(shots) == len(queries)
+        seen[found[0][0]] = (len(shots), set(shots.tolist()), set(queries.tolist()))
+    assert seen == {0: (7, {2}, {1}), 1: (3, {4}, {2}), 2: (2, {6}, {3})}
+    with pytest.raises(InputError, match='12 images, a group needs 15'):  # five times as many as of seven classes
+        make_sampler([unique_bank()], n_way=15, n_shot=2, n_query=1)
 
 
 def test_the_halves_of_a_group_have_its_classes():
@@ -237,7 +253,7 @@ def test_a_draw_depends_on_its_number_and_the_seed_alone(what):
             augmentation=Augmentation(),
             seed=seed,
             turns=4,
-            conditions=True,
+            conditions=1.0,
             sketch_groups=2,
         )
 
@@ -336,7 +352,7 @@ def test_timm_s_augmentation_takes_the_place_of_ours_and_its_arguments_count():
 def test_an_erased_image_under_a_condition_is_finite():
     """Pixels that timm erases hold noise below zero, which has no power."""
     how = Augmentation(timm={'re_prob': 1.0, 're_mode': 'pixel'})
-    sampler = make_sampler(augmentation=how, conditions=True)
+    sampler = make_sampler(augmentation=how, conditions=1.0)
     for number in range(5):
         assert sampler.draw(number).support.isfinite().all()
 
@@ -369,7 +385,6 @@ def test_what_timm_refuses_is_one_line(kwargs, needle, one_line):
     ('changes', 'needles'),
     [
         ({'n_shot': 10, 'n_query': 3}, ["'class 0'", '12', '13']),
-        ({'n_way': 4}, ['n_way is 4', '3 classes']),
         ({'n_way': 1}, ['n_way', '1']),
         ({'n_query': 0}, ['n_query', '0']),
         ({'turns': 3}, ['turns', '3']),
@@ -387,7 +402,8 @@ def test_impossible_groups_are_refused(changes, needles, one_line):
 
 def test_every_bank_must_suffice():
     with pytest.raises(InputError, match='2 classes'):
-        make_sampler([unique_bank(), unique_bank(num_classes=2)], n_way=3)
+        make_sampler([unique_bank(), unique_bank(num_classes=1)])
+    make_sampler([unique_bank(num_classes=1)], turns=2)
     with pytest.raises(InputError, match='has 3 images'):
         make_sampler([unique_bank(), unique_bank(per_class=3)])
 
@@ -395,7 +411,7 @@ def test_every_bank_must_suffice():
 def test_quarter_turns_and_conditions_of_oblong_images_are_refused():
     bank = ImageBank(torch.zeros(20, 3, 12, 16, dtype=torch.uint8), torch.arange(20) % 2, ['a', 'b'])
     config = InputConfig(input_size=(3, 12, 16))
-    for groups in ({'n_way': 4, 'turns': 4}, {'conditions': True}):
+    for groups in ({'n_way': 4, 'turns': 4}, {'conditions': 1.0}):
         with pytest.raises(InputError, match='square'):
             make_sampler([bank], config, **groups)
     group = make_sampler([bank], config, n_way=4, turns=2).draw(0)

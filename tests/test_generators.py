@@ -141,7 +141,9 @@ def test_affine_parameters_are_a_learned_vector_and_a_linear_change():
     nn.init.normal_(generator.base)
     assert_close(generator(code), generator.base)  # new: the code changes nothing
     nn.init.normal_(generator.change)
-    expected = generator.base.double() + torch.einsum('om,m->o', generator.change.double(), code.double())
+    expected = generator.base.double() + torch.einsum(
+        'om,m->o', generator.change.double(), code.double() / math.sqrt(8)
+    )
     assert_close(generator(code).double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -162,7 +164,7 @@ def plain_residual(generator, code, shape, gain):
     """`(M base N) + U diag(c) V`, rewritten in float64 with explicit loops over axes."""
     _, i, kh, kw = shape
     taps = kh * kw
-    code = code.double() / math.sqrt(len(code))
+    code = code.double()
     kernel = generator.base.double()  # [o, t, i]
     if generator.channels is not None:
         mix = generator.channels.double() @ code
@@ -179,7 +181,7 @@ def plain_residual(generator, code, shape, gain):
                 changed[:, new] += (mix[new * taps + old] + (old == new)) * kernel[:, old]
         kernel = changed
     result = torch.zeros(shape, dtype=torch.float64)
-    scale = math.sqrt(gain / math.prod(shape[1:])) / generators.SPREAD
+    scale = math.sqrt(gain / math.prod(shape[1:]) / len(code)) / generators.SPREAD
     for row in range(kh):
         for column in range(kw):
             for chan in range(i):
@@ -253,7 +255,8 @@ def test_a_residual_generator_has_the_parts_that_its_layer_is_worth():
 def test_a_residual_hypernetwork_of_resnet18_is_about_as_large_as_its_target():
     with torch.device('meta'):
         hypernet = PudNet(PudNetConfig(model_name='resnet18', generator='residual', sketch_width=128))
-    target = sum(math.prod(shape) for shape in describe_target('resnet18', num_classes=0).shapes.values())
+    spec = describe_target('resnet18')
+    target = sum(math.prod(spec.shapes[key]) for key, role in spec.roles.items() if role != 'classifier')
     size = sum(parameter.numel() for parameter in hypernet.parameters()) / target
     assert 1.0 < size < 1.2, size
     in_generators = sum(parameter.numel() for parameter in hypernet.generators.parameters()) / target

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from timm_pudnet import (
     load_hypernet,
     predict_model,
 )
+from timm_pudnet.evaluation import TestGroups
 from timm_pudnet.hub import resolve_hypernet
 
 UNSEEN = {'Shirt', 'Sneaker', 'Bag', 'Ankle boot'}
@@ -153,43 +156,64 @@ def test_the_hypernetwork_that_serves_an_architecture_is_found(shelf, tiny):
         resolve_hypernet('resnet18', 'test_resnet.tiny')
 
 
-# The one that ships with the package
+# Those in hub/
+
+HUB = Path(timm_pudnet.__file__).parents[1] / 'hub'
+PUBLISHED = ['resnet18.fashion_set', 'resnet18.mixed']
 
 
-@pytest.fixture(scope='module')
-def shipped():
-    folder = Path(timm_pudnet.__file__).parents[1] / 'hub' / 'resnet18.fashion_set'
+@pytest.fixture(params=PUBLISHED)
+def published(request):
+    folder = HUB / request.param
     if not (folder / 'model.safetensors').is_file():
         pytest.fail(f'{folder} has no model.safetensors: train it by its recipe, timm-pudnet train', pytrace=False)
     return folder
 
 
-def test_the_shipped_hypernetwork_serves_resnet18_and_has_seen_no_class_that_it_is_tested_on(shipped):
-    hypernet = load_hypernet('resnet18')
-    assert hypernet.name == 'resnet18.fashion_set'
-    assert 'resnet18.fashion_set' in list_hypernets()
-    assert len(hypernet.config.class_names) == 6
-    assert not UNSEEN & set(hypernet.config.class_names)
-    assert {path.name for path in (shipped.parents[1] / 'examples' / 'fashion').iterdir() if path.is_dir()} == UNSEEN
+def test_the_widest_serves_resnet18_and_all_are_listed():
+    assert {path.parent.name for path in HUB.glob('*/config.json')} == set(PUBLISHED)
+    assert load_hypernet('resnet18').name == 'resnet18.mixed'
+    assert set(PUBLISHED) <= set(list_hypernets())
 
 
-def test_the_shipped_hypernetwork_is_the_one_of_its_recipe(shipped):
-    recipe, config = Recipe.load(shipped / 'recipe.toml'), load_hypernet(shipped).config
+def test_the_published_table_is_that_of_the_results():
+    done = subprocess.run([sys.executable, HUB / 'table.py', '--check'], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_example_images_are_of_classes_that_the_fashion_hypernetwork_never_saw():
+    names = {path.name for path in (HUB.parent / 'examples' / 'fashion').iterdir() if path.is_dir()}
+    assert names == UNSEEN
+    assert not UNSEEN & set(load_hypernet('resnet18.fashion_set').config.class_names)
+
+
+def test_a_published_hypernetwork_is_the_one_of_its_recipe(published):
+    recipe, config = Recipe.load(published / 'recipe.toml'), load_hypernet(published).config
     assert config.training['recipe_digest'] == recipe.digest
-    assert config.class_names == recipe.data.classes
     assert config.input == recipe.hypernet.input
     assert config.training['images'] >= recipe.schedule.images - recipe.groups.images_per_step
+    unseen = {name for data in recipe.data for name in data.unseen}
+    assert not unseen & set(config.class_names)
+    assert {name for data in recipe.data for name in data.classes} <= set(config.class_names)
+    assert f'{config.model_name}.{config.tag}' == published.name
 
 
-def test_the_shipped_results_are_of_the_shipped_weights_and_unseen_classes(shipped):
-    results = json.loads((shipped / 'results.json').read_text())
-    assert set(results['classes']) == UNSEEN
-    assert results['weights_digest'] == timm_pudnet.evaluation.weights_digest(load_hypernet(shipped))
-    assert (shipped / 'README.md').is_file()
-    assert (shipped / 'groups.json').is_file()
+def test_published_results_are_of_the_published_weights_and_unseen_classes(published):
+    hypernet = load_hypernet(published)
+    digest = timm_pudnet.evaluation.weights_digest(hypernet)
+    found = list(published.glob('results*.json'))
+    assert found
+    for path in found:
+        results = json.loads(path.read_text())
+        assert not set(results['classes']) & set(hypernet.config.class_names)
+        assert results['weights_digest'] == digest, path
+        groups = TestGroups.load(path.with_name(path.name.replace('results', 'groups')))
+        assert groups.digest == results['groups_digest']
+        assert results['accuracy']['predicted']['mean'] > results['chance']
+    assert (published / 'README.md').is_file()
 
 
-def test_the_shipped_sketch_tells_sets_apart(shipped):
-    hypernet = load_hypernet(shipped)
+def test_a_published_sketch_tells_sets_apart(published):
+    hypernet = load_hypernet(published)
     one, two = torch.rand(8, 3, 36, 36), torch.rand(8, 3, 36, 36) * 0.2
     assert (hypernet.sketch(one) - hypernet.sketch(two)).norm() > 1e-2

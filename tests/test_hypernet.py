@@ -381,3 +381,19 @@ def test_a_save_that_fails_at_the_config_changes_neither_file(overwrite, tiny, t
         trained.save_pretrained(folder, overwrite=overwrite)
     found = {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
     assert found == before
+
+
+# Starting from given weights
+
+
+def test_a_residual_hypernetwork_predicts_the_weights_that_it_starts_from(trained):
+    model = timm.create_model('test_resnet', num_classes=0)
+    for value in model.state_dict().values():
+        value.copy_(torch.rand_like(value.float()))
+    weights = model.state_dict()
+    hypernet = PudNet.for_target('test_resnet', generator='residual', sketch_width=16, input=SMALL, predict_norm=True)
+    hypernet.start_from(weights)
+    for sketch in (torch.zeros(16), torch.randn(16)):
+        assert_close(dict(hypernet(sketch)), dict(weights))
+    with pytest.raises(InputError, match="generator 'paper' cannot start from given weights: use residual"):
+        trained.start_from(weights)

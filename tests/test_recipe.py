@@ -76,7 +76,7 @@ auto_augment = "rand-m5"
 re_prob = 0.3
 
 [groups]
-conditions = true
+conditions = 1
 sketch_groups = 4
 turns = 2
 """,
@@ -91,7 +91,7 @@ def test_a_recipe_may_have_several_sets_and_every_table(tmp_path):
     )
     assert recipe.losses == LossWeights(metric=2.0, sketch=0.5)
     assert recipe.augmentation == Augmentation(flip=False, timm={'auto_augment': 'rand-m5', 're_prob': 0.3})
-    assert recipe.groups == Groups(n_way=3, conditions=True, sketch_groups=4, turns=2)
+    assert recipe.groups == Groups(n_way=3, conditions=1.0, sketch_groups=4, turns=2)
     assert recipe.schedule == Schedule(images=5000, rate=1e-3, optimizer='sgd', ema=0.99)
     again = Recipe.from_dict(recipe.to_dict())
     assert (again, again.digest) == (recipe, recipe.digest)
@@ -135,7 +135,9 @@ def test_one_set_is_the_same_as_a_list_of_one(tmp_path):
             '[losses]\nmetric = 0\nfull = 0\nconsistency = 0\nsketch = 0\n[schedule]',
             ['[losses]', 'above'],
         ),
-        ('n_way = 3', 'conditions = 1', ['[groups]', 'conditions', 'true or false']),
+        ('n_way = 3', 'conditions = true', ['[groups]', 'conditions', 'number']),
+        ('n_way = 3', 'conditions = 1.5', ['[groups]', 'conditions', '1.5']),
+        ('n_way = 3', 'conditions = -0.5', ['[groups]', 'conditions', '-0.5']),
         ('n_way = 3', 'sketch_groups = 1', ['[groups]', 'sketch_groups', '1']),
         ('flip = false', 'timm = "rand-m5"', ['[augmentation]', 'timm', 'table']),
         ('rate = 1e-3', 'optimizer = "adam"', ['[schedule]', "'adam'", 'adamw']),

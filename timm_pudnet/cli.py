@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -161,10 +162,14 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
     click.echo(f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} images; stop and resume at will')
     if plain:
         model, whitening = training.train_plain(loaded, out / 'run-plain', banks=banks, device=device)
+        if os.environ.get('RANK', '0') != '0':  # of several processes the first one writes
+            return
         save_tensors({'whitening': whitening}, _whitening_path(result), {})
         save_model(model, result)
     else:
         hypernet = training.meta_train(loaded, out / 'run', banks=banks, device=device)
+        if os.environ.get('RANK', '0') != '0':  # of several processes the first one writes
+            return
         hypernet.save_pretrained(out, half=True)
         if recipe.resolve() != (out / 'recipe.toml').resolve():
             shutil.copyfile(recipe, out / 'recipe.toml')

@@ -15,6 +15,9 @@ from timm_pudnet.config import (
 from timm_pudnet.hypernet import CONFIG_NAME, PudNet, read_config
 from timm_pudnet.target import check_architecture, describe_target
 
+# Which of several that ship with the package serves an architecture: the one for the widest kind of images.
+DEFAULTS = {'resnet18': 'resnet18.mixed'}
+
 
 def _shelves() -> list[Path]:
     """Folders that hold one hypernetwork a subfolder: the wheel's, and the checkout's of an editable install."""
@@ -58,7 +61,7 @@ def load_hypernet(name: str | os.PathLike[str]) -> PudNet:
 
     Example:
         >>> load_hypernet('resnet18').name
-        'resnet18.fashion_set'
+        'resnet18.mixed'
     """
     return PudNet.from_pretrained(_folder(name))
 
@@ -68,7 +71,9 @@ def _folder(name: str | os.PathLike[str]) -> Path:
         raise InputError(f'hypernet must be a PudNet, a folder or a name, not a {type(name).__name__}')
     # A name of ours goes before a folder of the same name, which ./NAME still reaches.
     text, at_hand = os.fspath(name), embedded()
-    serving = [folder for key, folder in at_hand.items() if text in (key, key.split('.')[0])]
+    if text in at_hand or DEFAULTS.get(text) in at_hand:
+        return at_hand[text if text in at_hand else DEFAULTS[text]]
+    serving = [folder for key, folder in at_hand.items() if text == key.split('.')[0]]
     if serving:
         return serving[0]
     path = Path(text).expanduser()

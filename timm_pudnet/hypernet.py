@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from einops import rearrange
 from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
@@ -123,6 +124,27 @@ class PudNet(nn.Module):
                 if len(layer.shape) == 1:
                     weights.base.copy_(start[layer.key])  # type: ignore[operator]
         return hypernet
+
+    @torch.no_grad()
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Makes these the weights that the hypernetwork predicts until its sketch has learned to change them.
+
+        Args:
+            weights: Every key of the target's state dict but the classifier's.
+
+        Raises:
+            InputError: Its generators have no base to take them (those of kind `paper`).
+        """
+        for layer, generator in zip(self.target.layers, self.generators, strict=True):
+            base = getattr(generator, 'base', None)
+            if base is None:
+                raise InputError(f'generator {self.config.generator!r} cannot start from given weights: use residual')
+            value = weights[layer.key]
+            base.copy_(value if value.ndim == 1 else rearrange(value, 'o i kh kw -> o (kh kw) i'))
+        for key, name in self._shared_names:
+            self.shared[name].copy_(weights[key])
+        for key in self.target.keys('calibrated'):
+            self.statistics(key).copy_(weights[key])
 
     def sketch(self, images: Any, labels: Any = None, *, balance: Balance | None = None, **kwargs: Any) -> Tensor:
         """The sketch `[m]` of an image set (eq. 3), read once, in memory that does not grow with it.

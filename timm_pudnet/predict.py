@@ -80,7 +80,7 @@ def predict_model(
     Example:
         >>> images = torch.rand(6, 3, 28, 28)
         >>> model = predict_model('resnet18', images, ['cup', 'cup', 'cup', 'jar', 'jar', 'jar'])
-        >>> model(torch.rand(1, 3, 36, 36)).shape, model.pretrained_cfg['label_names']
+        >>> model(torch.rand(1, 3, 32, 32)).shape, model.pretrained_cfg['label_names']
         (torch.Size([1, 2]), ('cup', 'jar'))
     """
     if head not in (*HEADS, 'none'):

@@ -142,7 +142,7 @@ def main():
     result = {
         'machine': f'{platform.machine()}, {torch.get_num_threads()} threads',
         'library_versions': library_versions(),
-        'generation': generation(timm_pudnet.load_hypernet('resnet18')),
+        'generation': generation(timm_pudnet.load_hypernet('resnet18.fashion_set')),
         'prediction': prediction('resnet18'),
         'memory': memory('resnet18'),
     }

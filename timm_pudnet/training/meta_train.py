@@ -169,6 +169,10 @@ def _go(
         if checkpoint.exists():
             run.load(checkpoint)
     main = run.processes.rank == 0
+    if checkpoint is not None and main:
+        for name in (CHECKPOINT_NAME, LOG_NAME, PLOT_NAME):  # what a run killed while it wrote has left
+            for left in checkpoint.parent.glob(f'.{name}.*'):
+                left.unlink(missing_ok=True)
     last = min(run.num_steps, max_steps or run.num_steps)
     each = run.recipe.groups.images_per_step
     board = (
@@ -191,7 +195,7 @@ def _go(
                 run.save(checkpoint)
             if due:
                 saved = time.monotonic()
-    if checkpoint is not None and main and run.step == run.num_steps:
+    if checkpoint is not None and main and run.step == run.num_steps and any('skipped' not in e for e in run.log):
         plot_losses(run.log, checkpoint.with_name(PLOT_NAME), title=run.recipe.hypernet.model_name)
     run.processes.wait()
 
@@ -280,6 +284,18 @@ class _Run:
         ]
         self.optimizers = self._make_optimizers(named)
         self.average = ModelEmaV3(nn.ModuleDict(self.modules), recipe.schedule.ema) if recipe.schedule.ema else None
+
+    def _started_target(self) -> dict[str, Tensor]:
+        """State dict, without classifier, of the model that the recipe starts from."""
+        folder = self.recipe.start
+        try:
+            model = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=0)
+        except (RuntimeError, ValueError, KeyError, AssertionError, OSError, SafetensorError) as error:
+            raise InputError(f'start {folder} holds no timm model: {error}') from error
+        state, expected = model.state_dict(), self.target.state_dict()
+        if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in expected.items()}:
+            raise InputError(f'start {folder} is no {self.recipe.hypernet.model_name} with the arguments of the recipe')
+        return state
 
     def _make_optimizers(self, named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
         schedule = self.recipe.schedule
@@ -514,24 +530,11 @@ class _MetaRun(_Run):
         names = tuple(name for bank in banks for name in bank.class_names)
         self.hypernet = PudNet.for_target(**_fields(self.recipe.hypernet, class_names=names))
         if self.recipe.start:
-            self._start_from(PudNet.from_pretrained(self.recipe.start))
+            state = self._started_target()
+            self.hypernet.start_from(state)
+            self.target.load_state_dict(state)  # for the norm statistics
         self.target.requires_grad_(False)
         return {'hypernet': self.hypernet, 'head': self.head, 'target': self.target}
-
-    def _start_from(self, earlier: PudNet) -> None:
-        """Takes over the tensors of an earlier hypernetwork, and its norm statistics; what it lacks starts anew."""
-        ours, theirs = self.hypernet.state_dict(), earlier.state_dict()
-        for key, value in theirs.items():
-            if key not in ours or ours[key].shape != value.shape:
-                found = tuple(ours[key].shape) if key in ours else 'not there'
-                raise InputError(
-                    f'start {self.recipe.start}: {key} is {tuple(value.shape)} there, here it is {found}: '
-                    '[hypernet] must be as in its recipe'
-                )
-        self.hypernet.load_state_dict({**ours, **theirs})
-        buffers = dict(self.target.named_buffers())
-        for key in earlier.target.keys('calibrated'):
-            buffers[key].copy_(earlier.statistics(key))
 
     def is_ordinary(self, name: str) -> bool:
         return name.startswith(('head.', 'hypernet.shared.')) or name.endswith('.base')
@@ -604,11 +607,7 @@ class _PlainRun(_Run):
 
     def build(self, banks: Sequence[ImageBank]) -> dict[str, nn.Module]:
         if self.recipe.start:
-            folder = Path(self.recipe.start) / 'plain'
-            if not folder.is_dir():
-                raise InputError(f'{folder} is not there: the control starts from the earlier control, train it first')
-            earlier = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=0)
-            self.target.load_state_dict(earlier.state_dict())
+            self.target.load_state_dict(self._started_target())
         return {'target': self.target, 'head': self.head}
 
     @property

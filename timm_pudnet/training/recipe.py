@@ -125,8 +125,8 @@ class Recipe:
         augmentation: Random changes of every image.
         losses: Weights of the terms of the loss.
         schedule: How long and how fast.
-        start: Folder of a hypernetwork of the same architecture to go on from; the control goes on from the folder
-            `plain` in it. Empty: from anew.
+        start: Folder of a model of the target in timm's format, of a plain training for instance: its weights are what
+            the generators' base kernels and the shared weights start from, and what the control starts from.
         seed: Of everything random.
     """
 

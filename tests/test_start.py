@@ -1,0 +1,45 @@
+"""Recipes that start from a model of the target."""
+
+import pytest
+import timm
+import torch
+from torch.testing import assert_close
+
+from timm_pudnet import save_model
+from timm_pudnet.config import InputError
+from timm_pudnet.training import meta_train, train_plain
+
+RESIDUAL = {'generator': 'residual', 'predict_norm': True}
+SLOW = {'rate': 1e-9, 'sketch_rate': 1e-9, 'optimizer': 'sgd', 'weight_decay': 0.0}
+
+
+@pytest.fixture
+def start(tmp_path):
+    model = timm.create_model('test_resnet', num_classes=0)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(torch.rand_like(value))
+    return model, save_model(model, tmp_path / 'start')
+
+
+def test_hypernetwork_and_control_start_from_the_same_model(start, make_recipe, bank):
+    model, folder = start
+    recipe = make_recipe(1, start=str(folder), hypernet=RESIDUAL, schedule=SLOW)
+    hypernet = meta_train(recipe, banks=[bank], device='cpu', progress=False)
+    plain, _ = train_plain(recipe, banks=[bank], device='cpu', progress=False)
+    predicted = hypernet(torch.zeros(hypernet.config.sketch_width))
+    for key, value in model.named_parameters():
+        assert_close(predicted[key], value.detach(), rtol=0, atol=1e-6)
+        assert_close(plain.get_parameter(key).detach(), value.detach(), rtol=0, atol=1e-6)
+
+
+def test_a_start_that_does_not_fit_is_one_line(start, make_recipe, bank, tmp_path, one_line):
+    with pytest.raises(InputError) as error:
+        meta_train(make_recipe(1, start=str(tmp_path / 'absent'), hypernet=RESIDUAL), banks=[bank], progress=False)
+    one_line(error, 'absent', 'no timm model')
+    other = save_model(timm.create_model('test_resnet', num_classes=0, in_chans=1), tmp_path / 'grey')
+    with pytest.raises(InputError) as error:
+        train_plain(make_recipe(1, start=str(other)), banks=[bank], progress=False)
+    one_line(error, 'grey')
+    with pytest.raises(InputError, match='use residual'):
+        meta_train(make_recipe(1, start=str(start[1])), banks=[bank], progress=False)
