@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ class Processes:
             by_type.setdefault(tensor.dtype, []).append(tensor)
         with torch.no_grad():
             for ours in by_type.values():
-                total = reduce(torch.cat([tensor.flatten() for tensor in ours]), reduction='sum')
+                flat = torch.cat([tensor.flatten() for tensor in ours])
+                total = cast(Tensor, reduce(flat, reduction='sum'))
                 for tensor, part in zip(ours, total.split([t.numel() for t in ours]), strict=True):
                     tensor.copy_(part.view_as(tensor))
 
