@@ -169,7 +169,6 @@ def test_fewer_groups_in_a_step_than_processes_is_one_line(two):
         assert one['too few'] == '2 processes, but per_step is 1: raise it to their number or more'
 
 
-@pytest.mark.xfail(reason='cli.train: every process saves, prints and checks for what is there', strict=False)
 def test_the_command_line_trains_in_two_processes(two):
     root, ((first, _), (second, _)) = two
     assert (first['command'], second['command']) == (0, 0)

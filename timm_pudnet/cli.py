@@ -158,17 +158,21 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         if path.exists():
             raise OutputExistsError(f'{path} exists: choose another --out, or remove it first')
     banks = training.load_banks(loaded, data_dir)
-    _say_found(banks)
-    click.echo(f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} images; stop and resume at will')
+    first = os.environ.get('RANK', '0') == '0'  # of several processes the first one speaks and writes
+    if first:
+        _say_found(banks)
+        click.echo(
+            f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} images; stop and resume at will'
+        )
     if plain:
         model, whitening = training.train_plain(loaded, out / 'run-plain', banks=banks, device=device)
-        if os.environ.get('RANK', '0') != '0':  # of several processes the first one writes
+        if not first:
             return
         save_tensors({'whitening': whitening}, _whitening_path(result), {})
         save_model(model, result)
     else:
         hypernet = training.meta_train(loaded, out / 'run', banks=banks, device=device)
-        if os.environ.get('RANK', '0') != '0':  # of several processes the first one writes
+        if not first:
             return
         hypernet.save_pretrained(out, half=True)
         if recipe.resolve() != (out / 'recipe.toml').resolve():
