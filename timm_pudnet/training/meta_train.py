@@ -170,8 +170,9 @@ def _go(
             run.load(checkpoint)
     main = run.processes.rank == 0
     if checkpoint is not None and main:
-        for name in (CHECKPOINT_NAME, LOG_NAME, PLOT_NAME):  # what a run killed while it wrote has left
-            for left in checkpoint.parent.glob(f'.{name}.*'):
+        # What a run killed while it wrote has left: our own files beside, and those of safetensors.
+        for pattern in (f'.{CHECKPOINT_NAME}.*', f'.{LOG_NAME}.*', f'.{PLOT_NAME}.*', '.tmp??????'):
+            for left in checkpoint.parent.glob(pattern):
                 left.unlink(missing_ok=True)
     last = min(run.num_steps, max_steps or run.num_steps)
     each = run.recipe.groups.images_per_step
