@@ -1,4 +1,4 @@
-"""Recipes that start from a model of the target."""
+"""Recipes that start from a model of the target, and short tries of a recipe."""
 
 import pytest
 import timm
@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from timm_pudnet import save_model
 from timm_pudnet.config import InputError
-from timm_pudnet.training import meta_train, train_plain
+from timm_pudnet.training import meta_train, train_plain, try_recipe
 
 RESIDUAL = {'generator': 'residual', 'predict_norm': True}
 SLOW = {'rate': 1e-9, 'sketch_rate': 1e-9, 'optimizer': 'sgd', 'weight_decay': 0.0}
@@ -43,3 +43,13 @@ def test_a_start_that_does_not_fit_is_one_line(start, make_recipe, bank, tmp_pat
     one_line(error, 'grey')
     with pytest.raises(InputError, match='use residual'):
         meta_train(make_recipe(1, start=str(start[1])), banks=[bank], progress=False)
+
+
+def test_a_short_try_tells_whether_a_recipe_learns(make_recipe, bank):
+    found = try_recipe(make_recipe(400), banks=[bank], device='cpu', seconds=6, progress=False)
+    assert found['chance'] == pytest.approx(1 / 3)
+    assert 0 <= found['before'] <= 1
+    assert 0 <= found['after'] <= 1
+    assert found['images'] > 0
+    assert found['seconds'] > 0
+    assert found['images_per_second'] > 0

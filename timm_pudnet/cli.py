@@ -195,10 +195,7 @@ def _say_found(banks: Any) -> None:
 def _try_recipe(recipe: Any, banks: Any, device: str | None) -> None:
     from timm_pudnet import training
 
-    for bank in banks:
-        click.echo(
-            f'Found      {len(bank.labels):,} images in {len(bank.class_names)} classes: {_some(bank.class_names)}'
-        )
+    _say_found(banks)
     found = training.try_recipe(recipe, banks=banks, device=device)
     hours = recipe.schedule.images / found['images_per_second'] / 3600
     click.echo(
