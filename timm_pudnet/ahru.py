@@ -36,12 +36,13 @@ class AHRU(nn.Module):
 
     def forward(self, sketch: Tensor) -> Tensor:
         """Codes `[L, m]` of a sketch `[m]`, or `[b, L, m]` of sketches `[b, m]`."""
+        gates, candidates, outputs = self.gates.weight.t(), self.candidate.weight.t(), self.output.weight.t()
         state, output = sketch, self.start.expand_as(sketch)
         codes = []
-        for _ in range(self.num_layers):
-            reset, update = self.gates(torch.cat([state, output], -1)).sigmoid().chunk(2, -1)
-            candidate = self.candidate(torch.cat([reset * state, output], -1)).tanh()
-            state = (1 - update) * state + update * candidate
-            output = self.output(state).sigmoid()
-            codes.append((1 - self.eta) * output + self.eta * sketch)
-        return torch.stack(codes, -2)
+        for _ in range(self.num_layers):  # a hundred layers deep in some targets: as few operations as can be
+            reset, update = (torch.cat([state, output], -1) @ gates).sigmoid_().chunk(2, -1)
+            candidate = (torch.cat([reset * state, output], -1) @ candidates).tanh_()
+            state = torch.lerp(state, candidate, update)
+            output = (state @ outputs).sigmoid_()
+            codes.append(output)
+        return torch.lerp(torch.stack(codes, -2), sketch.unsqueeze(-2), self.eta)

@@ -18,7 +18,6 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from einops import rearrange
 from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
@@ -133,14 +132,12 @@ class PudNet(nn.Module):
             weights: Every key of the target's state dict but the classifier's.
 
         Raises:
-            InputError: Its generators have no base to take them (those of kind `paper`).
+            InputError: Its generators cannot take them.
         """
         for layer, generator in zip(self.target.layers, self.generators, strict=True):
-            base = getattr(generator, 'base', None)
-            if base is None:
+            if not hasattr(generator, 'start_from'):
                 raise InputError(f'generator {self.config.generator!r} cannot start from given weights: use residual')
-            value = weights[layer.key]
-            base.copy_(value if value.ndim == 1 else rearrange(value, 'o i kh kw -> o (kh kw) i'))
+            generator.start_from(weights[layer.key])  # type: ignore[operator]
         for key, name in self._shared_names:
             self.shared[name].copy_(weights[key])
         for key in self.target.keys('calibrated'):

@@ -29,16 +29,21 @@ class LayerSpec:
 
     Args:
         key: Its key in the target's state dict.
-        shape: `(o, i, kh, kw)` of a kernel, `(o,)` of a norm's affine parameter.
+        shape: Its shape there: `(o, i, kh, kw)` of an ordinary kernel, `(o,)` of a norm's affine parameter.
+        kernel: Its shape as kernels, `(o, i, *taps)`, where it has another: `(o, i, 1)` for a Linear's weight
+            `(o, i)`, the kernels of all experts below each other for a `CondConv2d`.
+        fan_in: Inputs that one output of the layer sums over (1 for a norm's affine parameter); by default those of a
+            conv with such kernels.
     """
 
     key: str
     shape: tuple[int, ...]
+    kernel: tuple[int, ...] = ()
+    fan_in: int = 0
 
-    @property
-    def fan_in(self) -> int:
-        """Inputs that one output of the layer sums over (1 for a norm's affine parameter)."""
-        return math.prod(self.shape[1:])
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'kernel', self.kernel or self.shape)
+        object.__setattr__(self, 'fan_in', self.fan_in or math.prod(self.kernel[1:]))
 
     @property
     def numel(self) -> int:
