@@ -511,7 +511,6 @@ def test_create_model_with_images_is_predict_model(net, folder, model, query):
         ({'stem_width': 8}, ['stem_width=8', 'test_resnet.tiny']),
         ({'block_args': {'attn_layer': 'se'}}, ['block_args', 'test_resnet.tiny']),
         ({'nonsense': 1}, ["'nonsense'"]),
-        ({'features_only': True}, ['test_resnet']),
         ({'batch_size': 0}, ['batch_size', '0']),
         ({'batch_size': 2.0}, ['batch_size', '2.0']),
         ({'head': 'linear'}, ["'linear'", 'centroid', 'ridge', 'none']),

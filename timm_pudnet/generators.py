@@ -200,7 +200,7 @@ class ResidualGenerator(nn.Module):
         kernel = self.base
         if not self.changed:
             return kernel
-        size, (taps, out_chans, in_chans) = self.sizes, kernel.shape
+        size, (taps, _, in_chans) = self.sizes, kernel.shape
         given = torch.addmv(self.unchanged, self.steer, code)
         if self.channels:
             mixing = given[size[0] : size[0] + size[1]].view(in_chans, in_chans)

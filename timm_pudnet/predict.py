@@ -21,12 +21,14 @@ from torch.overrides import TorchFunctionMode
 from timm_pudnet.adapt import HEADS, calibrate
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, OutputExistsError
 from timm_pudnet.hub import resolve_hypernet
-from timm_pudnet.hypernet import PudNet, usable_device
+from timm_pudnet.hypernet import PudNet, target_of, usable_device
 from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.sketch import Balance, ImageSample
-from timm_pudnet.target import TargetSpec, describe_target
+from timm_pudnet.target import TargetSpec
 
 Head = Literal['centroid', 'ridge', 'none']
+# Arguments of timm.create_model that change what the model gives, not its weights.
+_NOT_OF_TARGET = ('num_classes', 'pretrained_cfg_overlay', 'features_only', 'out_indices', 'feature_cls')
 _WEIGHTS_FROM_ELSEWHERE = ('pretrained', 'checkpoint_path', 'pretrained_cfg')  # arguments of timm.create_model
 
 
@@ -90,7 +92,7 @@ def predict_model(
     for name in _WEIGHTS_FROM_ELSEWHERE:
         if timm_kwargs.pop(name, None):
             raise InputError(f'{name}: the weights come from the images; leave it out')
-    if timm_kwargs.get('num_classes') == 0:
+    if timm_kwargs.get('num_classes') == 0 or timm_kwargs.get('features_only'):
         head = 'none'
     device = usable_device(device)
     network = resolve_hypernet(model_name, hypernet)
@@ -183,9 +185,8 @@ def check_output(folder: Path) -> None:
 
 def _target_asked_for(network: PudNet, model_name: str, timm_kwargs: dict[str, Any]) -> TargetSpec:
     """The target with the caller's arguments; its tensors must be those that the hypernetwork fills."""
-    kwargs = {**network.config.model_kwargs, **timm_kwargs}
-    kwargs = {key: value for key, value in kwargs.items() if key != 'num_classes' and value is not None}
-    spec = describe_target(model_name, predict_norm=network.config.predict_norm, **kwargs)
+    kwargs = {key: value for key, value in timm_kwargs.items() if key not in _NOT_OF_TARGET and value is not None}
+    spec = target_of(network.config, **kwargs)
     ours = {key: shape for key, shape in network.target.shapes.items() if network.target.roles[key] != 'classifier'}
     asked = {key: shape for key, shape in spec.shapes.items() if spec.roles[key] != 'classifier'}
     for key in [*ours, *asked]:
@@ -216,6 +217,8 @@ def _predict(
         sample.add(images, labels)
     num_classes = 0
     if source.labelled and head != 'none':
+        if not spec.classifiers:
+            raise InputError(f'{spec.model_name} has no classifier: head="none" gives a feature model')
         num_classes = len(source.class_names) if source.class_names else sample.top_label + 1
         if num_classes < 2:
             raise InputError(
@@ -228,35 +231,62 @@ def _predict(
 
     with torch.inference_mode():
         weights = network(sketch.result())
-    model = _build(network, spec, weights, num_classes, source.class_names, timm_kwargs).to(device)
+    adapting = {key: value for key, value in timm_kwargs.items() if key not in _NOT_OF_TARGET}
+    if not timm_kwargs.get('features_only'):
+        adapting = timm_kwargs
+    model = _build(network, spec, weights, num_classes, source.class_names, adapting).to(device)
+    classifiers = [model.get_submodule(name) for name in spec.classifiers] if num_classes else []
 
-    def features(images: Tensor) -> Tensor:
-        if not num_classes:
-            return model(images)
-        return model.forward_head(model.forward_features(images), pre_logits=True)  # type: ignore[operator]
+    def features(images: Tensor) -> list[Tensor]:
+        """What each classifier reads, `[n, d]`, or what a model without one gives."""
+        if not classifiers:
+            return [model(images)]
+        read: dict[nn.Module, Tensor] = {}
+        hooks = [
+            module.register_forward_pre_hook(lambda module, inputs: read.update({module: _rows(module, inputs[0])}))
+            for module in classifiers
+        ]
+        try:
+            model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [read[module] for module in classifiers]
 
     sampled = calibrate(
         model, sample.images.to(device), weights, prior_images=network.config.prior_images, forward=features
     )
-    if num_classes:
-        stream = HEADS[head](num_classes, source.class_names)
+    if classifiers:
+        streams = [HEADS[head](num_classes, source.class_names) for _ in classifiers]
         if sample.complete:
             assert sample.labels is not None
-            stream.add(sampled, sample.labels)
+            for stream, rows in zip(streams, sampled, strict=True):
+                stream.add(rows, sample.labels)
         else:  # second pass, over more images than one batch holds
             with torch.inference_mode():
                 for images, labels in source.batches(batch_size):
                     assert labels is not None
-                    stream.add(features(images.to(device)), labels)
-        classifier = model.get_submodule(spec.classifier)
-        weight, bias = stream.classifier(network.whitening)
-        if classifier.bias is None and bias.any():
-            raise InputError(f'{network.config.model_name}: its classifier has no bias, which head {head!r} needs')
-        with torch.no_grad():
-            classifier.weight.copy_(weight)  # type: ignore[union-attr, operator]
-            if classifier.bias is not None:
-                classifier.bias.copy_(bias)  # type: ignore[union-attr, operator]
+                    for stream, rows in zip(streams, features(images.to(device)), strict=True):
+                        stream.add(rows, labels)
+        for classifier, stream in zip(classifiers, streams, strict=True):
+            fits = classifier.weight.shape[1] == len(network.whitening)  # that of the first one's features
+            weight, bias = stream.classifier(network.whitening if fits else torch.eye(classifier.weight.shape[1]))
+            if classifier.bias is None and bias.any():
+                raise InputError(f'{network.config.model_name}: its classifier has no bias, which head {head!r} needs')
+            with torch.no_grad():
+                classifier.weight.copy_(weight.view_as(classifier.weight))  # type: ignore[union-attr, operator]
+                if classifier.bias is not None:
+                    classifier.bias.copy_(bias)  # type: ignore[union-attr, operator]
+    if timm_kwargs.get('features_only'):
+        model = _build(network, spec, model.state_dict(), 0, None, timm_kwargs).to(device)
     return model.eval()
+
+
+def _rows(classifier: nn.Module, features: Tensor) -> Tensor:
+    """One row `[n, d]` an image of what a classifier reads; the mean over places where it reads several."""
+    if features.ndim > 2:
+        return features.flatten(2).mean(2) if isinstance(classifier, nn.Conv2d) else features.flatten(1, -2).mean(1)
+    return features
 
 
 def _build(
@@ -272,6 +302,8 @@ def _build(
     if num_classes:
         for key in spec.keys('classifier'):
             state[key] = torch.zeros(num_classes, *spec.shapes[key][1:])
+    else:
+        state = {key: value for key, value in state.items() if key in spec.headless}
     overlay = {
         'state_dict': state,
         'num_classes': num_classes,
