@@ -99,8 +99,9 @@ def main() -> None:
     done = set()
     if arguments.table.exists():
         done = {json.loads(line)['name'] for line in arguments.table.read_text().splitlines()}
-    names = arguments.names or [name for name in timm.list_models() if name not in done and has_convs(name)]
-    for name in names:
+    for name in arguments.names or timm.list_models():
+        if not arguments.names and (name in done or not has_convs(name)):
+            continue
         row = row_of(name)
         print(json.dumps(row), flush=True)
         if name not in done:

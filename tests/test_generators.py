@@ -163,35 +163,35 @@ def make_residual(shape, width=16, **kwargs):
 
 @torch.no_grad()
 def plain_residual(generator, code, shape, gain):
-    """`M base N + U diag(c) V`, rewritten in float64 with explicit loops over axes."""
+    """`N base M + U diag(c) V`, rewritten in float64 with explicit loops over axes."""
     o, i, taps = shape[0], shape[1], math.prod(shape[2:])
     code, base = code.double(), generator.base.double()
     if not generator.changed:
         return base.reshape(shape)
-    kernel = base  # [t, o, i]
     given = [float(row @ code) for row in generator.steer.double()]
+    kernel = base
     if generator.taps:
         mix, given = given[: taps * taps], given[taps * taps :]
         changed = torch.zeros_like(kernel)
         for new in range(taps):
             for old in range(taps):
-                changed[new] += (mix[new * taps + old] + (old == new)) * kernel[old]
+                changed[:, :, new] += kernel[:, :, old] * (mix[old * taps + new] + (old == new))
         kernel = changed
     if generator.channels:
         mix, given = given[: i * i], given[i * i :]
         changed = torch.zeros_like(kernel)
         for new in range(i):
             for old in range(i):
-                changed[:, :, new] += kernel[:, :, old] * (mix[old * i + new] + (old == new))
+                changed[:, new] += (mix[new * i + old] + (old == new)) * kernel[:, old]
         kernel = changed
     assert len(given) == generator.rank
     result = torch.zeros(o, i, taps, dtype=torch.float64)
     scale = math.sqrt(gain / math.prod(shape[1:]) / len(code)) / generators.SPREAD
     for tap in range(taps):
         for chan in range(i):
-            result[:, chan, tap] = kernel[tap, :, chan]
+            result[:, chan, tap] = kernel[:, chan, tap]
             for r, strength in enumerate(given):
-                right = float(generator.right[tap, r, chan])
+                right = float(generator.right[r, chan * taps + tap])
                 result[:, chan, tap] += generator.left[:, r].double() * scale * strength * right
     return result.reshape(shape)
 
@@ -224,7 +224,7 @@ def test_kernels_of_another_shape_than_their_tensor(kind):
 @pytest.mark.parametrize('shape', SHAPES_OF_RESIDUALS)
 def test_a_new_residual_kernel_is_its_base_whatever_the_code(shape):
     generator = ResidualGenerator(LayerSpec('conv.weight', shape), 16, 2.0)
-    base = generator.base.detach().permute(1, 2, 0).reshape(shape)
+    base = generator.base.detach().reshape(shape)
     for code in (torch.zeros(16), torch.rand(16), 1000 * torch.randn(16)):
         assert_close(generator(code).detach(), base, rtol=0, atol=0)
     spread = float(base.square().mean().sqrt()) / math.sqrt(2 / math.prod(shape[1:]))
@@ -255,8 +255,9 @@ def test_a_residual_generator_has_the_parts_that_its_layer_is_worth():
         return (generator.taps, generator.channels, generator.rank) if generator.changed else None
 
     assert parts((64, 32, 3, 3)) == (9, 0, 4)
-    assert parts((64, 32, 3, 3), largest=64 * 32 * 9) == (9, 0, 4)
-    assert parts((64, 32, 3, 3), largest=64 * 32 * 9 - 1) is None
+    assert parts((64, 32, 3, 3), largest=64 * 32) == (9, 0, 4)
+    assert parts((64, 32, 3, 3), largest=64 * 32 - 1) is None
+    assert parts((64, 32, 1, 1), largest=64 * 32 - 1) is None
     assert parts((64, 32, 3, 3), rank=0) == (9, 0, 0)
     assert parts((64, 32, 1, 1)) == (0, 0, 4)
     assert parts((64, 3, 7, 7)) == (49, 3, 4)

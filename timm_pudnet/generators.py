@@ -22,7 +22,7 @@ _KINDS: dict[str, type[nn.Module]] = {}
 # Spread of the large weights when new. An optimiser such as Adam moves every parameter by about its rate, whatever its
 # size: at this spread one rate suits these weights and the ordinary parameters beside them.
 SPREAD = 0.05
-MOST_CHANNELS, MOST_TAPS = 4, 49
+MOST_CHANNELS, MOST_TAPS, FEW_PIXELS = 4, 49, 16
 
 
 def register_generator(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
@@ -143,9 +143,9 @@ class PaperGenerator(nn.Module):
 class ResidualGenerator(nn.Module):
     """A learned base kernel and a change of it that the code gives; about the size of the kernel tensor itself.
 
-    `W = M base N + U diag(c) V`: what differs between image sets (order and sign of the channels, turns, sharpness,
+    `W = N base M + U diag(c) V`: what differs between image sets (order and sign of the channels, turns, sharpness,
     noise) acts on the axes of a kernel, so the code mixes its taps (`M`, `[t, t]`) and, where they are few, its input
-    channels (`N`, `[i, i]`); a low-rank term (`U` `[o, r]`, `V` `[t, r, i]`, coefficients `c` from the code) takes the
+    channels (`N`, `[i, i]`); a low-rank term (`U` `[o, r]`, `V` `[r, i t]`, coefficients `c` from the code) takes the
     rest. New, the change is zero and the kernel is the base, at the scale of ordinary initialisation.
 
     Args:
@@ -153,7 +153,7 @@ class ResidualGenerator(nn.Module):
         width: `m`.
         gain: The base starts at the scale `sqrt(gain / fan_in)`.
         rank: `r`; 0 for no low-rank term. Lowered where the layer is too small to be worth it.
-        largest: Kernel tensors of more scalars than this are the base alone, for speed: late layers, whose maps are so
+        largest: Layers of more kernels `o * i` than this are the base alone, for speed: late layers, whose maps are so
             small that hardly a tap but the middle one counts.
 
     Example:
@@ -163,15 +163,15 @@ class ResidualGenerator(nn.Module):
     """
 
     def __init__(
-        self, layer: LayerSpec, width: int, gain: float = 2.0, *, rank: int = 4, largest: int = 600_000
+        self, layer: LayerSpec, width: int, gain: float = 2.0, *, rank: int = 4, largest: int = 66_000
     ) -> None:
         super().__init__()
         if rank < 0 or largest < 0:
             raise InputError('rank and largest must be at least 0')
-        self.shape, kernel = layer.shape, layer.kernel
-        out_chans, in_chans, taps = kernel[0], kernel[1], math.prod(kernel[2:])
+        self.shape = layer.shape
+        out_chans, in_chans, taps = layer.kernel[0], layer.kernel[1], math.prod(layer.kernel[2:])
         scale = math.sqrt(gain / layer.fan_in)
-        self.changed = layer.numel <= largest
+        self.changed = out_chans * in_chans <= largest
         if not self.changed:
             self.base = nn.Parameter(torch.randn(layer.shape) * scale)
             return
@@ -188,43 +188,35 @@ class ResidualGenerator(nn.Module):
         unchanged.append(torch.zeros(self.rank, device='cpu'))
         self.unchanged: Tensor
         self.register_buffer('unchanged', torch.cat(unchanged), persistent=False)
-        # Taps first: then mixing them is one matrix product.
-        self.base = nn.Parameter(torch.randn(taps, out_chans, in_chans) * scale)
-        self.kernel = kernel[2:]
+        self.base = nn.Parameter(torch.randn(out_chans, in_chans, taps) * scale)
         if self.rank:
             self.left = nn.Parameter(torch.randn(out_chans, self.rank) / math.sqrt(self.rank))
-            self.right = nn.Parameter(torch.randn(taps, self.rank, in_chans) * SPREAD)
+            self.right = nn.Parameter(torch.randn(self.rank, in_chans * taps) * SPREAD)
 
     def forward(self, code: Tensor) -> Tensor:
         """The kernel tensor of a code `[m]`, in the layer's shape."""
         kernel = self.base
         if not self.changed:
             return kernel
-        size, (taps, _, in_chans) = self.sizes, kernel.shape
+        size, (out_chans, in_chans, taps) = self.sizes, kernel.shape
         given = torch.addmv(self.unchanged, self.steer, code)
-        if self.channels:
-            mixing = given[size[0] : size[0] + size[1]].view(in_chans, in_chans)
-            kernel = (kernel.view(-1, in_chans) @ mixing).view_as(kernel)
         if self.taps:
-            kernel = (given[: size[0]].view(taps, taps) @ kernel.view(taps, -1)).view_as(kernel)
+            kernel = mix_kernels(kernel, given[: size[0]].view(taps, taps))
+        if self.channels:
+            kernel = given[size[0] : size[0] + size[1]].view(in_chans, in_chans) @ kernel
         if self.rank:
-            left = (self.left * given[size[0] + size[1] :]).expand(taps, -1, -1)
-            add = kernel.baddbmm if kernel is self.base else kernel.baddbmm_
+            left = self.left * given[size[0] + size[1] :]
+            flat = kernel.view(out_chans, -1)
+            add = flat.addmm if kernel is self.base else flat.addmm_
             kernel = add(left, self.right, alpha=self.scale)
-        if taps == 1:
-            return kernel.view(self.shape)
-        kernel = kernel.permute(1, 2, 0).unflatten(2, self.kernel)
-        return kernel if kernel.ndim == len(self.shape) else kernel.reshape(self.shape)
+        return kernel.view(self.shape)
 
     @torch.no_grad()
     def start_from(self, value: Tensor) -> None:
         """Makes a tensor of the layer's shape the kernel that every code gives until the steering has learned."""
-        if not self.changed:
-            self.base.copy_(value)
-            return
-        taps, out_chans, in_chans = self.base.shape
-        self.base.copy_(value.reshape(out_chans, in_chans, taps).permute(2, 0, 1))
-        self.steer.zero_()
+        self.base.copy_(value.reshape(self.base.shape))
+        if self.changed:
+            self.steer.zero_()
 
 
 class AffineGenerator(nn.Module):
@@ -254,12 +246,14 @@ class AffineGenerator(nn.Module):
 def mix_kernels(weight: Tensor, basis: Tensor) -> Tensor:
     """`weight @ basis`: `[o, i, q]` times `[q, t]` gives `[o, i, t]`.
 
-    Written as a 1x1 convolution over `o` images of `i` pixels with `q` channels: with so few columns a matrix product
-    runs several times slower than the bytes it moves.
+    Written as a 1x1 convolution over `o` images of `i` pixels with `q` channels where there are many pixels: with so
+    few columns a matrix product then runs several times slower than the bytes it moves.
     """
     taps = basis.shape[1]
     if taps == 1:
         return torch.mv(weight.flatten(0, 1), basis[:, 0]).view(*weight.shape[:2], 1)
+    if weight.shape[1] < FEW_PIXELS:
+        return (weight.flatten(0, 1) @ basis).view(*weight.shape[:2], taps)
     # In memory the weight is channels-last already: o images, i rows of one pixel, q channels. Said with these very
     # strides, oneDNN takes it as it is.
     pixels = weight.unsqueeze(2).permute(0, 3, 1, 2)

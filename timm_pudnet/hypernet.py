@@ -63,6 +63,9 @@ class PudNet(nn.Module):
 
     def __init__(self, config: PudNetConfig) -> None:
         super().__init__()
+        # Once a block of this size is given back, glibc keeps freed memory for the next kernels instead of fetching
+        # fresh pages for each of them (its dynamic threshold, of 32 MB at most). The zeros are never written.
+        bytes(31 << 20)
         self.config = config
         self.target: TargetSpec = target_of(config)
         layers = self.target.layers
@@ -93,9 +96,10 @@ class PudNet(nn.Module):
             self.norm_statistics.register_buffer(
                 _slashed(key), torch.full(self.target.shapes[key], float(key.endswith('var'))).to(dtype)
             )
-        self._places = [(key, self.shared, _slashed(key)) for key in shared]
-        self._places += [(key, self.constants, _slashed(key)) for key in self.target.constants]
-        self._places += [(key, self.norm_statistics, _slashed(key)) for key in self.target.keys('calibrated')]
+        # Where each of these is held, whatever is loaded or moved later.
+        self._places = [(key, self.shared._parameters, _slashed(key)) for key in shared]
+        self._places += [(key, self.constants._buffers, _slashed(key)) for key in self.target.constants]
+        self._places += [(key, self.norm_statistics._buffers, _slashed(key)) for key in self.target.keys('calibrated')]
 
     @classmethod
     def for_target(
@@ -140,8 +144,8 @@ class PudNet(nn.Module):
             return hypernet
         with torch.no_grad():
             for key, room, place in hypernet._places:
-                if room is not hypernet.norm_statistics:
-                    getattr(room, place).copy_(start[key])
+                if room is not hypernet.norm_statistics._buffers:
+                    room[place].copy_(start[key])
             for layer, weights in zip(hypernet.target.layers, hypernet.generators, strict=True):
                 if len(layer.kernel) == 1:
                     weights.base.copy_(start[layer.key])  # type: ignore[operator]
@@ -169,7 +173,7 @@ class PudNet(nn.Module):
                 raise InputError(f'generator {self.config.generator!r} cannot start from given weights: use residual')
             generator.start_from(weights[layer.key])  # type: ignore[operator]
         for key, room, place in self._places:
-            getattr(room, place).copy_(weights[key])
+            room[place].copy_(weights[key])
 
     def sketch(self, images: Any, labels: Any = None, *, balance: Balance | None = None, **kwargs: Any) -> Tensor:
         """The sketch `[m]` of an image set (eq. 3), read once, in memory that does not grow with it.
@@ -206,7 +210,7 @@ class PudNet(nn.Module):
         codes = sketch.expand(len(self.target.layers), -1) if self.ahru is None else self.ahru(sketch)
         parts = zip(self.target.layers, self.generators, codes, strict=True)
         state = {layer.key: generator(code) for layer, generator, code in parts}
-        state.update({key: getattr(room, place) for key, room, place in self._places})
+        state.update({key: room[place] for key, room, place in self._places})
         state.update({key: state[first] for key, first in self.target.tied.items() if first in state})
         return state
 
@@ -272,8 +276,6 @@ class PudNet(nn.Module):
         config = read_config(folder / CONFIG_NAME)
         path = folder / WEIGHTS_NAME
         try:
-            # Read as one block, not mapped: once that is given back, the allocator keeps blocks of any layer's size for
-            # the next kernels, instead of fetching fresh pages for each generation (glibc's dynamic threshold).
             state = safetensors.torch.load(path.read_bytes())
         except (SafetensorError, OSError, ValueError) as error:
             raise DamagedFileError(f'{path} is damaged ({error}): fetch or write it again') from error

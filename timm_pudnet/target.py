@@ -64,7 +64,7 @@ class TargetSpec:
         roles: For every key of the state dict one of `predicted`, `shared`, `calibrated`, `classifier`.
         shapes: For every key of the state dict its shape; of the classifier's that of one class.
         layers: The predicted tensors in the order in which the network holds them.
-        constants: Those of the shared keys that are buffers, index tables for instance, with their dtypes; never trained.
+        constants: Those of the shared keys that are buffers (index tables and the like, never trained), by dtype.
         tied: Keys whose tensor is that of another key, and that key.
         classifiers: Names of the modules, Linear or 1x1 conv, that turn features into logits: one, or none, or
             several whose logits the network puts together.
