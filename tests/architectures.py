@@ -20,8 +20,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_pudnet import InputConfig, PudNet, PudNetConfig, PudNetError, describe_target, predict_model
-from timm_pudnet.hypernet import num_parameters
+from timm_pudnet import InputConfig, PudNet, PudNetError, plan_hypernet, predict_model
 
 TABLE = Path(__file__).with_suffix('.jsonl')
 SMALL = 64  # side of the images, where the architecture takes them; else its own input size
@@ -41,12 +40,15 @@ def has_convs(name: str) -> bool:
 def check(name: str) -> dict:
     """One row of the table; raises where something that must hold does not."""
     row: dict = {'name': name}
-    spec = describe_target(name, min_predicted=0.0)
-    target = spec.numel('predicted') + spec.numel('shared')
-    row |= {'weights': target, 'layers': len(spec.layers), 'predicted': round(spec.predicted_share, 4)}
-    side = InputConfig(input_size=(spec.in_chans, SMALL, SMALL))
-    row['hypernetwork'] = round(num_parameters(PudNetConfig(model_name=name, input=side, **FIELDS)) / target, 4)
-    if target > MOST:
+    plan = plan_hypernet(name, **FIELDS)
+    row |= {
+        'weights': plan.weights,
+        'layers': len(plan.target.layers),
+        'predicted': round(plan.target.predicted_share, 4),
+        'hypernetwork': round(plan.parameters / plan.weights, 4),
+    }
+    side = InputConfig(input_size=(plan.target.in_chans, SMALL, SMALL))
+    if plan.weights > MOST:
         return row | {'result': 'size worked out'}
     started = time.perf_counter()
     try:

@@ -265,6 +265,7 @@ def test_a_residual_generator_has_the_parts_that_its_layer_is_worth():
     assert parts((64, 5, 3, 3)) == (9, 0, 4)
     assert parts((64, 1, 3, 3)) == (9, 0, 4)  # a depthwise kernel
     assert parts((64, 1, 7, 7)) == (0, 0, 4)
+    assert parts((1, 2, 7, 7)) == (0, 2, 0)
     assert parts((64, 2, 1, 1)) == (0, 2, 1)  # its two inputs are worth a rank of one
     for wrong in ({'rank': -1}, {'largest': -1}):
         with pytest.raises(InputError, match='at least 0'):

@@ -177,7 +177,8 @@ class ResidualGenerator(nn.Module):
             return
         few = 1 < in_chans <= MOST_CHANNELS  # the image's own channels, or nearly so
         # A mixing of taps has t * t coefficients: small kernels are worth it, and the larger ones that see the image.
-        self.taps = taps if 1 < taps <= (MOST_TAPS if few else 9) else 0
+        worth = 1 < taps <= (MOST_TAPS if few else 9) and taps**2 <= layer.numel
+        self.taps = taps if worth else 0
         self.channels = in_chans if few else 0
         self.rank = min(rank, out_chans // 2, in_chans * taps // 2)
         self.scale = scale / SPREAD / math.sqrt(width)

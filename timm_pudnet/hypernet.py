@@ -9,8 +9,10 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -312,15 +314,68 @@ def target_of(config: PudNetConfig, **model_kwargs: Any) -> TargetSpec:
     )
 
 
-def num_parameters(config: PudNetConfig) -> int:
-    """Parameters of a hypernetwork, worked out without making it."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a hypernetwork for a target would be; made by `plan_hypernet`. Numbers are of scalars.
+
+    Args:
+        config: Of the hypernetwork, its generator chosen.
+        target: Where every tensor of the target would come from.
+        parameters: Of the hypernetwork.
+    """
+
+    config: PudNetConfig
+    target: TargetSpec
+    parameters: int
+
+    @property
+    def kernels(self) -> int:
+        """Kernels `o * i` of all predicted layers."""
+        return sum(math.prod(layer.kernel[:2]) for layer in self.target.layers if len(layer.kernel) > 1)
+
+    @property
+    def weights(self) -> int:
+        """Weights of the target, all but the classifier's: predicted and shared."""
+        return self.target.numel('predicted') + self.target.numel('shared')
+
+    @property
+    def file_bytes(self) -> int:
+        """About the size of the hypernetwork's file in half precision."""
+        return 2 * self.parameters
+
+    @property
+    def memory_bytes(self) -> int:
+        """About what predicting takes beside images and activations: hypernetwork, its output, the model; float32."""
+        return 4 * (self.parameters + 2 * self.weights)
+
+
+def plan_hypernet(model_name: str, *, generator: str = 'auto', **config: Any) -> Plan:
+    """Works out what a hypernetwork for a timm architecture would be, without making it.
+
+    Arguments and errors as `PudNet.for_target`.
+
+    Example:
+        >>> plan = plan_hypernet('resnet18')
+        >>> plan.config.generator, plan.kernels, len(plan.target.layers)
+        ('paper', 1392832, 20)
+    """
+    wanted = PudNetConfig(model_name=model_name, **config)
+    spec = target_of(wanted)
+    if 'input' not in config:  # of any size: only its channels matter here
+        grey = (0.5,) * spec.in_chans
+        wanted = dataclasses.replace(wanted, input=InputConfig(input_size=(spec.in_chans, 32, 32), mean=grey, std=grey))
+    wanted = dataclasses.replace(wanted, generator=_chosen(wanted) if generator == 'auto' else generator)
+    return Plan(config=wanted, target=spec, parameters=_num_parameters(wanted))
+
+
+def _num_parameters(config: PudNetConfig) -> int:
     with torch.device('meta'):
         return sum(parameter.numel() for parameter in PudNet(config).parameters())
 
 
 def _chosen(config: PudNetConfig) -> str:
     """The kind of generator that `auto` stands for."""
-    size = num_parameters(dataclasses.replace(config, generator='paper'))
+    size = _num_parameters(dataclasses.replace(config, generator='paper'))
     if size <= MOST_PARAMETERS:
         return 'paper'
     warnings.warn(
@@ -354,6 +409,18 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise InputError(f'device {str(device)!r} cannot be used here: use cpu, or cuda where there is one') from error
     return found
+
+
+def copy_speed(num_bytes: int = 2**26) -> float:
+    """Bytes a second that this machine reads and writes in memory, measured in a fraction of a second."""
+    source, target = torch.ones(num_bytes // 8), torch.ones(num_bytes // 8)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        source.sum()
+        target.fill_(2.0)
+        seconds.append(time.perf_counter() - started)
+    return num_bytes / min(seconds)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

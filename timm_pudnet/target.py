@@ -69,7 +69,6 @@ class TargetSpec:
         classifiers: Names of the modules, Linear or 1x1 conv, that turn features into logits: one, or none, or
             several whose logits the network puts together.
         num_features: Width of the features that the first of them reads.
-        headless: Keys of timm's model of `num_classes=0`; a few architectures lose more than the classifier there.
         in_chans: Channels of the images that it takes.
     """
 
@@ -82,7 +81,6 @@ class TargetSpec:
     tied: dict[str, str]
     classifiers: tuple[str, ...]
     num_features: int
-    headless: frozenset[str]
     in_chans: int
 
     def keys(self, role: Role) -> Iterator[str]:
@@ -92,6 +90,11 @@ class TargetSpec:
     def numel(self, role: Role) -> int:
         """Scalars in all tensors of one role."""
         return sum(math.prod(self.shapes[key]) for key in self.keys(role))
+
+    @property
+    def headless(self) -> frozenset[str]:
+        """Keys of timm's model of `num_classes=0`; a few architectures lose more than the classifier there."""
+        return _headless(self.model_name, json.dumps(self.model_kwargs, sort_keys=True))
 
     @property
     def predicted_share(self) -> float:
@@ -217,7 +220,6 @@ def _describe(model_name: str, predict_norm: bool, predict_linear: bool, kwargs_
     for key, role in roles.items():
         if role == 'classifier':
             shapes[key] = (1, *shapes[key][1:])
-    headless = frozenset(_meta_model(model_name, model_kwargs, 0).state_dict())
     reads = model.get_submodule(classifiers[0]) if classifiers else None
     width = reads.weight.shape[1] if reads is not None else getattr(model, 'num_features')  # type: ignore  # noqa: B009
     spec = TargetSpec(
@@ -230,10 +232,14 @@ def _describe(model_name: str, predict_norm: bool, predict_linear: bool, kwargs_
         tied=tied,
         classifiers=tuple(classifiers),
         num_features=int(width),
-        headless=headless,
         in_chans=_in_chans(model, model_kwargs),
     )
     return spec, _conv_mlp_hint(model)
+
+
+@functools.lru_cache(maxsize=64)
+def _headless(model_name: str, kwargs_json: str) -> frozenset[str]:
+    return frozenset(_meta_model(model_name, json.loads(kwargs_json), 0).state_dict())
 
 
 def _meta_model(model_name: str, model_kwargs: dict[str, Any], num_classes: int) -> nn.Module:
