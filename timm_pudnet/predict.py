@@ -9,6 +9,8 @@ import copy
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from timm_pudnet.adapt import HEADS, calibrate
-from timm_pudnet.config import InputConfig, InputError, NotFoundError, OutputExistsError
+from timm_pudnet.config import InputConfig, InputError, NotFoundError, OutputExistsError, PudNetWarning
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, target_of, usable_device
 from timm_pudnet.images import ImageSource, open_images
@@ -101,6 +103,8 @@ def predict_model(
     source = open_images(images, labels, input=network.config.input, split=split, data_dir=data_dir, strict=strict)
     try:
         return _predict(network.to(device).eval(), spec, source, head, device, balance, batch_size, timm_kwargs)
+    except torch.OutOfMemoryError as error:
+        raise InputError(f'{device} has not enough memory for {model_name} on one image: use device="cpu"') from error
     finally:
         network.to(home)
         for module, mode in modes.items():
@@ -213,7 +217,7 @@ def _predict(
     sketch = network.streaming_sketch(balance or ('class' if source.labelled else 'none'))
     sample = ImageSample.for_size(network.config.input.input_size)
     for images, labels in source.batches(batch_size):
-        sketch.add(images.to(device), labels)
+        _in_memory(lambda part, labels: sketch.add(part.to(device), labels), images, labels)
         sample.add(images, labels)
     num_classes = 0
     if source.labelled and head != 'none':
@@ -231,9 +235,8 @@ def _predict(
 
     with torch.inference_mode():
         weights = network(sketch.result())
-    adapting = {key: value for key, value in timm_kwargs.items() if key not in _NOT_OF_TARGET}
-    if not timm_kwargs.get('features_only'):
-        adapting = timm_kwargs
+    taken_apart = bool(timm_kwargs.get('features_only'))  # timm wraps such a model; it is calibrated whole before
+    adapting = {key: value for key, value in timm_kwargs.items() if not (taken_apart and key in _NOT_OF_TARGET)}
     model = _build(network, spec, weights, num_classes, source.class_names, adapting).to(device)
     classifiers = [model.get_submodule(name) for name in spec.classifiers] if num_classes else []
 
@@ -253,21 +256,29 @@ def _predict(
                 hook.remove()
         return [read[module] for module in classifiers]
 
-    sampled = calibrate(
-        model, sample.images.to(device), weights, prior_images=network.config.prior_images, forward=features
-    )
+    images, labels, prior = sample.images, sample.labels, network.config.prior_images
+    while True:
+        try:
+            sampled = calibrate(model, images.to(device), weights, prior_images=prior, forward=features)
+            break
+        except torch.OutOfMemoryError as error:
+            images = images[: _fewer(len(images), error)]
     if classifiers:
         streams = [HEADS[head](num_classes, source.class_names) for _ in classifiers]
-        if sample.complete:
-            assert sample.labels is not None
+
+        def add(images: Tensor, labels: Tensor) -> None:
+            for stream, rows in zip(streams, features(images.to(device)), strict=True):
+                stream.add(rows, labels)
+
+        if sample.complete and len(images) == sample.seen:
+            assert labels is not None
             for stream, rows in zip(streams, sampled, strict=True):
-                stream.add(rows, sample.labels)
+                stream.add(rows, labels)
         else:  # second pass, over more images than one batch holds
             with torch.inference_mode():
                 for images, labels in source.batches(batch_size):
                     assert labels is not None
-                    for stream, rows in zip(streams, features(images.to(device)), strict=True):
-                        stream.add(rows, labels)
+                    _in_memory(add, images, labels)
         for classifier, stream in zip(classifiers, streams, strict=True):
             fits = classifier.weight.shape[1] == len(network.whitening)  # that of the first one's features
             weight, bias = stream.classifier(network.whitening if fits else torch.eye(classifier.weight.shape[1]))
@@ -277,9 +288,27 @@ def _predict(
                 classifier.weight.copy_(weight.view_as(classifier.weight))  # type: ignore[union-attr, operator]
                 if classifier.bias is not None:
                     classifier.bias.copy_(bias)  # type: ignore[union-attr, operator]
-    if timm_kwargs.get('features_only'):
+    if taken_apart:
         model = _build(network, spec, model.state_dict(), 0, None, timm_kwargs).to(device)
     return model.eval()
+
+
+def _in_memory(run: Callable[[Tensor, Any], None], images: Tensor, labels: Tensor | None) -> None:
+    """Runs something over a batch; in halves, and halves of these, where the device has no memory for it."""
+    try:
+        run(images, labels)
+        return
+    except torch.OutOfMemoryError as error:
+        half = _fewer(len(images), error)
+    for part in (slice(None, half), slice(half, None)):
+        _in_memory(run, images[part], None if labels is None else labels[part])
+
+
+def _fewer(count: int, error: torch.OutOfMemoryError) -> int:
+    if count < 2:
+        raise error
+    warnings.warn(f'out of memory with {count} images at once: going on with {count // 2}', PudNetWarning, stacklevel=2)
+    return count // 2
 
 
 def _rows(classifier: nn.Module, features: Tensor) -> Tensor:
@@ -310,10 +339,9 @@ def _build(
         'tag': network.config.tag or None,
         **data_config(network.config.input),
         # What the architecture's own pretrained weights would bring along does not hold for these.
-        **dict.fromkeys(
-            ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'first_conv', 'test_input_size', 'test_crop_pct'), None
-        ),
+        **dict.fromkeys(('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'test_input_size', 'test_crop_pct'), None),
         **dict.fromkeys(('license', 'origin_url', 'paper_ids', 'paper_name', 'notes', 'label_descriptions'), None),
+        'first_conv': (),  # none to adapt; None would stop timm's pruned networks
         'label_offset': 0,
         'label_names': tuple(class_names) if num_classes and class_names else None,
     }
