@@ -265,7 +265,7 @@ class ImageSource:
         return (torch.stack(pixels) if pixels else torch.empty(0)), kept
 
     def _read(self, images: list[Any], names: list[str]) -> list[Tensor | Exception]:
-        """Every image, or what went wrong with it; on all cores, since PIL decodes and resizes without Python's lock."""
+        """Every image, or what went wrong with it; on all cores, since PIL works without Python's lock."""
 
         def read(part: slice) -> list[Tensor | Exception]:
             found: list[Tensor | Exception] = []
