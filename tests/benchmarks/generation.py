@@ -3,8 +3,8 @@
     python tests/benchmarks/generation.py [--out FILE.json] [--plot FILE.png] [--images 100 1000 10000] [--largest NAME]
 
 Run it on an otherwise idle machine. Ratios are of medians in one run: generation over reading the hypernetwork's bytes
-once and writing the target's once; the same with loading into a model; a prediction over one forward pass of the predicted
-network over the same images.
+once and writing the target's once; the same with loading into a model; a prediction beside reading its images and one
+forward pass of the predicted network over them.
 """
 
 from __future__ import annotations
