@@ -37,7 +37,9 @@ class RunningBatchNorm2d(nn.BatchNorm2d):
                 self.num_batches_tracked += 1
                 # A plain average at first, so that the start depends on the images and not on the initial 0 and 1.
                 rate = max(self.momentum or 0.1, 1.0 / float(self.num_batches_tracked))
-                variance, mean = torch.var_mean(input.float(), dim=(0, 2, 3), correction=0)
+                rows = input.float().transpose(0, 1).flatten(1)  # plain means of rows: faster than var_mean here
+                mean = rows.mean(1)
+                variance = (rows - mean[:, None]).square_().mean(1)
                 self.running_mean.lerp_(mean, rate)
                 self.running_var.lerp_(variance, rate)
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
