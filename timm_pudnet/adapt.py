@@ -6,6 +6,7 @@ Dimension letters: `n` images, `c h w` an image, `d` features, `k` classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ def calibrate(
     prior: Mapping[str, Tensor],
     *,
     prior_images: float = PRIOR_IMAGES,
-    forward: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
+    forward: Callable[[Tensor], Any] | None = None,
+) -> Any:
     """Sets the statistics of every BatchNorm to those of these images, in one forward pass in eval mode.
 
     Each layer's statistics are taken from the input that it gets from the layers before it, calibrated already, and are

@@ -100,7 +100,8 @@ class PudNet(nn.Module):
                 _slashed(key), torch.full(self.target.shapes[key], float(key.endswith('var'))).to(dtype)
             )
         # Where each of these is held, whatever is loaded or moved later.
-        self._places = [(key, self.shared._parameters, _slashed(key)) for key in shared]
+        self._places: list[tuple[str, dict[str, Any], str]] = []
+        self._places += [(key, self.shared._parameters, _slashed(key)) for key in shared]
         self._places += [(key, self.constants._buffers, _slashed(key)) for key in self.target.constants]
         self._places += [(key, self.norm_statistics._buffers, _slashed(key)) for key in self.target.keys('calibrated')]
 

@@ -280,14 +280,15 @@ def _predict(
                     assert labels is not None
                     _in_memory(add, images, labels)
         for classifier, stream in zip(classifiers, streams, strict=True):
-            fits = classifier.weight.shape[1] == len(network.whitening)  # that of the first one's features
-            weight, bias = stream.classifier(network.whitening if fits else torch.eye(classifier.weight.shape[1]))
+            assert isinstance(classifier, nn.Linear | nn.Conv2d)
+            width, whitening = classifier.weight.shape[1], network.whitening  # that of the first one's features
+            weight, bias = stream.classifier(whitening if width == len(whitening) else torch.eye(width))
             if classifier.bias is None and bias.any():
                 raise InputError(f'{network.config.model_name}: its classifier has no bias, which head {head!r} needs')
             with torch.no_grad():
-                classifier.weight.copy_(weight.view_as(classifier.weight))  # type: ignore[union-attr, operator]
+                classifier.weight.copy_(weight.view_as(classifier.weight))
                 if classifier.bias is not None:
-                    classifier.bias.copy_(bias)  # type: ignore[union-attr, operator]
+                    classifier.bias.copy_(bias)
     if taken_apart:
         model = _build(network, spec, model.state_dict(), 0, None, timm_kwargs).to(device)
     return model.eval()

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -272,8 +272,9 @@ def _layer(
     if short == 'weight' and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return LayerSpec(key, shape)
     if short == 'weight' and isinstance(module, CondConv2d):
-        experts, (out_chans, *rest) = module.num_experts, module.weight_shape
-        return LayerSpec(key, shape, (experts * out_chans, *rest), math.prod(rest))
+        # As timm keeps them: `(o, i, kh, kw)` of one expert.
+        out_chans, *rest = map(int, cast(Any, module.weight_shape))
+        return LayerSpec(key, shape, (int(cast(Any, module.num_experts)) * out_chans, *rest), math.prod(rest))
     if short == 'weight' and isinstance(module, nn.Linear) and predict_linear:
         return LayerSpec(key, shape, (*shape, 1))
     if not isinstance(tensor, nn.Parameter):
