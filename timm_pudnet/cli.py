@@ -258,7 +258,7 @@ def evaluate(
 
     from timm_pudnet import evaluation
     from timm_pudnet.hub import load_hypernet
-    from timm_pudnet.hypernet import usable_device, written_whole
+    from timm_pudnet.hypernet import usable_device, weights_sha256, written_whole
     from timm_pudnet.images import open_images
     from timm_pudnet.training.episodes import ImageBank, bank_input
 
@@ -284,6 +284,7 @@ def evaluate(
     if save and not Path(hypernet).is_dir():
         raise InputError(f'--save needs the folder of a hypernetwork, {hypernet} is none')
     network = load_hypernet(hypernet)
+    hashes = weights_sha256(hypernet) if save else {}  # now: the file may be another one when the measuring is done
     config = bank_input(network.config.input)
     source = open_images(images, input=config, split=split, data_dir=data_dir)
     unseen = [name for name in source.class_names or () if name not in network.config.class_names]
@@ -333,6 +334,8 @@ def evaluate(
         )
     click.echo(evaluation.format_table(result))
     if save:
+        named = Path(images).name if Path(images).is_absolute() else images
+        result.update(weights_sha256=hashes, images=named, split=split, support_split=support_split)
         ending = 'json' if protocol is None else f'{protocol}.json'
         results, listed = (Path(hypernet) / f'{name}.{ending}' for name in ('results', 'groups'))
         verb = 'Replaced  ' if results.exists() else 'Wrote     '

@@ -6,6 +6,7 @@ Dimension letters: `n` images, `c h w` an image, `m` width of the sketch, `L` pr
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -308,6 +309,18 @@ def read_config(path: Path) -> PudNetConfig:
         raise DamagedFileError(f'{path} is not JSON: {error}') from error
     except DamagedFileError as error:
         raise DamagedFileError(f'{path}: {error}') from error
+
+
+def weights_sha256(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """The sha256 of every weights file of a hypernetwork's folder, by file name.
+
+    Results that were measured name it, so that whoever publishes the folder can tell whether they are of these weights.
+    """
+    digests = {}
+    for name in (WEIGHTS_NAME,):
+        with (Path(folder) / name).open('rb') as file:
+            digests[name] = hashlib.file_digest(file, 'sha256').hexdigest()
+    return digests
 
 
 def library_versions() -> dict[str, str]:
