@@ -379,6 +379,11 @@ def _explained(what: str) -> Iterator[None]:
                 f'{what}: {constants.HF_HUB_CACHE} cannot be written ({error.strerror}): set HF_HOME to another folder'
             ) from error
         raise _unreachable(what, host, error) from error
+    except RuntimeError as error:  # of an upload; what went wrong stands behind it
+        if not isinstance(error.__cause__, Exception):
+            raise
+        with _explained(what):
+            raise error.__cause__
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HubError(f'{what}: {host} answers what no Hub does ({_reason(error)}): check HF_ENDPOINT') from error
     except Exception as error:
