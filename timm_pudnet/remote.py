@@ -383,7 +383,7 @@ def _explained(what: str) -> Iterator[None]:
         if not isinstance(error.__cause__, Exception):
             raise
         with _explained(what):
-            raise error.__cause__
+            raise error.__cause__ from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise HubError(f'{what}: {host} answers what no Hub does ({_reason(error)}): check HF_ENDPOINT') from error
     except Exception as error:
