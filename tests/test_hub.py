@@ -176,8 +176,18 @@ def test_accuracy_and_licence_are_those_of_the_files(shelf):
 
 @pytest.mark.parametrize(
     'name',
-    'hf-hub:org hf-hub:../name hf-hub:org/../name hf-hub:org/name@../x hf-hub:org/na\x1b[2Jme hf-hub: hf-hub:/a/b '
-    'hf-hub:org/name/more hf-hub:org/name@ hf-hub:org/name@a@b'.split(' '),
+    [
+        'hf-hub:',
+        'hf-hub:org',
+        'hf-hub:../name',
+        'hf-hub:org/../name',
+        'hf-hub:/a/b',
+        'hf-hub:org/name/more',
+        'hf-hub:org/na\x1b[2Jme',
+        'hf-hub:org/name@',
+        'hf-hub:org/name@../x',
+        'hf-hub:org/name@a@b',
+    ],
 )
 def test_what_is_no_name_on_the_hub_is_refused_before_anything_is_asked(name, shelf, one_line):
     with pytest.raises(InputError) as error:

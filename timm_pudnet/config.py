@@ -275,7 +275,7 @@ def _check_model_kwargs(given: Mapping[str, Any]) -> None:
             return depth > 0 and len(inner) <= 32 and all(plain(item, depth - 1) for item in inner)
         if isinstance(value, str):
             return len(value) <= 100 and value.isprintable()
-        return value is None or (isinstance(value, (bool, int, float)) and abs(value) <= 4096)
+        return value is None or (isinstance(value, (bool, int, float)) and abs(value) <= 2048)
 
     for key, value in given.items():
         if key in _NOT_FROM_A_FILE:

@@ -41,6 +41,7 @@ from timm_pudnet.files import (
     INDEX_NAME,
     SHARD,
     WEIGHTS_NAME,
+    read_header,
     read_json,
     read_tensors,
     weight_files,
@@ -51,7 +52,6 @@ from timm_pudnet.sketch import Balance, SketchEncoder, StreamingSketch
 from timm_pudnet.target import TargetSpec, describe_target
 
 MAX_SHARD_BYTES = 4_000_000_000  # weights above this size are saved as several files and an index
-MAX_PARTS = 30_000  # modules, parameters and buffers; timm's largest networks have a tenth of it
 
 
 class PudNet(nn.Module):
@@ -286,27 +286,29 @@ class PudNet(nn.Module):
         folder = remote.local_folder(name)
         if not (folder / CONFIG_NAME).is_file():
             raise NotFoundError(f'{folder} is no hypernetwork: it has no {CONFIG_NAME}')
-        weight_files(folder)  # clear errors first
+        stored = sum(len(read_header(path)[1]) for path in weight_files(folder))
         config = read_config(folder / CONFIG_NAME)
         try:
-            with torch.device('meta'), _few_parts():
+            # Target and hypernetwork have about twice as many parts as the file has tensors.
+            with torch.device('meta'), _at_most_parts(1000 + 20 * stored):
                 hypernet = cls(config)
         except Exception as error:  # whatever a stranger's config makes timm or torch raise
-            raise DamagedFileError(f'{folder / CONFIG_NAME}: {shown(str(error) or repr(error), 300)}') from error
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise DamagedFileError(f'{folder / CONFIG_NAME}: {shown(reason, 300)}') from error
         hypernet.load_state_dict(read_tensors(folder, hypernet.state_dict()), assign=True)
         return hypernet.requires_grad_(True).eval()
 
 
 @contextmanager
-def _few_parts() -> Iterator[None]:
-    """In the block, building a network of millions of parts stops before they fill the memory."""
+def _at_most_parts(most: int) -> Iterator[None]:
+    """In the block, building a network stops at so many modules, parameters and buffers."""
     count, mine = 0, threading.get_ident()
 
     def add(*_: Any) -> None:
         nonlocal count
         count += threading.get_ident() == mine
-        if count > MAX_PARTS:
-            raise InputError(f'asks for a network of more than {MAX_PARTS:,} parts; refused')
+        if count > most:
+            raise InputError(f'asks for a network of more than {most:,} parts, far more than the weights have; refused')
 
     hooks = nn.modules.module
     with ExitStack() as stack:
