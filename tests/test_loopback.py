@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,8 +82,17 @@ def two_at_once(repo):
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     return digest(repo)
 
+def cli(*args):
+    from click.testing import CliRunner
+    from timm_pudnet.cli import main
+    done = CliRunner().invoke(main, args, catch_exceptions=False)
+    return [done.exit_code, done.stdout, done.stderr]
+
 def listed(where):
     return [str(info) for info in hub.list_hypernets(hub=True).values() if info.where == where]
+
+def renewed(repo):
+    return [pull(repo), digest(repo), served(repo)]
 
 outcomes = []
 for name, *args in json.loads(sys.argv[1]):
@@ -190,6 +200,10 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         ['push', str(whole), 'org/once', license],
         ['push', str(whole), 'org/conflict', license],
         ['push', str(shards), 'org/test_resnet.tiny', {**license, 'dry_run': True}],
+        ['cli', 'push', str(whole), 'org/cli', '--license', 'mit', '--dry-run'],
+        ['cli', 'push', str(whole), 'org/cli', '--license', 'mit'],
+        ['cli', 'push', str(whole), 'org/cli', '--license', 'mit'],
+        ['cli', 'push', str(whole), 'org/conflict', '--license', 'mit'],
     )
     return dict(zip(names, outcomes, strict=True)), whole
 
@@ -227,6 +241,21 @@ def test_a_published_card_has_the_licence_and_the_results_with_their_intervals(p
     assert (result['dataset']['type'], result['dataset']['split']) == ('shapes', 'test')
     metric = result['metrics'][0]
     assert (metric['type'], metric['value'], metric['args']['interval']) == ('accuracy', 61.25, 1.5)
+
+
+def test_the_command_line_pushes_and_says_what_changed(pushed, server):
+    outcomes, _ = pushed
+    code, out, _ = outcomes['cli dry']['value']
+    assert code == 0
+    assert 'New        model.safetensors' in out
+    assert 'Nothing sent' in out
+    code, out, _ = outcomes['cli']['value']
+    assert (code, 'org/cli' in server.refs) == (0, True)
+    assert f'Published  {server.endpoint}/org/cli/commit/' in out
+    assert 'org/cli has all of' in outcomes['cli again']['value'][1]
+    code, out, err = outcomes['cli conflict']['value']
+    assert (code, out, err.count('\n')) == (2, '', 1)
+    assert err.startswith('Error: org/conflict')
 
 
 def test_a_commit_that_meets_another_one_is_tried_again(pushed, server):
@@ -282,6 +311,10 @@ def pulled(pushed, server, client, tiny_files, tmp_path_factory):
         server.faults[repo] = fault
     server.commit('org/cut-by-hand', tiny_files)
     server.commit('org/disk', tiny_files)
+    server.commit('org/newer', tiny_files)
+    server.commit('timm-pudnet/only-there.x', {})
+    metric = {'value': 50, 'args': {'interval': 2, 'n_way': 5, 'n_shot': 1}}
+    server.cards['timm-pudnet/only-there.x'] = {'license': 'mit', 'model-index': [{'results': [{'metrics': [metric]}]}]}
     evil = {'pytorch_model.bin': b'cos\nsystem\n', 'evil.py': b'raise SystemExit', '../../escape.json': b'{}'}
     evil['model-../../-of-00002.safetensors'] = b''
     server.commit('org/hostile', {**tiny_files, **evil})
@@ -303,6 +336,9 @@ def pulled(pushed, server, client, tiny_files, tmp_path_factory):
         'truncated': ['truncated', 'org/cut-by-hand'],
         'full': ['full_disk', 'org/disk'],
         'after full': ['digest', 'org/disk'],
+        'cli pull': ['cli', 'pull', 'org/test_resnet.tiny'],
+        'cli list': ['cli', 'list', '--hub'],
+        'cli fault': ['cli', 'pull', 'org/missing'],
         **{repo: ['pull', repo] for repo in FAULTS},
     }
     outcomes = client(home, *steps.values())
@@ -349,6 +385,33 @@ def test_nothing_but_our_files_is_fetched(pulled, server):
     assert server.gets('/org/llm/resolve/main/model.safetensors') == 0, 'weights of another kind are not downloaded'
     assert 'published damaged' in outcomes['published damaged']['error']
     assert not server.leaked
+
+
+def test_the_command_line_pulls_and_lists(pulled):
+    code, out, _ = pulled[1]['cli pull']['value']
+    assert code == 0
+    assert 'apache-2.0' in out
+    assert 'timm-pudnet predict test_resnet IMAGES --hypernet org/test_resnet.tiny' in out
+    code, out, _ = pulled[1]['cli list']['value']
+    assert code == 0
+    assert re.search(r'^resnet18\.mixed +embedded +\d\d\.\d\d ± ', out, re.M), out
+    assert re.search(r'^timm-pudnet/only-there\.x +hub +50\.00 ± 2\.00 % \(5-way, 1 labels\) .* mit$', out, re.M), out
+    code, out, err = pulled[1]['cli fault']['value']
+    assert (code, out, err.count('\n')) == (2, '', 1)
+
+
+def test_a_pull_brings_a_newer_commit_and_a_load_takes_what_is_there(pulled, client, server, tiny_files, tmp_path):
+    old = server.files('org/newer')
+    home = tmp_path / 'home'
+    (before,) = client(home, ['fetch', 'org/newer'])
+    new = server.commit('org/newer', {**old, 'README.md': b'new'})
+    loaded, renewed = client(home, ['fetch', 'org/newer'], ['renewed', 'org/newer'])
+    assert loaded['value'] == before['value'], 'a load does not ask'
+    assert renewed['value'][0].endswith(new)
+    server.faults['org/newer'] = 'down'
+    (kept,) = client(home, ['pull', 'org/newer'])
+    assert kept['value'].endswith(new), 'the cache serves while the Hub is down'
+    assert '500' in kept['warnings'][0]
 
 
 def test_what_is_cached_is_listed_with_accuracy_size_and_licence(pulled):

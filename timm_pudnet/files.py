@@ -166,6 +166,15 @@ def read_header(path: Path) -> tuple[int, dict[str, Entry]]:
     return 8 + length, entries
 
 
+def has_all_bytes(path: Path) -> bool:
+    """Whether a weights file is as long as its header says; a glance, `read_header` looks closely."""
+    with path.open('rb') as file:
+        length = int.from_bytes(file.read(8), 'little')
+        header = file.read(min(length, MAX_JSON_BYTES))
+    ends = re.findall(rb'"data_offsets":\s*\[\s*\d+\s*,\s*(\d{1,18})\s*\]', header)
+    return path.stat().st_size == 8 + length + max(map(int, ends), default=0)
+
+
 def _entry(path: Path, name: str, found: Any) -> Entry:
     try:
         dtype, shape, (start, end) = DTYPES[found['dtype']], found['shape'], found['data_offsets']

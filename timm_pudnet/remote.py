@@ -24,7 +24,7 @@ from timm_pudnet.files import (
     INDEX_NAME,
     SHARD,
     WEIGHTS_NAME,
-    read_header,
+    has_all_bytes,
     read_json,
     sha256,
     weight_files,
@@ -170,11 +170,7 @@ def _check(folder: Path) -> tuple[list[Path], bool]:
         paths = weight_files(folder)
     except (NotFoundError, DamagedFileError):
         return damaged, True
-    for path in paths:
-        try:
-            read_header(path)
-        except DamagedFileError:
-            damaged.append(path)
+    damaged += [path for path in paths if not has_all_bytes(path)]
     return damaged, False
 
 
