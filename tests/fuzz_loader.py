@@ -9,6 +9,7 @@ tests/test_files.py runs a few hundred.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import platform
@@ -26,8 +27,9 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from timm_pudnet import InputConfig, PudNet, PudNetError, PudNetWarning
+from timm_pudnet import InputConfig, PudNet, PudNetError, PudNetWarning, config, files
 
+LOADER = (config, files)  # the rooms whose version a result names
 MOST_SECONDS, MOST_BYTES = 10, 200_000_000
 
 NUMBERS = st.one_of(
@@ -247,6 +249,7 @@ if __name__ == '__main__':
             'longest_seconds': round(loader.longest, 3),
             'seconds_in_the_loader': round(loader.spent, 1),
             'most_bytes_of_one_input': int(loader.most),
+            'loader': hashlib.sha256(b''.join(Path(room.__file__).read_bytes() for room in LOADER)).hexdigest()[:12],
             'machine': f'{platform.machine()}, 1 thread, Python {platform.python_version()}, torch {torch.__version__}',
         }
     print(json.dumps(result, indent=2))

@@ -45,7 +45,10 @@ CONFIGS = {
     'a terabyte layer': ({'generator_kwargs': {'basis_kernels': 10**12}}, ['generators.0.expand', '1000000000000']),
     'a layer beyond all numbers': ({'generator_kwargs': {'basis_kernels': 10**40}}, ['config.json']),
     'ten million layers': ({'model_name': 'resnet18', 'model_kwargs': {'layers': [10**7] * 4}}, ['layers', 'refused']),
-    'eight thousand layers': ({'model_name': 'resnet18', 'model_kwargs': {'layers': [2000] * 4}}, ['parts', 'refused']),
+    'eight thousand layers': (
+        {'model_name': 'resnet18', 'model_kwargs': {'layers': [2000] * 4}},
+        ['modules', 'refused'],
+    ),
     'a checkpoint': ({'model_kwargs': {'checkpoint_path': 'evil.pth'}}, ['checkpoint_path', 'refused']),
     'weights from elsewhere': ({'model_kwargs': {'pretrained': True}}, ['pretrained', 'refused']),
     'an overlay': ({'model_kwargs': {'pretrained_cfg_overlay': {'file': 'x.pth'}}}, ['overlay', 'refused']),
@@ -248,7 +251,7 @@ def test_bent_files_are_loaded_or_refused_with_an_error_of_ours(tmp_path):
     assert loader.found['loaded'] > 10, 'or the inputs are so bent that nothing but their form is tried'
 
 
-def test_the_guard_against_many_parts_does_not_outlive_the_loading(net, one_line):
+def test_the_guard_against_many_modules_does_not_outlive_the_loading(net, one_line):
     bend(net, model_name='resnet18', model_kwargs={'layers': [2000] * 4})
-    refused(net, one_line, 'parts')
+    refused(net, one_line, 'modules')
     assert len(torch.nn.Sequential(*(torch.nn.Identity() for _ in range(20_000)))) == 20_000

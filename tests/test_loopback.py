@@ -189,6 +189,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
     license = {'license': 'apache-2.0'}
     home = tmp_path_factory.mktemp('pusher')
     names = ['dry', 'refused', 'first', 'again', 'shards', 'model', 'once', 'conflict', 'gone']
+    names += ['cli dry', 'cli', 'cli again', 'cli conflict']
     outcomes = client(
         home,
         ['push', str(whole), 'org/test_resnet.tiny', {**license, 'dry_run': True}],

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,55 +190,85 @@ def _entry(path: Path, name: str, found: Any) -> Entry:
     return Entry(dtype, tuple(shape), start, end)
 
 
-def read_tensors(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a hypernetwork's folder, in the types that are expected of them.
-
-    Names, shapes, types and sizes are all compared before the first tensor is read.
+@dataclass
+class Stored:
+    """A weights file as it was read.
 
     Args:
-        folder: What holds the weights file, or its shards and their index.
-        expected: Tensors of the right shape and type, on the meta device for instance.
+        path: The file.
+        start: Bytes before the first tensor.
+        entries: Place of every tensor.
+        data: All of the file's bytes.
+    """
+
+    path: Path
+    start: int
+    entries: dict[str, Entry]
+    data: bytes
+
+
+def read_weights(folder: str | os.PathLike[str]) -> list[Stored]:
+    """The weights files of a hypernetwork's folder; takes the memory of their size and no more.
 
     Raises:
         NotFoundError: There is no weights file.
-        DamagedFileError: A file is damaged; a tensor is missing, extra, of another shape or type, or not finite.
+        DamagedFileError: A file is damaged.
     """
-    paths = weight_files(folder)
-    headers = [read_header(path) for path in paths]
-    where = {key: path for path, (_, entries) in zip(paths, headers, strict=True) for key in entries}
-    if sum(len(entries) for _, entries in headers) != len(where):
-        raise DamagedFileError(f'{folder}: a tensor stands in two of its shards')
+    found = []
+    for path in weight_files(folder):
+        start, entries = read_header(path)
+        # Read as one block, not mapped: once that is given back, the allocator keeps blocks of any layer's size for
+        # the next kernels, instead of fetching fresh pages for each generation (glibc's dynamic threshold).
+        data = path.read_bytes()
+        if len(data) != start + max((entry.end for entry in entries.values()), default=0):
+            raise DamagedFileError(f'{path} is damaged (it changed while it was read)')
+        found.append(Stored(path, start, entries, data))
+    return found
+
+
+def as_tensors(stored: list[Stored], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of weights files, in the types that are expected of them; uses `stored` up.
+
+    Names, shapes and types are all compared before the first tensor is made.
+
+    Args:
+        stored: What `read_weights` gave.
+        expected: Tensors of the right shape and type, on the meta device for instance.
+
+    Raises:
+        DamagedFileError: A tensor is missing, extra, of another shape or type, or not finite.
+    """
+    where = {key: file.path for file in stored for key in file.entries}
+    home = stored[0].path if len(stored) == 1 else stored[0].path.with_name(INDEX_NAME)
+    if sum(len(file.entries) for file in stored) != len(where):
+        raise DamagedFileError(f'{home}: a tensor stands in two of its shards')
     for key in sorted(expected.keys() ^ where.keys()):
-        file = where.get(key, paths[0] if len(paths) == 1 else folder / INDEX_NAME)
-        raise DamagedFileError(f'{file}: tensor {shown(key)} is {"missing" if key in expected else "not expected"}')
-    for path, (_, entries) in zip(paths, headers, strict=True):
-        for key, entry in entries.items():
+        what = 'missing' if key in expected else 'not expected'
+        raise DamagedFileError(f'{where.get(key, home)}: tensor {shown(key)} is {what}')
+    for file in stored:
+        for key, entry in file.entries.items():
             wanted = expected[key]
             if entry.shape != tuple(wanted.shape):
                 raise DamagedFileError(
-                    f'{path}: tensor {key} has shape {entry.shape}, its config asks for {tuple(wanted.shape)}'
+                    f'{file.path}: tensor {key} has shape {entry.shape}, its config asks for {tuple(wanted.shape)}'
                 )
             narrow = wanted.is_floating_point() and entry.dtype in (torch.float16, torch.bfloat16)
             if entry.dtype != wanted.dtype and not narrow:
-                raise DamagedFileError(f'{path}: tensor {key} is of {entry.dtype}, not of {wanted.dtype}')
+                raise DamagedFileError(f'{file.path}: tensor {key} is of {entry.dtype}, not of {wanted.dtype}')
     state = {}
-    for path, (start, entries) in zip(paths, headers, strict=True):
-        # Read as one block, not mapped: once that is given back, the allocator keeps blocks of any layer's size for
-        # the next kernels, instead of fetching fresh pages for each generation (glibc's dynamic threshold).
-        block = torch.empty(path.stat().st_size - start, dtype=torch.uint8)
-        with path.open('rb') as file:
-            file.seek(start)
-            count = file.readinto(block.numpy())  # type: ignore[arg-type]
-            if count != len(block):
-                raise DamagedFileError(f'{path} is damaged (it became shorter while it was read)')
-        for key, entry in entries.items():
-            held = block[entry.start : entry.end]
-            held = held.clone() if entry.start % entry.dtype.itemsize else held
-            # A copy, since kernels round by alignment, and the block's tensors are aligned by chance.
+    while stored:
+        file = stored.pop()
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'The given buffer is not writable')  # nor is it written to
+            block = torch.frombuffer(file.data, dtype=torch.uint8)
+        for key, entry in file.entries.items():
+            start, end = file.start + entry.start, file.start + entry.end
+            held = block[start:end].clone() if start % entry.dtype.itemsize else block[start:end]
+            # A copy, since the block's tensors are aligned by chance, and kernels round by alignment.
             value = held.view(entry.dtype).view(entry.shape).to(expected[key].dtype, copy=True)
             # One sum finds any NaN or infinity at the cost of reading the tensor once.
             if value.is_floating_point() and not value.sum().isfinite():
-                raise DamagedFileError(f'{path}: tensor {key} holds values that are not finite')
+                raise DamagedFileError(f'{file.path}: tensor {key} holds values that are not finite')
             state[key] = value
     return state
 

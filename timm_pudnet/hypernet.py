@@ -41,10 +41,9 @@ from timm_pudnet.files import (
     INDEX_NAME,
     SHARD,
     WEIGHTS_NAME,
-    read_header,
+    as_tensors,
     read_json,
-    read_tensors,
-    weight_files,
+    read_weights,
 )
 from timm_pudnet.generators import create_generator
 from timm_pudnet.images import open_images
@@ -271,8 +270,8 @@ class PudNet(nn.Module):
     def from_pretrained(cls, name: str | os.PathLike[str]) -> PudNet:
         """Reads what `save_pretrained` wrote; ready to predict (eval mode, float32).
 
-        Whoever wrote the files, nothing of them is run, and no memory is taken before they are found to be what the
-        config says.
+        Whoever wrote the files, nothing of them is run, and no memory beyond their size is taken before they are found
+        to be what the config says.
 
         Args:
             name: A folder, or a repository on the Hugging Face Hub: `org/name`, `org/name@revision`. With timm's
@@ -286,35 +285,32 @@ class PudNet(nn.Module):
         folder = remote.local_folder(name)
         if not (folder / CONFIG_NAME).is_file():
             raise NotFoundError(f'{folder} is no hypernetwork: it has no {CONFIG_NAME}')
-        stored = sum(len(read_header(path)[1]) for path in weight_files(folder))
+        stored = read_weights(folder)
         config = read_config(folder / CONFIG_NAME)
         try:
-            # Target and hypernetwork have about twice as many parts as the file has tensors.
-            with torch.device('meta'), _at_most_parts(1000 + 20 * stored):
+            # Target and hypernetwork have about as many modules as the files have tensors.
+            most = 1000 + 10 * sum(len(file.entries) for file in stored)
+            with torch.device('meta'), _at_most_modules(most):
                 hypernet = cls(config)
         except Exception as error:  # whatever a stranger's config makes timm or torch raise
             reason = (str(error) or repr(error)).splitlines()[0]
             raise DamagedFileError(f'{folder / CONFIG_NAME}: {shown(reason, 300)}') from error
-        hypernet.load_state_dict(read_tensors(folder, hypernet.state_dict()), assign=True)
+        hypernet.load_state_dict(as_tensors(stored, hypernet.state_dict()), assign=True)
         return hypernet.requires_grad_(True).eval()
 
 
 @contextmanager
-def _at_most_parts(most: int) -> Iterator[None]:
-    """In the block, building a network stops at so many modules, parameters and buffers."""
+def _at_most_modules(most: int) -> Iterator[None]:
+    """In the block, building a network stops at so many modules, long before they fill the memory."""
     count, mine = 0, threading.get_ident()
 
     def add(*_: Any) -> None:
         nonlocal count
         count += threading.get_ident() == mine
         if count > most:
-            raise InputError(f'asks for a network of more than {most:,} parts, far more than the weights have; refused')
+            raise InputError(f'asks for a network of over {most:,} modules, far more than the weights have; refused')
 
-    hooks = nn.modules.module
-    with ExitStack() as stack:
-        stack.enter_context(hooks.register_module_module_registration_hook(add))
-        stack.enter_context(hooks.register_module_parameter_registration_hook(add))
-        stack.enter_context(hooks.register_module_buffer_registration_hook(add))
+    with nn.modules.module.register_module_module_registration_hook(add):
         yield
 
 
