@@ -44,6 +44,7 @@ class LoopbackHub(ThreadingHTTPServer):
         self.asked = []  # (method, path)
         self.count = Counter()
         self.leaked = []  # paths on the other host that a token was sent to
+        self.controls = {}  # what /control/NAME does, so that a client can have something happen between two steps
         self.lock = threading.Lock()
 
     def __enter__(self):
@@ -124,6 +125,8 @@ class Handler(BaseHTTPRequestHandler):
         hub.asked.append((method, path))
         if path.startswith('/storage/'):
             return self.store(method, path.rpartition('/')[2], body)
+        if path.startswith('/control/'):
+            return self.answer(200, hub.controls[path.removeprefix('/control/')]())
         if path == '/api/repos/create':
             asked = json.loads(body)
             return self.create(f'{asked["organization"]}/{asked["name"]}')
