@@ -16,7 +16,7 @@ from timm_pudnet.config import (
 )
 from timm_pudnet.evaluation import evaluate
 from timm_pudnet.hub import describe_hypernet, list_hypernets, load_hypernet, pull, push
-from timm_pudnet.hypernet import PudNet
+from timm_pudnet.hypernet import Plan, PudNet, plan_hypernet
 from timm_pudnet.images import open_images
 from timm_pudnet.predict import create_model, predict_model, predict_state_dict, push_model, save_model
 from timm_pudnet.target import TargetSpec, describe_target
@@ -29,6 +29,7 @@ __all__ = [
     'InputError',
     'NotFoundError',
     'OutputExistsError',
+    'Plan',
     'PudNet',
     'PudNetConfig',
     'PudNetError',
@@ -45,6 +46,7 @@ __all__ = [
     'load_hypernet',
     'meta_train',
     'open_images',
+    'plan_hypernet',
     'predict_model',
     'predict_state_dict',
     'pull',
