@@ -356,17 +356,17 @@ def _explained(what: str) -> Iterator[None]:
         raise NotFoundError(
             f'{what}: {host} has no such repository; if it is private, set HF_TOKEN to a token that may read it'
         ) from error
-    except hub.RemoteEntryNotFoundError as error:
-        raise NotFoundError(f'{what}: a file that it lists is not there: {_reason(error)}') from error
-    except hub.HFValidationError as error:
-        raise InputError(f'{shown(what)} is no name of a repository: {_reason(error)}') from error
-    except hub.HfHubHTTPError as error:
-        raise _of_status(what, host, error) from error
     except hub.LocalEntryNotFoundError as error:
         cause = error.__cause__
         if isinstance(cause, hub.HfHubHTTPError):
             raise _of_status(what, host, cause, passing=False) from error  # it was tried five times
         raise _unreachable(what, host, cause or error, passing=False) from error
+    except hub.EntryNotFoundError as error:
+        raise NotFoundError(f'{what}: a file that it lists is not there: {_reason(error)}') from error
+    except hub.HFValidationError as error:
+        raise InputError(f'{shown(what)} is no name of a repository: {_reason(error)}') from error
+    except hub.HfHubHTTPError as error:
+        raise _of_status(what, host, error) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise HubError(f'{what}: the disk of {constants.HF_HUB_CACHE} is full ({error.strerror})') from error
