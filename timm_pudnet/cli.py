@@ -58,7 +58,7 @@ def _data_options(split: str) -> Callable[[Callable[..., None]], Callable[..., N
 @click.option('--out', type=click.Path(path_type=Path), help='New folder for the model, in timm format.')
 @click.option(
     '--hypernet',
-    help='Hypernetwork: a name, a folder, or org/name on the Hub; by default the one that serves MODEL_NAME.',
+    help='Hypernetwork: name, folder or org/name on the Hub; by default the one that serves MODEL_NAME.',
 )
 @click.option(
     '--head',

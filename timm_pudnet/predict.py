@@ -62,8 +62,8 @@ def predict_model(
             `Dataset`, a `DataLoader`, or a timm dataset name such as `torch/cifar10`. Images of any size are resized.
         labels: Class of every image, as numbers or names; else those of the data. Without labels the model has no
             classifier and gives features.
-        hypernet: A `PudNet`, its folder, its name, or `org/name@revision` on the Hub; by default the one that serves the
-            architecture.
+        hypernet: A `PudNet`, its folder, its name, or `org/name@revision` on the Hub; by default the one that serves
+            the architecture.
         head: What is written into the classifier: `centroid` (eq. 7), `ridge` (a ridge regression to the classes, in
             closed form, `adapt.StreamingRidge`), or `none` for a feature model in spite of labels.
         device: Where to predict; by default CUDA where there is one. The model is returned there.
