@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,18 @@ def cli(*args):
 
 def listed(where):
     return [str(info) for info in hub.list_hypernets(hub=True).values() if info.where == where]
+
+def release(script, *args):
+    import contextlib, io, runpy
+    kept, sys.argv = sys.argv, ['release', *args]
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out):
+            runpy.run_path(script, run_name='__main__')
+    except SystemExit as end:
+        return [end.code, out.getvalue()]
+    finally:
+        sys.argv = kept
 
 def control(name):
     from urllib.request import urlopen
@@ -186,11 +199,14 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
     (whole / 'secrets.json').write_text('{}')
     complete(tiny.save_pretrained(shards, max_shard_bytes=60_000))
     assert len(list(shards.glob('model-*.safetensors'))) > 1
+    shutil.copytree(whole, folder / 'shelf' / 'test_resnet.shelved')
+    (folder / 'shelf' / 'test_resnet.shelved' / 'README.md').write_text('---\nlicense: mit\n---\nOurs.\n')
+    release = ['release', str(ROOT / 'hub' / 'release'), 'org', '--hub', str(folder / 'shelf')]
     server.faults.update({'org/conflict': 'conflict', 'org/once': 'conflict once'})
     license = {'license': 'apache-2.0'}
     home = tmp_path_factory.mktemp('pusher')
     names = ['dry', 'refused', 'first', 'again', 'shards', 'model', 'once', 'conflict', 'gone']
-    names += ['cli dry', 'cli', 'cli again', 'cli conflict']
+    names += ['cli dry', 'cli', 'cli again', 'cli conflict', 'release dry', 'release', 'release again']
     outcomes = client(
         home,
         ['push', str(whole), 'org/test_resnet.tiny', {**license, 'dry_run': True}],
@@ -206,6 +222,9 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         ['cli', 'push', str(whole), 'org/cli', '--license', 'mit'],
         ['cli', 'push', str(whole), 'org/cli', '--license', 'mit'],
         ['cli', 'push', str(whole), 'org/conflict', '--license', 'mit'],
+        [*release, '--dry-run'],
+        release,
+        release,
     )
     return dict(zip(names, outcomes, strict=True)), whole
 
@@ -258,6 +277,21 @@ def test_the_command_line_pushes_and_says_what_changed(pushed, server):
     code, out, err = outcomes['cli conflict']['value']
     assert (code, out, err.count('\n')) == (2, '', 1)
     assert err.startswith('Error: org/conflict')
+
+
+def test_release_publishes_every_folder_that_changed(pushed, server):
+    outcomes, _ = pushed
+    code, out = outcomes['release dry']['value']
+    assert code == 0
+    assert 'New        org/test_resnet.shelved/model.safetensors' in out
+    assert 'not sent: dry run: org/test_resnet.shelved' in out
+    code, out = outcomes['release']['value']
+    assert code == 0
+    assert f'{server.endpoint}/org/test_resnet.shelved/commit/' in out
+    assert b'Ours.' in server.files('org/test_resnet.shelved')['README.md']
+    assert outcomes['release again']['value'][0] == 0
+    assert 'up to date: org/test_resnet.shelved' in outcomes['release again']['value'][1]
+    assert len(server.commits['org/test_resnet.shelved']) == 2, 'the one that made it, and one more'
 
 
 def test_a_commit_that_meets_another_one_is_tried_again(pushed, server):
