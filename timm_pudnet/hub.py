@@ -81,7 +81,10 @@ class HypernetInfo:
             if self.accuracy.get('n_way'):
                 measured += ' ({n_way}-way, {n_shot} labels)'.format(**self.accuracy)
         size = f'{self.size / 1e6:,.0f} MB' if self.size else '-'
-        return f'{self.name:40} {self.where:9} {measured:32} {size:>8}  {self.license or "no licence"}'
+        line = f'{self.name:40} {self.where:9} {measured:32} {size:>8}  {self.license or "no licence"}'
+        if self.config is not None:
+            line += f', {len(self.config.class_names)} classes seen, input {self.config.input.input_size}'
+        return line
 
 
 def _shelves() -> list[Path]:
