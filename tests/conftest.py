@@ -28,6 +28,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def no_hub(tmp_path_factory):
+    """No test asks the Hub or sees the developer's cache of it; tests/test_loopback.py has a Hub of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp('hub-cache'))
+        patch.setenv('HF_HUB_OFFLINE', '1')
+        patch.setenv('HF_HUB_CACHE', cache)
+        patch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+        patch.setattr('huggingface_hub.constants.HF_HUB_CACHE', cache)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same global random state and leaves the one it found."""

@@ -19,12 +19,15 @@ from timm_pudnet import (
     PudNetError,
     Recipe,
     UnsupportedTargetError,
+    describe_hypernet,
     hub,
     list_hypernets,
     load_hypernet,
     predict_model,
+    push,
 )
 from timm_pudnet.evaluation import TestGroups
+from timm_pudnet.files import weights_sha256
 from timm_pudnet.hub import resolve_hypernet
 
 UNSEEN = {'Shirt', 'Sneaker', 'Bag', 'Ankle boot'}
@@ -57,8 +60,10 @@ def test_a_hypernetwork_is_loaded_by_folder_by_name_and_by_architecture(shelf, t
 def test_those_at_hand_are_listed_with_their_configs(shelf):
     found = list_hypernets()
     assert list(found) == ['test_resnet.tiny', 'test_resnet2.other']
-    assert found['test_resnet.tiny'].class_names == ('ball', 'hat')
-    assert all(config.model_name == 'test_resnet' for config in found.values())
+    assert found['test_resnet.tiny'].config.class_names == ('ball', 'hat')
+    assert {(info.model_name, info.where) for info in found.values()} == {('test_resnet', 'embedded')}
+    assert found['test_resnet.tiny'].size == (shelf / 'test_resnet.tiny' / 'model.safetensors').stat().st_size
+    assert found['test_resnet.tiny'].accuracy is found['test_resnet.tiny'].license is None, 'nothing says so'
 
 
 def test_the_first_shelf_goes_first(shelf, tmp_path, monkeypatch):
@@ -154,6 +159,118 @@ def test_the_hypernetwork_that_serves_an_architecture_is_found(shelf, tiny):
     assert resolve_hypernet('test_resnet', tiny) is tiny
     with pytest.raises(UnsupportedTargetError, match=r'test_resnet\.tiny predicts test_resnet, not resnet18'):
         resolve_hypernet('resnet18', 'test_resnet.tiny')
+
+
+def test_accuracy_and_licence_are_those_of_the_files(shelf):
+    folder = shelf / 'test_resnet.tiny'
+    row = {'mean': 61.25, 'interval': 1.5}
+    results = {'accuracy': {'predicted': row}, 'n_way': 5, 'n_shot': 10, 'groups': 500}
+    (folder / 'results.other.json').write_text(json.dumps({**results, 'n_way': 3}))
+    (folder / 'README.md').write_text('---\ntags: [a]\nlicense: mit\n---\n\nlicense: none of this\n')
+    info = describe_hypernet('test_resnet')
+    assert (info.name, info.where, info.license, info.accuracy['n_way']) == ('test_resnet.tiny', 'embedded', 'mit', '3')
+    (folder / 'results.json').write_text(json.dumps(results))
+    assert describe_hypernet('test_resnet.tiny').accuracy['n_way'] == '5', 'results.json goes first'
+    assert '61.25 ± 1.50 % (5-way, 10 labels)' in str(describe_hypernet(folder))
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'hf-hub:',
+        'hf-hub:org',
+        'hf-hub:../name',
+        'hf-hub:org/../name',
+        'hf-hub:/a/b',
+        'hf-hub:org/name/more',
+        'hf-hub:org/na\x1b[2Jme',
+        'hf-hub:org/name@',
+        'hf-hub:org/name@../x',
+        'hf-hub:org/name@a@b',
+    ],
+)
+def test_what_is_no_name_on_the_hub_is_refused_before_anything_is_asked(name, shelf, one_line):
+    with pytest.raises(InputError) as error:
+        load_hypernet(name)
+    one_line(error, 'hf-hub:org/name')
+    assert '\x1b' not in str(error.value)
+
+
+def test_a_prefix_says_which_of_both_is_meant(shelf, tiny_folder, tmp_path, one_line):
+    shutil.copytree(tiny_folder, tmp_path / 'org' / 'name')
+    for name in ('org/name', 'local-dir:org/name', f'local-dir:{tiny_folder}'):
+        assert load_hypernet(name).name == PudNet.from_pretrained(name).name == 'test_resnet.tiny'
+    for call in (load_hypernet, PudNet.from_pretrained):
+        with pytest.raises(NotFoundError) as error:
+            call('hf-hub:org/name')
+        one_line(error, 'org/name@main', 'HF_HUB_OFFLINE')
+        with pytest.raises(NotFoundError) as error:
+            call('local-dir:org/other')
+        one_line(error, 'org/other', 'no such folder')
+
+
+# Publishing: what is refused before anything is asked
+
+
+@pytest.fixture
+def complete(tiny_folder, tmp_path):
+    """A folder that may be published, but for its licence."""
+    folder = shutil.copytree(tiny_folder, tmp_path / 'complete')
+    (folder / 'recipe.toml').write_text('seed = 0\n')
+    row = {'mean': 61.25, 'interval': 1.5}
+    results = {'accuracy': {'predicted': row}, 'classes': ['mug'], 'n_way': 5, 'n_shot': 10, 'groups': 500}
+    results['weights_sha256'] = weights_sha256(folder)
+    (folder / 'results.json').write_text(json.dumps(results))
+    return folder
+
+
+def change_results(folder, **changes):
+    found = json.loads((folder / 'results.json').read_text())
+    (folder / 'results.json').write_text(json.dumps({**found, **changes}))
+
+
+INCOMPLETE = {
+    'no recipe': (lambda folder: (folder / 'recipe.toml').unlink(), ['recipe.toml']),
+    'no results': (lambda folder: (folder / 'results.json').unlink(), ['no results', 'evaluate']),
+    'results of before hashes': (lambda folder: change_results(folder, weights_sha256=None), ['results.json', 'which']),
+    'results of other weights': (
+        lambda folder: PudNet.for_target('test_resnet', sketch_width=8).save_pretrained(folder, overwrite=True),
+        ['results.json', 'other weights', 'evaluate'],
+    ),
+    'results on a seen class': (lambda folder: change_results(folder, classes=['mug', 'hat']), ['hat', 'seen']),
+    'no accuracy': (lambda folder: change_results(folder, accuracy={}), ['results.json', 'evaluate']),
+    'no licence': (lambda folder: None, ['--license']),
+    'no config': (lambda folder: (folder / 'config.json').unlink(), ['config.json']),
+}
+
+
+@pytest.mark.parametrize('case', INCOMPLETE)
+def test_a_folder_that_is_not_complete_is_not_published(case, complete, one_line):
+    change, needles = INCOMPLETE[case]
+    change(complete)
+    with pytest.raises(PudNetError) as error:
+        push(complete, 'org/name')
+    one_line(error, complete, *needles)
+
+
+@pytest.mark.parametrize('repo', ['name', 'org/name@v1', '../name', 'org/na me'])
+def test_a_push_goes_to_a_repository(repo, complete, one_line):
+    with pytest.raises(InputError) as error:
+        push(complete, repo, license='mit')
+    one_line(error, repo.removeprefix('../'), 'org/name')
+
+
+def test_release_publishes_nothing_unless_all_are_complete(complete, tiny_folder, tmp_path, fresh_process):
+    shelf = tmp_path / 'hub'
+    shutil.copytree(complete, shelf / 'test_resnet.good')
+    (shelf / 'test_resnet.good' / 'README.md').write_text('---\nlicense: mit\n---\n')
+    shutil.copytree(tiny_folder, shelf / 'test_resnet.bad')
+    code, out, err = fresh_process(HUB / 'release', 'org', '--dry-run', '--hub', shelf)
+    assert code == 2
+    assert 'Complete   test_resnet.good' in out
+    assert 'Refused    test_resnet.bad' in err
+    assert 'Nothing published' in err
+    assert 'HF_HUB_OFFLINE' not in err, 'the Hub is not asked before all are checked'
 
 
 # Those in hub/

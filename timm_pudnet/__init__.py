@@ -3,6 +3,7 @@
 import timm_pudnet.convnet3  # noqa: F401  (registers the architecture convnet3 with timm)
 from timm_pudnet.config import (
     DamagedFileError,
+    HubError,
     InputConfig,
     InputError,
     NotFoundError,
@@ -14,15 +15,16 @@ from timm_pudnet.config import (
     __version__,
 )
 from timm_pudnet.evaluation import evaluate
-from timm_pudnet.hub import list_hypernets, load_hypernet
+from timm_pudnet.hub import describe_hypernet, list_hypernets, load_hypernet, pull, push
 from timm_pudnet.hypernet import Plan, PudNet, plan_hypernet
 from timm_pudnet.images import open_images
-from timm_pudnet.predict import create_model, predict_model, predict_state_dict, save_model
+from timm_pudnet.predict import create_model, predict_model, predict_state_dict, push_model, save_model
 from timm_pudnet.target import TargetSpec, describe_target
 from timm_pudnet.training import Recipe, meta_train
 
 __all__ = [
     'DamagedFileError',
+    'HubError',
     'InputConfig',
     'InputError',
     'NotFoundError',
@@ -37,6 +39,7 @@ __all__ = [
     'UnsupportedTargetError',
     '__version__',
     'create_model',
+    'describe_hypernet',
     'describe_target',
     'evaluate',
     'list_hypernets',
@@ -46,5 +49,8 @@ __all__ = [
     'plan_hypernet',
     'predict_model',
     'predict_state_dict',
+    'pull',
+    'push',
+    'push_model',
     'save_model',
 ]

@@ -56,7 +56,10 @@ def _data_options(split: str) -> Callable[[Callable[..., None]], Callable[..., N
 @click.argument('model_name')
 @click.argument('images')
 @click.option('--out', type=click.Path(path_type=Path), help='New folder for the model, in timm format.')
-@click.option('--hypernet', help='Hypernetwork: a name or a folder; by default the one that serves MODEL_NAME.')
+@click.option(
+    '--hypernet',
+    help='Hypernetwork: name, folder or org/name on the Hub; by default the one that serves MODEL_NAME.',
+)
 @click.option(
     '--head',
     type=click.Choice(['centroid', 'ridge', 'none']),
@@ -257,8 +260,9 @@ def evaluate(
     from safetensors import SafetensorError
 
     from timm_pudnet import evaluation
+    from timm_pudnet.files import weights_sha256
     from timm_pudnet.hub import load_hypernet
-    from timm_pudnet.hypernet import usable_device, weights_sha256, written_whole
+    from timm_pudnet.hypernet import usable_device, written_whole
     from timm_pudnet.images import open_images
     from timm_pudnet.training.episodes import ImageBank, bank_input
 
@@ -415,17 +419,50 @@ def _key_value(text: str) -> tuple[str, Any]:
 
 
 @main.command(name='list')
-def list_command() -> None:
-    """List the hypernetworks at hand."""
+@click.option('--hub', is_flag=True, help='Ask the Hugging Face Hub too for those that are not at hand.')
+def list_command(hub: bool) -> None:
+    """List the hypernetworks at hand: name, where it is, measured accuracy, size, licence."""
     from timm_pudnet.hub import list_hypernets
 
-    found = list_hypernets()
+    found = list_hypernets(hub=hub)
     if not found:
         click.echo('No hypernetwork is at hand: train one (timm-pudnet train) and name its folder')
-    for name, config in found.items():
-        click.echo(
-            f'{name:32}{config.model_name}, {len(config.class_names)} classes seen, input {config.input.input_size}'
-        )
+    for info in found.values():
+        click.echo(str(info))
+
+
+@main.command()
+@click.argument('name')
+def pull(name: str) -> None:
+    """Fetch the hypernetwork NAME from the Hugging Face Hub, or bring it up to date: org/name or org/name@revision."""
+    from timm_pudnet import hub
+
+    folder = hub.pull(name)
+    info = hub.describe_hypernet(folder)
+    click.echo(f'At hand    {folder} ({info.size / 1e6:.0f} MB, {info.license or "no licence"})')
+    click.echo(f'\n    timm-pudnet predict {info.model_name} IMAGES --hypernet {shlex.quote(name)}\n')
+
+
+@main.command()
+@click.argument('folder', type=click.Path(path_type=Path))
+@click.argument('repo')
+@click.option('--dry-run', is_flag=True, help='Only check, and say what would change.')
+@click.option('--private', is_flag=True, help='Make the repository private, where it is made.')
+@click.option('--license', 'license_', help='Of the card, where FOLDER has no README.md that says one.')
+@click.option('--message', default='Upload by timm-pudnet', show_default=True, help='Of the commit.')
+def push(folder: Path, repo: str, dry_run: bool, private: bool, license_: str | None, message: str) -> None:
+    """Publish FOLDER, a hypernetwork or a predicted model, as REPO (org/name) on the Hugging Face Hub."""
+    from timm_pudnet import hub
+
+    pushed = hub.push(folder, repo, license=license_, private=private, dry_run=dry_run, message=message)
+    for name, what in pushed.changes.items():
+        click.echo(f'{what.capitalize():10} {name}')
+    if not pushed.changes:
+        click.echo(f'{pushed.repo} has all of {folder} already')
+    elif dry_run:
+        click.echo('Nothing sent: leave out --dry-run to publish')
+    else:
+        click.echo(f'Published  {pushed.address}')
 
 
 def _whitening_path(control: Path) -> Path:

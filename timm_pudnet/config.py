@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 __version__ = '0.1.0'
 FORMAT_VERSION = 1
+_CONTROL = re.compile(r'[\x00-\x1f\x7f-\x9f]')
 
 
 class PudNetError(Exception):
@@ -37,6 +39,12 @@ class DamagedFileError(PudNetError, ValueError):
     """A hypernetwork's or checkpoint's file is truncated, incomplete or not what its config says."""
 
 
+class HubError(PudNetError, OSError):
+    """The Hugging Face Hub cannot be asked, or refuses."""
+
+    passing = False  # whether it may pass when tried again
+
+
 class PudNetWarning(UserWarning):
     """Something was skipped, dropped or adapted; the text says what and how often."""
 
@@ -50,6 +58,17 @@ def close_names(name: str, known: Iterable[str], count: int = 3) -> str:
     """
     found = difflib.get_close_matches(name, list(known), n=count)
     return f' Did you mean {", ".join(found)}?' if found else ''
+
+
+def shown(name: object, most: int = 80) -> str:
+    r"""A name out of a file as an error line can show it: no control characters, not too long.
+
+    Example:
+        >>> shown('conv.weight'), shown('\x1b[2J')
+        ('conv.weight', "'\\x1b[2J'")
+    """
+    text = name if isinstance(name, str) and name.isprintable() else repr(name)
+    return text if len(text) <= most else f'{text[:most]}...'
 
 
 def reject_unknown_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -163,6 +182,10 @@ class PudNetConfig:
             raise InputError('model_name must be the name of a timm architecture, resnet18 for instance')
         if not isinstance(self.sketch_width, int) or not 1 <= self.sketch_width <= 8192:
             raise InputError(f'sketch_width must be in 1-8192, got {self.sketch_width}')
+        if not re.fullmatch(r'[A-Za-z0-9_.+-]*', str(self.tag)) or '..' in str(self.tag):
+            raise InputError(f'tag must be letters, digits, dots, - and _, got {self.tag!r}')
+        if not all(isinstance(name, str) and not _CONTROL.search(name) for name in self.class_names):
+            raise InputError('class_names must be texts without control characters')
         channels = tuple(self.sketch_channels)
         if len(channels) != 2 or not all(isinstance(width, int) and 1 <= width <= 8192 for width in channels):
             raise InputError(f'sketch_channels must be two widths in 1-8192, got {channels}')
@@ -198,20 +221,70 @@ class PudNetConfig:
             raise DamagedFileError('is not the config of a hypernetwork: it has no format_version')
         if version != FORMAT_VERSION:
             raise DamagedFileError(
-                f'format version {version!r}, this library reads {FORMAT_VERSION}: '
+                f'format version {shown(version)}, this library reads {FORMAT_VERSION}: '
                 'update timm-pudnet (pip install -U timm-pudnet)'
             )
-        names = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - names - {'format_version'})
-        if unknown:
-            warnings.warn(
-                f'config.json: ignored {", ".join(unknown)}, which this version of timm-pudnet does not know',
-                PudNetWarning,
-                stacklevel=2,
-            )
-        values = {key: value for key, value in data.items() if key in names}
         try:
-            values['input'] = InputConfig(**values.get('input', {}))
+            values = _known('config.json', cls, data, {'format_version'})
+            given = data.get('input', {})
+            if not isinstance(given, Mapping):
+                raise InputError(f'input must be an object, got {shown(given)}')
+            values['input'] = InputConfig(**_known('config.json, input', InputConfig, given))
+            _check_model_kwargs(values.get('model_kwargs', {}))
             return cls(**values)
-        except (TypeError, AttributeError, InputError) as error:
+        except (TypeError, AttributeError, ValueError, OverflowError) as error:
             raise DamagedFileError(str(error)) from error
+
+
+def _known(where: str, cls: type, data: Mapping[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
+    """The values that a config class knows, their JSON types checked against its defaults; warns of any others."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - set(fields) - set(others))
+    if unknown:
+        names = ', '.join(map(shown, unknown[:10]))
+        warnings.warn(
+            f'{where}: ignored {names}, which this version of timm-pudnet does not know', PudNetWarning, stacklevel=4
+        )
+    values = {key: value for key, value in data.items() if key in fields}
+    for key, value in values.items():
+        field = fields[key]
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if default is None or dataclasses.is_dataclass(default):
+            continue
+        wanted = str if default is dataclasses.MISSING else list if isinstance(default, tuple) else type(default)
+        if not _is_json(value, wanted):
+            raise InputError(f'{key} must be a {wanted.__name__}, got {shown(value)}')
+        texts = key == 'class_names'
+        if wanted is list and any(isinstance(item, bool) or isinstance(item, str) != texts for item in value):
+            raise InputError(f'{key} holds values of a wrong type: {shown(value)}')
+    return values
+
+
+def _is_json(value: Any, wanted: type) -> bool:
+    if wanted is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    kinds = (list, tuple) if wanted is list else wanted
+    return isinstance(value, kinds) and isinstance(value, bool) == (wanted is bool)
+
+
+# Arguments of timm.create_model that would fetch, unpickle or change something else than the architecture.
+_NOT_FROM_A_FILE = {'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_strict', 'checkpoint_path'}
+_NOT_FROM_A_FILE |= {'cache_dir', 'num_classes', 'scriptable', 'exportable', 'no_jit', 'features_only'}
+
+
+def _check_model_kwargs(given: Mapping[str, Any]) -> None:
+    """Refuses what no architecture needs: a stranger may have written it, and timm builds whatever it is told to."""
+
+    def plain(value: Any, depth: int) -> bool:
+        if isinstance(value, (list, dict)):
+            inner = list(value.values()) if isinstance(value, dict) else value
+            return depth > 0 and len(inner) <= 32 and all(plain(item, depth - 1) for item in inner)
+        if isinstance(value, str):
+            return len(value) <= 100 and value.isprintable()
+        return value is None or (isinstance(value, (bool, int, float)) and abs(value) <= 2048)
+
+    for key, value in given.items():
+        if key in _NOT_FROM_A_FILE:
+            raise InputError(f'model_kwargs: {key} is no part of an architecture; refused')
+        if len(given) > 32 or not plain(key, 0) or not plain(value, 2):
+            raise InputError(f'model_kwargs: {shown(key)} is {shown(value)}; no architecture needs that, refused')

@@ -1,22 +1,90 @@
-"""Which hypernetwork serves a name: those that ship with the package, and folders."""
+"""Which hypernetwork serves a name: one that ships with the package, a folder, one on the Hub; and publishing."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from timm_pudnet import remote
 from timm_pudnet.config import (
+    DamagedFileError,
+    HubError,
     InputError,
     NotFoundError,
     PudNetConfig,
     UnsupportedTargetError,
     close_names,
+    shown,
 )
-from timm_pudnet.hypernet import CONFIG_NAME, PudNet, read_config
+from timm_pudnet.files import (
+    CONFIG_NAME,
+    HASHES_NAME,
+    INDEX_NAME,
+    SHARD,
+    WEIGHTS_NAME,
+    read_header,
+    read_json,
+    sha256,
+    weight_files,
+    weights_sha256,
+)
+from timm_pudnet.hypernet import PudNet, read_config
 from timm_pudnet.target import check_architecture, describe_target
 
 # Which of several that ship with the package serves an architecture: the one for the widest kind of images.
 DEFAULTS = {'resnet18': 'resnet18.mixed'}
+# Whose repositories on the Hub have the names that stand without an organisation, resnet18.cifar100_set for instance.
+HUB_ORG = 'timm-pudnet'
+# What a folder publishes; anything else in it stays where it is.
+PUBLISHED = re.compile(
+    rf'README\.md|[\w-]+\.toml|(results|groups)(\.[\w-]+)?\.json|choices\.json|classes\.json|{re.escape(HASHES_NAME)}'
+    rf'|{re.escape(CONFIG_NAME)}|{re.escape(WEIGHTS_NAME)}|{re.escape(INDEX_NAME)}|{SHARD.pattern}'
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HypernetInfo:
+    """What is known of a hypernetwork without loading it.
+
+    Args:
+        name: `architecture.tag` of one that ships with the package, else `org/architecture.tag`, or its folder.
+        where: `embedded` (ships with the package), `cache` (of the Hub, on this machine), `folder` or `hub`.
+        model_name: timm architecture that it predicts.
+        folder: Where its files are; None on the Hub.
+        config: Its config; None on the Hub.
+        accuracy: What `timm-pudnet evaluate` measured on unseen classes, in percent: `mean`, `interval`, and of what,
+            `n_way`, `n_shot`, `groups`; None where nothing was measured.
+        size: Bytes of its weights; 0 where it is not known.
+        license: As its card has it; None where it says none.
+    """
+
+    name: str
+    where: str
+    model_name: str
+    folder: Path | None = None
+    config: PudNetConfig | None = None
+    accuracy: dict[str, Any] | None = None
+    size: int = 0
+    license: str | None = None
+
+    def __str__(self) -> str:
+        measured = 'not measured'
+        if self.accuracy is not None:
+            measured = '{mean:.2f} ± {interval:.2f} %'.format(**self.accuracy)
+            if self.accuracy.get('n_way'):
+                measured += ' ({n_way}-way, {n_shot} labels)'.format(**self.accuracy)
+        size = f'{self.size / 1e6:,.0f} MB' if self.size else '-'
+        line = f'{self.name:40} {self.where:9} {measured:32} {size:>8}  {self.license or "no licence"}'
+        if self.config is not None:
+            line += f', {len(self.config.class_names)} classes seen, input {self.config.input.input_size}'
+        return line
 
 
 def _shelves() -> list[Path]:
@@ -37,27 +105,132 @@ def embedded() -> dict[str, Path]:
     return found
 
 
-def list_hypernets() -> dict[str, PudNetConfig]:
-    """Config of every hypernetwork at hand, by name; `results.json` beside it says what was measured.
+def _cached() -> dict[str, tuple[Path, str]]:
+    """Folder and architecture of every hypernetwork in the Hub's cache, by repository; ours first."""
+    found = {}
+    for repo, folder in remote.cached_repos():
+        with contextlib.suppress(DamagedFileError, OSError):  # other libraries' models, for the most part
+            config = read_json(folder / CONFIG_NAME)
+            if isinstance(config, dict) and 'format_version' in config and isinstance(config.get('model_name'), str):
+                found[repo] = folder, config['model_name']
+    return dict(sorted(found.items(), key=lambda item: (not item[0].startswith(f'{HUB_ORG}/'), item[0])))
+
+
+def list_hypernets(*, hub: bool = False) -> dict[str, HypernetInfo]:
+    """Every hypernetwork at hand by its name, with its measured accuracy, its size and licence.
+
+    Args:
+        hub: Ask the Hub too for those that are not at hand.
+
+    Raises:
+        DamagedFileError: A config that ships with the package is damaged.
+        HubError: The Hub cannot be asked.
 
     Example:
-        >>> 'resnet18.fashion_set' in list_hypernets()
-        True
+        >>> list_hypernets()['resnet18.fashion_set'].model_name
+        'resnet18'
     """
-    return {name: read_config(folder / CONFIG_NAME) for name, folder in embedded().items()}
+    found = {name: _describe(name, 'embedded', folder) for name, folder in embedded().items()}
+    for repo, (folder, _) in _cached().items():
+        with contextlib.suppress(DamagedFileError, OSError):
+            found[repo] = _describe(repo, 'cache', folder)
+    for row in remote.repos_of(HUB_ORG) if hub else ():
+        found.setdefault(row['id'], _of_card(row))
+    return found
+
+
+def describe_hypernet(name: str | os.PathLike[str]) -> HypernetInfo:
+    """What is known of a hypernetwork, by any name that `load_hypernet` takes, without reading its weights.
+
+    Raises:
+        NotFoundError: As `load_hypernet`, and so are the others.
+
+    Example:
+        >>> describe_hypernet('resnet18.fashion_set').license
+        'apache-2.0'
+    """
+    folder = _folder(name)
+    for known, path in embedded().items():
+        if path == folder:
+            return _describe(known, 'embedded', folder)
+    for repo, (path, _) in _cached().items():
+        if path == folder:
+            return _describe(repo, 'cache', folder)
+    return _describe(str(name), 'folder', folder)
+
+
+def _describe(name: str, where: str, folder: Path) -> HypernetInfo:
+    config = read_config(folder / CONFIG_NAME)
+    size = 0
+    with contextlib.suppress(NotFoundError):
+        size = sum(path.stat().st_size for path in weight_files(folder))
+    return HypernetInfo(
+        name=name,
+        where=where,
+        model_name=config.model_name,
+        folder=folder,
+        config=config,
+        accuracy=_accuracy(folder),
+        size=size,
+        license=_license(folder / 'README.md'),
+    )
+
+
+def _accuracy(folder: Path) -> dict[str, Any] | None:
+    """The accuracy of the first results file, results.json where there is one."""
+    paths = sorted(folder.glob('results*.json'), key=lambda path: (path.name != 'results.json', path.name))
+    for path in paths:
+        with contextlib.suppress(DamagedFileError, KeyError, TypeError, ValueError):
+            found = read_json(path)
+            row = {name: float(found['accuracy']['predicted'][name]) for name in ('mean', 'interval')}
+            return {**row, **{name: shown(found[name]) for name in ('n_way', 'n_shot', 'groups')}, 'file': path.name}
+    return None
+
+
+def _license(card: Path) -> str | None:
+    """The licence in a card's header, without parsing more of what a stranger wrote."""
+    if not card.is_file():
+        return None
+    with card.open('rb') as file:
+        head = file.read(20_000).decode('utf-8', 'replace')
+    found = re.match(r'---\n(?:.*\n)*?license:[ ]*([\w.-]{1,60})[ ]*\n', head.partition('\n---')[0] + '\n')
+    return found[1] if found else None
+
+
+def _of_card(row: Mapping[str, Any]) -> HypernetInfo:
+    """What the card of a repository says, as the Hub gives it."""
+    card = row.get('cardData')
+    card = card if isinstance(card, dict) else {}
+    accuracy = None
+    with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
+        metric = card['model-index'][0]['results'][0]['metrics'][0]
+        about = metric.get('args') or {}
+        texts = {name: shown(about[name]) for name in ('n_way', 'n_shot')}
+        accuracy = {'mean': float(metric['value']), 'interval': float(about['interval']), **texts}
+    name = row['id']
+    license = card.get('license')
+    return HypernetInfo(
+        name=name,
+        where='hub',
+        model_name=name.partition('/')[2].partition('.')[0],
+        accuracy=accuracy,
+        license=shown(license, 60) if isinstance(license, str) else None,
+    )
 
 
 def load_hypernet(name: str | os.PathLike[str]) -> PudNet:
     """Loads a hypernetwork, ready to predict.
 
     Args:
-        name: An architecture (`resnet18`: the hypernetwork that serves it), the name of one that ships with the package
-            (`resnet18.fashion_set`), or a folder that `PudNet.save_pretrained` wrote.
+        name: An architecture (`resnet18`: the hypernetwork that serves it), the name of one (`resnet18.fashion_set`), a
+            folder that `PudNet.save_pretrained` wrote, or a repository on the Hub, `org/name` or `org/name@revision`.
+            Names without an organisation are looked up in the package, in the Hub's cache, and on the Hub.
 
     Raises:
         NotFoundError: Nothing has that name; the close ones are named.
         UnsupportedTargetError: timm knows the architecture, but no hypernetwork serves it.
         DamagedFileError: Its files are damaged.
+        HubError: The Hub cannot be asked, or refuses.
 
     Example:
         >>> load_hypernet('resnet18').name
@@ -66,7 +239,19 @@ def load_hypernet(name: str | os.PathLike[str]) -> PudNet:
     return PudNet.from_pretrained(_folder(name))
 
 
-def _folder(name: str | os.PathLike[str]) -> Path:
+def pull(name: str) -> Path:
+    """Brings a hypernetwork from the Hub up to date in the cache; gives its folder.
+
+    Args:
+        name: `org/name` or `org/name@revision`, or a name without an organisation as in `load_hypernet`.
+
+    Raises:
+        NotFoundError: As `load_hypernet`, and so are the others.
+    """
+    return _folder(name, refresh=True)
+
+
+def _folder(name: str | os.PathLike[str], refresh: bool = False) -> Path:
     if not isinstance(name, (str, os.PathLike)):
         raise InputError(f'hypernet must be a PudNet, a folder or a name, not a {type(name).__name__}')
     # A name of ours goes before a folder of the same name, which ./NAME still reaches.
@@ -80,14 +265,48 @@ def _folder(name: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         return path
     known = f'At hand: {", ".join(at_hand) or "none"}'
+    if text.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
+        repo = remote.split_repo(text)
+        return remote.fetch(*repo, refresh=refresh) if repo else remote.local_folder(text)
+    if isinstance(name, str) and (repo := remote.split_repo(text)):
+        try:
+            return remote.fetch(*repo, refresh=refresh)
+        except NotFoundError as error:
+            raise NotFoundError(f'{error}; nor is there a folder {text}. {known}') from error
     if os.sep in text or not isinstance(name, str):
-        raise NotFoundError(f'{text}: no such folder of a hypernetwork. {known}')
-    if '.' not in text:
-        describe_target(text)  # says what is wrong with the architecture, if anything
-        raise UnsupportedTargetError(
-            f'no hypernetwork predicts {text}. {known}. Train one (timm-pudnet train) or name its folder'
-        )
-    raise NotFoundError(f'no hypernetwork {text!r}.{close_names(text, at_hand)} {known}; a folder will do too')
+        raise NotFoundError(f'{shown(text, 200)}: no such folder of a hypernetwork. {known}')
+    return _without_org(text, at_hand, known, refresh)
+
+
+def _without_org(text: str, at_hand: Mapping[str, Path], known: str, refresh: bool) -> Path:
+    """The folder of `architecture` or `architecture.tag`, which does not ship: from the cache, else from the Hub."""
+    plain, at, revision = text.partition('@')
+    if not at and not refresh:
+        for repo, (_, model_name) in _cached().items():
+            if text in (repo.partition('/')[2], model_name):
+                return remote.fetch(repo)
+    if '.' in plain:
+        try:
+            repo = remote.split_repo(f'hf-hub:{HUB_ORG}/{text}')
+            assert repo is not None
+            return remote.fetch(*repo, refresh=refresh)
+        except (NotFoundError, HubError, InputError) as error:
+            close = close_names(text, at_hand)
+            raise NotFoundError(
+                f'no hypernetwork {text!r}.{close} {known}; a folder will do too. On the Hub: {error}'
+            ) from error
+    describe_target(plain)  # says what is wrong with the architecture, if anything
+    try:
+        names = sorted(row['id'] for row in remote.repos_of(HUB_ORG))
+        reason = f'{HUB_ORG} has none on the Hub'
+    except HubError as error:
+        names, reason = [], f'the Hub was not asked ({error})'
+    for repo in names:
+        if repo.partition('/')[2].partition('.')[0] == plain:
+            return remote.fetch(repo, revision or None, refresh=refresh)
+    raise UnsupportedTargetError(
+        f'no hypernetwork predicts {text}. {known}; {reason}. Train one (timm-pudnet train) or name its folder'
+    )
 
 
 def resolve_hypernet(model_name: str, hypernet: PudNet | str | os.PathLike[str] | None) -> PudNet:
@@ -105,3 +324,243 @@ def resolve_hypernet(model_name: str, hypernet: PudNet | str | os.PathLike[str] 
             f'pass another hypernet, or predict {found.config.model_name}'
         )
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pushed:
+    """What a push did, or in a dry run would do.
+
+    Args:
+        repo: `org/name`.
+        changes: `new`, `changed` or `gone`, by file name; empty where the Hub has it all.
+        address: Of the commit; empty where nothing was sent.
+    """
+
+    repo: str
+    changes: dict[str, str]
+    address: str = ''
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo: str,
+    *,
+    license: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
+    message: str = 'Upload by timm-pudnet',
+) -> Pushed:
+    """Publishes the folder of a hypernetwork, or of a model that `save_model` wrote, on the Hub, in one commit.
+
+    Args:
+        folder: A hypernetwork with its recipe and results, which must have been measured on these very weights; or a
+            timm model.
+        repo: `org/name` on the Hub; made where there is none.
+        license: Of the card, where the folder has no `README.md` that says one.
+        private: Whether a repository that is made is private.
+        dry_run: Only compare.
+        message: Of the commit.
+
+    Raises:
+        InputError: The folder is incomplete, its results are of other weights, or the name is not one of the Hub.
+        DamagedFileError: Its files are damaged.
+        HubError: The Hub cannot be asked, or refuses.
+    """
+    folder = Path(folder).expanduser()
+    found = remote.split_repo(f'hf-hub:{repo.removeprefix("hf-hub:")}')
+    if not found or found[1]:
+        raise InputError(f'{shown(repo)}: give org/name to push to, without a revision')
+    repo = found[0]
+    if not (folder / CONFIG_NAME).is_file():
+        raise NotFoundError(f'{folder} is neither a hypernetwork nor a timm model: it has no {CONFIG_NAME}')
+    config = read_json(folder / CONFIG_NAME)
+    is_model = isinstance(config, dict) and 'architecture' in config
+    files = model_files(folder, repo, license) if is_model else hypernet_files(folder, repo, license)
+    changes = remote.changes(repo, files, lambda name: PUBLISHED.fullmatch(name) is not None)
+    address = ''
+    if changes and not dry_run:
+        address = remote.commit(repo, files, changes, message, private=private)
+    return Pushed(repo=repo, changes=changes, address=address)
+
+
+def hypernet_files(folder: Path, repo: str, license: str | None = None) -> dict[str, bytes | Path]:
+    """Everything that a hypernetwork's folder publishes, by name; checked, with card, class split and hashes.
+
+    Raises:
+        InputError: Recipe, results or licence are missing, or the results were not measured on these weights.
+        DamagedFileError: The weights are not what the config says.
+    """
+    hypernet = PudNet.from_pretrained(folder)
+    again = f'run timm-pudnet evaluate {folder} IMAGES --save'
+    if not (folder / 'recipe.toml').is_file():
+        raise InputError(f'{folder} has no recipe.toml: put the recipe there that it was trained by')
+    results: dict[str, dict[str, Any]] = {}
+    hashes = weights_sha256(folder)
+    for path in sorted(folder.glob('results*.json'), key=lambda path: (path.name != 'results.json', path.name)):
+        found = read_json(path)
+        if not isinstance(found, dict) or not _measured(found):
+            raise InputError(f'{path} is no results file of timm-pudnet evaluate: {again} again')
+        measured_on = found.get('weights_sha256')
+        if not measured_on:
+            raise InputError(f'{path} does not say which weights it was measured on: {again} again')
+        if measured_on != hashes:
+            raise InputError(f'{path} was measured on other weights than {folder} has: {again} again')
+        seen = sorted(set(found['classes']) & set(hypernet.config.class_names))
+        if seen:
+            raise InputError(f'{path} was measured on {shown(seen[0])}, a class seen in training: {again} again')
+        results[path.name] = found
+    if not results:
+        raise InputError(f'{folder} has no results: {again} first')
+    names = [path.name for path in folder.iterdir() if path.is_file() and PUBLISHED.fullmatch(path.name)]
+    weights = {path.name for path in weight_files(folder)} | ({INDEX_NAME} if len(hashes) > 1 else set())
+    files: dict[str, bytes | Path] = {
+        name: folder / name
+        for name in sorted(names)
+        if name in weights or not (SHARD.fullmatch(name) or name in (WEIGHTS_NAME, INDEX_NAME))
+    }
+    classes = {
+        'seen': list(hypernet.config.class_names),
+        'unseen': {name: found['classes'] for name, found in results.items()},
+    }
+    files['classes.json'] = (json.dumps(classes, indent=2, ensure_ascii=False) + '\n').encode()
+    files['README.md'] = hypernet_card(folder, hypernet, results, repo, license).encode()
+    return _hashed(files)
+
+
+def _measured(results: Mapping[str, Any]) -> bool:
+    try:
+        numbers = [float(row[name]) for row in results['accuracy'].values() for name in ('mean', 'interval')]
+        named = all(isinstance(name, str) for name in results['classes'])
+        return named and 'predicted' in results['accuracy'] and min(numbers) >= 0 and results['n_way'] > 0
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+
+
+def _hashed(files: dict[str, bytes | Path]) -> dict[str, bytes | Path]:
+    digests = {
+        name: sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+        for name, content in sorted(files.items())
+        if name != HASHES_NAME
+    }
+    return {**files, HASHES_NAME: (json.dumps(digests, indent=2) + '\n').encode()}
+
+
+def hypernet_card(
+    folder: Path, hypernet: PudNet, results: Mapping[str, Mapping[str, Any]], repo: str, license: str | None = None
+) -> str:
+    """The card of a hypernetwork: the folder's `README.md`, or a plain one, with a header that the Hub understands.
+
+    The header gets the library, tags, the licence and the results with their intervals (`model-index`).
+
+    Raises:
+        InputError: Neither the card nor `license` says a licence.
+    """
+    from huggingface_hub import EvalResult, ModelCard
+
+    own = folder / 'README.md'
+    card = ModelCard(own.read_text(encoding='utf-8') if own.is_file() else _plain_card(hypernet, results, repo))
+    data = card.data.to_dict()
+    data.pop('model-index', None)
+    data['library_name'] = 'timm-pudnet'
+    tags = [*(data.get('tags') or []), 'timm', 'timm-pudnet', 'hypernetwork', 'image-classification']
+    data['tags'] = list(dict.fromkeys(tags))
+    data['license'] = license or data.get('license')
+    if not data['license']:
+        raise InputError(f'{folder} has no card that says its licence: add --license apache-2.0, or whichever it is')
+    listed = data.get('datasets') or []
+    evaluated = []
+    for file, found in results.items():
+        kind = str(found.get('images') or (listed[0] if len(listed) == 1 else 'unnamed'))
+        budget = f'{found["n_way"]}-way, {found.get("n_shot")} labels a class, {found.get("groups")} groups'
+        for key, head in (('accuracy', 'centroid'), ('accuracy_ridge', 'ridge')):
+            row = found.get(key, {}).get('predicted')
+            if row is None:
+                continue
+            evaluated.append(
+                EvalResult(
+                    task_type='image-classification',
+                    dataset_type=_slug(kind),
+                    dataset_name=f'{kind}, classes unseen in training ({file})',
+                    dataset_split=found.get('split'),
+                    metric_type='accuracy',
+                    metric_name=f'accuracy in percent, {head} head, {budget}',
+                    metric_value=round(float(row['mean']), 2),
+                    metric_args={
+                        'interval': round(float(row['interval']), 2),
+                        'interval_is': 'half-width, 95 %',
+                        'n_way': found['n_way'],
+                        'n_shot': found.get('n_shot'),
+                    },
+                )
+            )
+    card.data = type(card.data)(eval_results=evaluated, model_name=hypernet.name, **data)
+    return str(card)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r'[^\w.-]+', '-', text.split('/', maxsplit=1)[-1] if text.startswith('torch/') else text).strip('-.')
+
+
+def _plain_card(hypernet: PudNet, results: Mapping[str, Mapping[str, Any]], repo: str) -> str:
+    config = hypernet.config
+    lines = [
+        f'# {hypernet.name}\n',
+        f"A PudNet hypernetwork that predicts the weights of timm's `{config.model_name}` for images that it has never "
+        f'seen; input {"x".join(map(str, config.input.input_size))}.\n',
+        '```python',
+        'import timm_pudnet',
+        '',
+        f"model = timm_pudnet.predict_model('{config.model_name}', 'photos/', hypernet='{repo}')",
+        '```\n',
+        '## Results\n',
+        'Accuracy in percent on classes that were never seen in training, with the half-width of its 95 % interval.\n',
+    ]
+    for file, found in results.items():
+        rows = found['accuracy'].items()
+        lines += [
+            f'{found["n_way"]}-way, {found.get("n_shot")} labels a class, {found.get("groups")} groups (`{file}`):\n',
+            '| weights | accuracy |',
+            '|---|---|',
+            *(f'| {shown(name)} | {row["mean"]:.2f} ± {row["interval"]:.2f} |' for name, row in rows),
+            '',
+        ]
+    lines.append('Trained as `recipe.toml` says; classes seen and unseen are in `classes.json`.')
+    return '\n'.join(lines) + '\n'
+
+
+def model_files(folder: Path, repo: str, license: str | None = None) -> dict[str, bytes | Path]:
+    """Everything that the folder of a timm model publishes, in timm's own format, with a card.
+
+    Raises:
+        InputError: It has no weights, or holds them as a pickle.
+        DamagedFileError: The weights are damaged.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise InputError(f'{folder} has no {WEIGHTS_NAME}: save the model there with timm_pudnet.save_model')
+    read_header(folder / WEIGHTS_NAME)
+    own = folder / 'README.md'
+    if own.is_file():
+        card = own.read_text(encoding='utf-8')
+    else:
+        data = ModelCardData(
+            library_name='timm',
+            license=license,
+            pipeline_tag='image-classification',
+            tags=['image-classification', 'timm', 'pudnet'],
+        )
+        usage = f"model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()"
+        architecture = shown(read_json(folder / CONFIG_NAME)['architecture'])
+        card = str(
+            ModelCard(
+                f'---\n{data.to_yaml()}\n---\n# {repo.partition("/")[2]}\n\n'
+                f'A timm `{architecture}` whose weights a PudNet hypernetwork predicted (timm-pudnet).\n\n'
+                f'```python\nimport timm\n\n{usage}\n```\n'
+            )
+        )
+    return {
+        CONFIG_NAME: folder / CONFIG_NAME,
+        WEIGHTS_NAME: folder / WEIGHTS_NAME,
+        'README.md': card.encode(),
+    }

@@ -6,16 +6,16 @@ Dimension letters: `n` images, `c h w` an image, `m` width of the sketch, `L` pr
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
+from timm_pudnet import remote
 from timm_pudnet.ahru import AHRU
 from timm_pudnet.config import (
     DamagedFileError,
@@ -36,14 +37,23 @@ from timm_pudnet.config import (
     PudNetConfig,
     PudNetWarning,
     __version__,
+    shown,
+)
+from timm_pudnet.files import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    SHARD,
+    WEIGHTS_NAME,
+    as_tensors,
+    read_json,
+    read_weights,
 )
 from timm_pudnet.generators import create_generator
 from timm_pudnet.images import open_images
 from timm_pudnet.sketch import Balance, SketchEncoder, StreamingSketch
 from timm_pudnet.target import TargetSpec, create_feature_model, describe_target
 
-CONFIG_NAME = 'config.json'
-WEIGHTS_NAME = 'model.safetensors'
+MAX_SHARD_BYTES = 4_000_000_000  # weights above this size are saved as several files and an index
 MOST_PARAMETERS = 15_000_000  # of a hypernetwork with the paper's generators: 30 MB in half precision
 
 
@@ -232,76 +242,122 @@ class PudNet(nn.Module):
         """`architecture.tag`, as timm writes it."""
         return '.'.join(filter(None, (self.config.model_name, self.config.tag)))
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, half: bool = False, overwrite: bool = False) -> Path:
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        half: bool = False,
+        overwrite: bool = False,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> Path:
         """Writes `config.json` and `model.safetensors`, whole or not at all.
 
         Args:
             folder: Made if it is not there; other files in it are left alone.
             half: Store floating-point tensors as float16 (all but norm statistics and whitening).
-            overwrite: Replace the two files where they exist.
+            overwrite: Replace the files where they exist.
+            max_shard_bytes: Above this size the weights become several files and an index.
 
         Raises:
-            OutputExistsError: One of the two files exists and `overwrite` is false.
+            OutputExistsError: One of the files exists and `overwrite` is false.
         """
         folder = Path(folder)
         if not overwrite:
-            for name in (CONFIG_NAME, WEIGHTS_NAME):
+            for name in (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME):
                 if (folder / name).exists():
                     raise OutputExistsError(f'{folder / name} exists: choose another folder or pass overwrite=True')
         state = {}
         for key, value in self.state_dict().items():
             narrow = half and value.is_floating_point() and not key.startswith(('norm_statistics.', 'whitening'))
             state[key] = value.detach().cpu().to(torch.float16 if narrow else value.dtype).contiguous()
+        shards = _shards(state, max_shard_bytes)
         config = dataclasses.replace(self.config, library_versions=library_versions())
+        texts = {CONFIG_NAME: config.to_dict()}
+        if len(shards) > 1:
+            size = sum(value.nbytes for value in state.values())
+            weight_map = {key: name for name, keys in shards.items() for key in keys}
+            texts[INDEX_NAME] = {'metadata': {'total_size': size}, 'weight_map': weight_map}
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        try:  # neither file takes its place before both are written
-            with written_whole(folder / WEIGHTS_NAME) as weights, written_whole(folder / CONFIG_NAME) as text:
-                save_tensors(state, weights, {'format': 'pt'})
-                text.write_text(json.dumps(config.to_dict(), indent=2) + '\n', encoding='utf-8')
+        try:
+            with ExitStack() as stack:  # no file takes its place before all are written
+                for name, keys in shards.items():
+                    beside = stack.enter_context(written_whole(folder / name))
+                    save_tensors({key: state[key] for key in keys}, beside, {'format': 'pt'})
+                for name, content in texts.items():
+                    beside = stack.enter_context(written_whole(folder / name))
+                    beside.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
         except BaseException:
             if made:
                 folder.rmdir()
             raise
+        for path in folder.glob('model*.safetensors*'):  # those of another number of shards, which these replace
+            old = path.name in (WEIGHTS_NAME, INDEX_NAME) or SHARD.fullmatch(path.name)
+            if old and path.name not in shards and path.name not in texts:
+                path.unlink()
         return folder
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> PudNet:
+    def from_pretrained(cls, name: str | os.PathLike[str]) -> PudNet:
         """Reads what `save_pretrained` wrote; ready to predict (eval mode, float32).
 
+        Whoever wrote the files, nothing of them is run, and no memory beyond their size is taken before they are found
+        to be what the config says.
+
+        Args:
+            name: A folder, or a repository on the Hugging Face Hub: `org/name`, `org/name@revision`. With timm's
+                prefixes `local-dir:` and `hf-hub:` it is never taken for the other.
+
         Raises:
-            NotFoundError: The folder or one of its two files is not there.
+            NotFoundError: The folder, the repository or one of its files is not there.
             DamagedFileError: A file is truncated, or a tensor is missing, extra, mis-shaped or not finite.
+            HubError: The Hub cannot be asked, or refuses.
         """
-        folder = Path(folder)
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if not (folder / name).is_file():
-                raise NotFoundError(f'{folder} is no hypernetwork: it has no {name}')
+        folder = remote.local_folder(name)
+        if not (folder / CONFIG_NAME).is_file():
+            raise NotFoundError(f'{folder} is no hypernetwork: it has no {CONFIG_NAME}')
+        stored = read_weights(folder)
         config = read_config(folder / CONFIG_NAME)
-        path = folder / WEIGHTS_NAME
         try:
-            state = safetensors.torch.load(path.read_bytes())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise DamagedFileError(f'{path} is damaged ({error}): fetch or write it again') from error
-        try:
-            with torch.device('meta'):
+            # Target and hypernetwork have about as many modules as the files have tensors.
+            most = 1000 + 10 * sum(len(file.entries) for file in stored)
+            with torch.device('meta'), _at_most_modules(most):
                 hypernet = cls(config)
-        except InputError as error:
-            raise DamagedFileError(f'{folder / CONFIG_NAME}: {error}') from error
-        expected = hypernet.state_dict()
-        for key in sorted(expected.keys() ^ state.keys()):
-            raise DamagedFileError(f'{path}: tensor {key} is {"missing" if key in expected else "not expected"}')
-        for key, value in state.items():
-            if value.shape != expected[key].shape:
-                found, wanted = tuple(value.shape), tuple(expected[key].shape)
-                raise DamagedFileError(f'{path}: tensor {key} has shape {found}, its config asks for {wanted}')
-            # A copy, since memory that is mapped from the file is aligned otherwise, and kernels round by alignment.
-            state[key] = value.to(expected[key].dtype, copy=True)
-            # One sum finds any NaN or infinity at the cost of reading the tensor once.
-            if value.is_floating_point() and not state[key].sum().isfinite():
-                raise DamagedFileError(f'{path}: tensor {key} holds values that are not finite')
-        hypernet.load_state_dict(state, assign=True)
+        except Exception as error:  # whatever a stranger's config makes timm or torch raise
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise DamagedFileError(f'{folder / CONFIG_NAME}: {shown(reason, 300)}') from error
+        hypernet.load_state_dict(as_tensors(stored, hypernet.state_dict()), assign=True)
         return hypernet.requires_grad_(True).eval()
+
+
+@contextmanager
+def _at_most_modules(most: int) -> Iterator[None]:
+    """In the block, building a network stops at so many modules, long before they fill the memory."""
+    count, mine = 0, threading.get_ident()
+
+    def add(*_: Any) -> None:
+        nonlocal count
+        count += threading.get_ident() == mine
+        if count > most:
+            raise InputError(f'asks for a network of over {most:,} modules, far more than the weights have; refused')
+
+    with nn.modules.module.register_module_module_registration_hook(add):
+        yield
+
+
+def _shards(state: Mapping[str, Tensor], most: int) -> dict[str, list[str]]:
+    """Keys of each weights file, by its name; one file unless it would have more than `most` bytes."""
+    groups: list[list[str]] = []
+    room = 0
+    for key, value in state.items():
+        if not groups or value.nbytes > room:
+            groups.append([])
+            room = most
+        groups[-1].append(key)
+        room -= value.nbytes
+    if len(groups) == 1:
+        return {WEIGHTS_NAME: groups[0]}
+    return {f'model-{number:05}-of-{len(groups):05}.safetensors': keys for number, keys in enumerate(groups, 1)}
 
 
 def target_of(config: PudNetConfig, **model_kwargs: Any) -> TargetSpec:
@@ -443,23 +499,10 @@ def read_config(path: Path) -> PudNetConfig:
         DamagedFileError: It is no JSON, of a newer format, or a value is missing or out of range.
     """
     try:
-        return PudNetConfig.from_dict(json.loads(path.read_text(encoding='utf-8')))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DamagedFileError(f'{path} is not JSON: {error}') from error
+        return PudNetConfig.from_dict(read_json(path))
     except DamagedFileError as error:
-        raise DamagedFileError(f'{path}: {error}') from error
-
-
-def weights_sha256(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """The sha256 of every weights file of a hypernetwork's folder, by file name.
-
-    Results that were measured name it, so that whoever publishes the folder can tell whether they are of these weights.
-    """
-    digests = {}
-    for name in (WEIGHTS_NAME,):
-        with (Path(folder) / name).open('rb') as file:
-            digests[name] = hashlib.file_digest(file, 'sha256').hexdigest()
-    return digests
+        text = str(error)
+        raise DamagedFileError(text if text.startswith(str(path)) else f'{path}: {text}') from error
 
 
 def library_versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from timm_pudnet.adapt import HEADS, calibrate
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, OutputExistsError, PudNetWarning
-from timm_pudnet.hub import resolve_hypernet
+from timm_pudnet.hub import Pushed, push, resolve_hypernet
 from timm_pudnet.hypernet import PudNet, target_of, usable_device
 from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.sketch import Balance, ImageSample
@@ -62,7 +62,8 @@ def predict_model(
             `Dataset`, a `DataLoader`, or a timm dataset name such as `torch/cifar10`. Images of any size are resized.
         labels: Class of every image, as numbers or names; else those of the data. Without labels the model has no
             classifier and gives features.
-        hypernet: A `PudNet`, its folder or its name; by default the one that serves the architecture.
+        hypernet: A `PudNet`, its folder, its name, or `org/name@revision` on the Hub; by default the one that serves
+            the architecture.
         head: What is written into the classifier: `centroid` (eq. 7), `ridge` (a ridge regression to the classes, in
             closed form, `adapt.StreamingRidge`), or `none` for a feature model in spite of labels.
         device: Where to predict; by default CUDA where there is one. The model is returned there.
@@ -177,6 +178,23 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
+
+
+def push_model(model: nn.Module, repo: str, *, license: str | None = None, private: bool = False) -> Pushed:
+    """Publishes a model on the Hub in timm's own format, for `timm.create_model('hf-hub:ORG/NAME', pretrained=True)`.
+
+    Args:
+        model: A timm model, such as `predict_model` gives.
+        repo: `org/name`; made where there is none.
+        license: Of its card.
+        private: Whether a repository that is made is private.
+
+    Raises:
+        InputError: The name is not one of the Hub.
+        HubError: The Hub cannot be asked, or refuses.
+    """
+    with tempfile.TemporaryDirectory() as parent:
+        return push(save_model(model, Path(parent) / 'model'), repo, license=license, private=private)
 
 
 def check_output(folder: Path) -> None:
