@@ -62,6 +62,7 @@ class PudNet(nn.Module):
     def __init__(self, config: PudNetConfig) -> None:
         super().__init__()
         self.config = config
+        self.folder: Path | None = None  # that it was read from
         self.target: TargetSpec = describe_target(
             config.model_name, predict_norm=config.predict_norm, **config.model_kwargs
         )
@@ -271,6 +272,7 @@ class PudNet(nn.Module):
             if value.is_floating_point() and not state[key].sum().isfinite():
                 raise DamagedFileError(f'{path}: tensor {key} holds values that are not finite')
         hypernet.load_state_dict(state, assign=True)
+        hypernet.folder = folder
         return hypernet.requires_grad_(True).eval()
 
 
