@@ -1,8 +1,9 @@
 """Will it work here? The accuracy to expect on a set of images before any of them is tested.
 
-Two things tell it: how far the set's sketch lies from the sketches of what the hypernetwork was trained on, and how
-well its own labelled images find their class when each is left out of its centroid. `fit_expectation` learns on
-held-out sets of many domains how accuracy follows from them, and checks itself on domains that it was not fitted on;
+Two things tell it. How far the set's sketch lies from the sketches of what the hypernetwork was trained on, with the
+numbers of classes and images, gives a first guess. How well the set's own labelled images find their class, each left
+out of its centroid, is then added to it: the guess counts as so many further images. `fit_expectation` learns on
+held-out sets of many domains how accuracy follows, and checks itself on domains that it was not fitted on;
 `hub/expectation.py` is the command. The fit stands in `expectation.json` beside a hypernetwork's weights.
 
 Dimension letters: `n` images, `m` width of the sketch, `d` features, `k` classes, `r` reference sketches, `t` traits.
@@ -42,27 +43,29 @@ class Traits:
     Args:
         distance: Of its sketch from the reference sketches.
         leave_one_out: Share of its images that eq. 7 classifies rightly when each is left out of its centroid.
-        margin: Mean over standard deviation of the lead that the right class has in that, in cosines.
         num_classes: `k`.
         images: `n`, of classes with two or more.
     """
 
     distance: float
     leave_one_out: float
-    margin: float
     num_classes: int
     images: int
 
     def row(self) -> list[float]:
-        """What the regression sees, `[t]`."""
-        smoothed = (self.leave_one_out * self.images + 1) / (self.images + 2)
+        """What the first guess is a regression on, `[t]`, and a constant."""
         return [
             math.log(max(self.distance, 1e-6)),
-            math.log(smoothed / (1 - smoothed)),
-            self.margin,
             math.log(self.num_classes),
             math.log(self.images / self.num_classes),
+            1.0,
         ]
+
+    def log_odds(self, guess: float, worth: float) -> float:
+        """Of being right, where a first guess in log odds counts as `worth` images beside those left out."""
+        share = 1 / (1 + math.exp(-max(-20.0, min(20.0, guess))))
+        right = self.leave_one_out * self.images + worth * share
+        return math.log(right / (self.images + worth - right))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,8 +92,9 @@ class Expectation:
         references: Sketches of groups of seen classes, `[r, m]`.
         sizes: Numbers of images of the groups that `familiar` is of, rising.
         familiar: For each of these sizes two distances of groups of seen classes: the 95 % quantile and the largest.
-        weights: Of the traits' row and, last, a constant, `[t + 1]`.
-        noise: `a` and `b` of the residuals' variance `a + b / n`, in log odds.
+        weights: Of the traits' row, for the first guess.
+        worth: Images that the first guess counts as.
+        noise: `a` and `b` of the variance `a + b / n` of what is wrong with the expectation, in log odds.
         width: Half the interval in standard deviations of that.
         check: How well it held on domains that it was not fitted on (`fit_expectation`).
 
@@ -103,6 +107,7 @@ class Expectation:
     sizes: tuple[int, ...]
     familiar: tuple[tuple[float, float], ...]
     weights: tuple[float, ...]
+    worth: float
     noise: tuple[float, float]
     width: float
     check: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -112,10 +117,10 @@ class Expectation:
             object.__setattr__(self, name, tuple(tuple(row) for row in getattr(self, name)))
         for name in ('sizes', 'weights', 'noise'):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        numbers = [*self.sizes, *self.weights, *self.noise, self.width, *sum(self.familiar, ())]
+        numbers = [*self.sizes, *self.weights, *self.noise, self.worth, self.width, *sum(self.familiar, ())]
         if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
             raise InputError('expectation: a number is not finite')
-        if len(self.weights) != 6 or len(self.noise) != 2 or len(self.references) < NEIGHBOURS:
+        if len(self.weights) != 4 or len(self.noise) != 2 or len(self.references) < NEIGHBOURS:
             raise InputError('expectation: weights, noise or references are too few or too many')
         if len(self.sizes) != len(self.familiar) or not self.sizes or any(len(row) != 2 for row in self.familiar):
             raise InputError('expectation: sizes and familiar must be alike in number, two distances a size')
@@ -126,7 +131,8 @@ class Expectation:
 
     def expect(self, traits: Traits) -> tuple[float, float, float]:
         """The accuracy to expect, a share, and its 95 % interval."""
-        middle = sum(a * b for a, b in zip(self.weights, [*traits.row(), 1.0], strict=True))
+        guess = sum(a * b for a, b in zip(self.weights, traits.row(), strict=True))
+        middle = traits.log_odds(guess, self.worth)
         half = self.width * math.sqrt(self.noise[0] + self.noise[1] / traits.images)
         low, accuracy, high = (1 / (1 + math.exp(-value)) for value in (middle - half, middle, middle + half))
         return accuracy, low, high
@@ -173,7 +179,6 @@ class Expectation:
             raise DamagedFileError(f'{path} holds no expectation ({error}): remove it, or fit it again') from error
 
 
-_NO_LABELS = (0, 3, 4)  # of a row of traits: distance, classes, images a class
 IN_WORDS: dict[Familiarity, str] = {
     'like': 'These images look like those that the hypernetwork was trained on.',
     'edge': 'These images lie at the edge of what the hypernetwork was trained on: trust a test more than this number.',
@@ -195,7 +200,7 @@ def sketch_distance(sketch: Tensor, references: Tensor) -> float:
     return float(gaps.topk(NEIGHBOURS, largest=False).values.mean())
 
 
-def leave_one_out(features: Tensor, labels: Tensor, whitening: Tensor) -> tuple[Tensor, Tensor]:
+def leave_one_out(features: Tensor, labels: Tensor, whitening: Tensor) -> Tensor:
     """Eq. 7 on the very images that give the centroids, each left out of its own class's.
 
     Args:
@@ -204,11 +209,11 @@ def leave_one_out(features: Tensor, labels: Tensor, whitening: Tensor) -> tuple[
         whitening: `[d, d]`.
 
     Returns:
-        Whether each image is classified rightly, bool, and the lead of its class over the best other one, in cosines.
+        Whether each image is classified rightly, bool.
 
     Example:
         >>> points = torch.tensor([[2.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.2, 3.0]])
-        >>> leave_one_out(points, torch.tensor([0, 0, 1, 1]), torch.eye(2))[0]
+        >>> leave_one_out(points, torch.tensor([0, 0, 1, 1]), torch.eye(2))
         tensor([True, True, True, True])
     """
     counts = labels.bincount()
@@ -221,8 +226,7 @@ def leave_one_out(features: Tensor, labels: Tensor, whitening: Tensor) -> tuple[
     without = (centroids[labels] * others - features) / (others - 1).clamp(min=1)
     own = F.cosine_similarity(features @ whitening, without @ whitening)
     cosines[torch.arange(len(labels)), labels] = -math.inf
-    lead = (own - cosines.max(1).values)[usable]
-    return lead > 0, lead
+    return (own > cosines.max(1).values)[usable]
 
 
 def measure_traits(
@@ -231,12 +235,10 @@ def measure_traits(
     """Traits of a set from its sketch `[m]`, features `[n, d]` and labels `[n]`; None where no class has two images."""
     if len(labels.unique()) < 2 or labels.bincount().max() < 2:
         return None
-    right, lead = leave_one_out(features.cpu(), labels, whitening.cpu())
-    spread = float(lead.std()) if len(lead) > 1 else 0.0
+    right = leave_one_out(features.cpu(), labels, whitening.cpu())
     return Traits(
         distance=sketch_distance(sketch, references),
         leave_one_out=float(right.float().mean()),
-        margin=max(-3.0, min(3.0, float(lead.mean()) / max(spread, 1e-6))),
         num_classes=len(labels.unique()),
         images=len(right),
     )
@@ -288,8 +290,8 @@ def fit_expectation(
 ) -> Expectation:
     """Fits the expectation on all sets, and checks it domain by domain.
 
-    Log odds of being right are regressed on the traits. The interval comes from residuals on domains that were left out
-    of the fit, never from fitted ones. The check leaves each domain out of all of that once more, interval included.
+    The first guess is a regression of the log odds of being right. What it is worth, and the interval, come from
+    guesses at domains that were left out of the regression. The check leaves each domain out of all of that once more.
 
     Args:
         sets: Held-out sets of at least four domains.
@@ -300,9 +302,9 @@ def fit_expectation(
 
     Returns:
         The expectation. Its `check` has `rank_correlation` of expected and true accuracy over all sets, each expected
-        by a fit without its domain, `rank_correlation_of_sketch` (the same with fits that see no labels: distance,
-        numbers of classes and images) and `rank_correlation_of_leave_one_out` (that trait alone), `mean_error`,
-        `coverage` of the interval, and the same by domain under `domains`.
+        by a fit without its domain, `rank_correlation_of_sketch` (of the first guess alone, likewise) and
+        `rank_correlation_of_leave_one_out` (of that trait alone), `mean_error`, `coverage` of the interval, and the
+        same by domain under `domains`.
 
     Raises:
         InputError: There are fewer than four domains.
@@ -322,11 +324,11 @@ def fit_expectation(
         found[domain] = [(one, without.expect(one.traits)) for one in sets if one.domain == domain]
     pooled = [row for rows in found.values() for row in rows]
     truth = [one.right / one.total for one, _ in pooled]
-    by_sketch = [one.log_odds - gap for one, gap in _left_out_gaps(sets, _NO_LABELS)]
+    guesses = [guess for _, guess in _left_out_guesses(sets)]
     check = {
         'sets': len(sets),
         **_scores(pooled),
-        'rank_correlation_of_sketch': rank_correlation(by_sketch, truth),
+        'rank_correlation_of_sketch': rank_correlation(guesses, truth),
         'rank_correlation_of_leave_one_out': rank_correlation([one.traits.leave_one_out for one, _ in pooled], truth),
         'domains': {domain: {'sets': len(rows), **_scores(rows)} for domain, rows in found.items()},
     }
@@ -344,36 +346,37 @@ def _scores(rows: Sequence[tuple[HeldOutSet, tuple[float, float, float]]]) -> di
 
 
 def _regress(sets: Sequence[HeldOutSet]) -> dict[str, Any]:
-    """`weights`, `noise` and `width`; the last two from sets whose domain was left out."""
-    found = _left_out_gaps(sets)
-    squares = torch.tensor([gap for _, gap in found]).double().square()
+    """`weights`, `worth`, `noise` and `width`; the last three from sets whose domain was left out."""
+    found = _left_out_guesses(sets)
+
+    def gaps(worth: float) -> Tensor:
+        return torch.tensor([one.log_odds - one.traits.log_odds(guess, worth) for one, guess in found]).double()
+
+    worth = min((2.0**power for power in range(1, 8)), key=lambda one: float(gaps(one).square().sum()))
+    squares = gaps(worth).square()
     images = torch.tensor([one.traits.images for one, _ in found])
     design = torch.stack([torch.ones(len(images)), 1 / images], 1).double()
     noise = torch.linalg.lstsq(design, squares[:, None]).solution.flatten().clamp(min=1e-3)
     width = float((squares / (design @ noise)).sqrt().quantile(SURE))
-    return {'weights': _ridge(sets).tolist(), 'noise': noise.tolist(), 'width': width}
+    return {'weights': _ridge(sets).tolist(), 'worth': worth, 'noise': noise.tolist(), 'width': width}
 
 
-def _left_out_gaps(sets: Sequence[HeldOutSet], traits: Sequence[int] | None = None) -> list[tuple[HeldOutSet, float]]:
-    """Every set, domain by domain, and its log odds less those that a fit without its domain gives."""
+def _left_out_guesses(sets: Sequence[HeldOutSet]) -> list[tuple[HeldOutSet, float]]:
+    """Every set, domain by domain, and its first guess by a regression without its domain."""
     found = []
     for domain in dict.fromkeys(one.domain for one in sets):
-        weights = _ridge([one for one in sets if one.domain != domain], traits)
+        weights = _ridge([one for one in sets if one.domain != domain])
         inside = [one for one in sets if one.domain == domain]
-        found += [
-            (one, one.log_odds - float(weights @ torch.tensor([*one.traits.row(), 1.0]).double())) for one in inside
-        ]
+        found += [(one, float(weights @ torch.tensor(one.traits.row()).double())) for one in inside]
     return found
 
 
-def _ridge(sets: Sequence[HeldOutSet], traits: Sequence[int] | None = None) -> Tensor:
-    """Weights `[t + 1]` of a ridge regression on standardised traits, mapped back; zero for traits not named."""
-    rows = torch.tensor([one.traits.row() for one in sets]).double()
+def _ridge(sets: Sequence[HeldOutSet]) -> Tensor:
+    """Weights of a ridge regression on the standardised rows, mapped back to the rows as they are."""
+    rows = torch.tensor([one.traits.row()[:-1] for one in sets]).double()
     truth = torch.tensor([one.log_odds for one in sets]).double()
     mean, scale = rows.mean(0), rows.std(0).clamp(min=1e-6)
     design = (rows - mean) / scale
-    if traits is not None:
-        design[:, [number for number in range(len(mean)) if number not in traits]] = 0
     slopes = torch.linalg.solve(
         design.t() @ design + torch.eye(len(mean)).double(), design.t() @ (truth - truth.mean())
     )

@@ -77,6 +77,9 @@ class Report:
     notes: Sequence[str] = ()
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'class_names', tuple(map(_unicode, self.class_names)))
+
     def page(self) -> str:
         """The HTML."""
         sections = [self._summary(), self._samples()]
@@ -306,7 +309,7 @@ class Report:
                 '' if label is None else f'<title>{_text(_short(names[label]))}{", mistaken" if wrong else ""}</title>'
             )
             mark = f'fill="{_color(label or 0)}"{" class=wrong" if wrong else ""}'
-            dots += f'<circle cx="{x:.0f}" cy="{y:.0f}" r="5" {mark}>{title}</circle>'
+            dots += f'<circle cx="{x:.0f}" cy="{y:.0f}" r="6" {mark}>{title}</circle>'
         legend = ''
         if self.point_labels is not None and len(names) <= 24:
             entries = enumerate(names)
@@ -471,8 +474,13 @@ def _color(label: int) -> str:
 
 
 def _text(value: str) -> str:
-    """Escaped for HTML; file names that are no Unicode lose the bytes that are not."""
-    return html.escape(str(value).encode('utf-8', 'replace').decode(), quote=True)
+    """Escaped for HTML."""
+    return html.escape(_unicode(value), quote=True)
+
+
+def _unicode(value: str) -> str:
+    """A text whose bytes that are no Unicode, as file names may have, are question marks."""
+    return value.encode('utf-8', 'replace').decode()
 
 
 def _short(name: str, most: int = 24) -> str:
@@ -544,7 +552,8 @@ small { display: block; font-size: .8rem; }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: .3rem 1.2rem; }
 .strip { display: flex; flex-wrap: wrap; gap: .25rem; }
 .strip img, figure img { width: 3.2rem; height: 3.2rem; object-fit: contain; border-radius: .2rem; }
-.row { display: grid; grid-template-columns: minmax(4rem, 11rem) 1fr 5.5rem; gap: .8rem; align-items: center; }
+.row { display: grid; grid-template-columns: minmax(4rem, 11rem) minmax(40%, 1fr) 4.5rem; gap: .8rem; margin: .2rem 0;
+  align-items: center; }
 .row span { text-align: right; font-size: .85rem; }
 .bar { position: relative; height: 1.3rem; border-left: 1px solid var(--line); border-right: 1px solid var(--line); }
 .bar i { position: absolute; top: .45rem; height: .4rem; border-radius: .2rem; background: rgba(var(--mark-rgb), .4); }
@@ -573,6 +582,7 @@ svg text { fill: var(--faint); font-size: 14px; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; padding: 0; list-style: none; font-size: .85rem; }
 .legend li::before { content: ""; display: inline-block; width: .7rem; height: .7rem; margin-right: .4rem;
   border-radius: 50%; background: var(--dot); }
+.facts th { overflow-wrap: normal; }
 .facts th, .facts td { padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 .facts td { font: .85rem/1.5 ui-monospace, monospace; }
 </style>
