@@ -314,7 +314,7 @@ def fit_expectation(
         raise InputError(f'an expectation needs held-out sets of at least 4 domains, these are of {len(domains)}')
     fixed: dict[str, Any] = {
         'weights_digest': weights_digest,
-        'references': references.tolist(),
+        'references': [[round(value, 4) for value in row] for row in references.tolist()],
         'sizes': sizes,
         'familiar': familiar,
     }
