@@ -398,6 +398,13 @@ def test_what_to_expect_is_said_where_a_fit_is_there_and_not_where_it_is_of_othe
     assert 'Expected before the test' in page
     assert 'unlike anything' in page
     shutil.rmtree(tmp_path / 'model')
+    result, _ = predict(images, '--head', 'ridge', hypernet=tmp_path / 'hypernet')
+    assert 'of the centroid head (95 %' in result.stdout
+    shutil.rmtree(tmp_path / 'model')
+    result, _ = predict(images / 'cup', hypernet=tmp_path / 'hypernet')  # no subfolders, so no labels
+    assert 'unlike anything' in result.stdout
+    assert 'Expected' not in result.stdout
+    shutil.rmtree(tmp_path / 'model')
     fit_expectation(sets, weights_digest='others', **fixed).save(tmp_path / 'hypernet')
     result, _ = predict(images, hypernet=tmp_path / 'hypernet')
     assert 'Warning' in result.stderr

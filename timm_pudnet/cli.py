@@ -134,7 +134,7 @@ def predict(
     )
     told: dict[str, Any] = {}
     if expectation is not None:
-        told = _expect(expectation, network, model, kept)
+        told = _expect(expectation, network, model, kept, head)
     test = None if tested is None else evaluation.measure_held_out(model, kept, tested)
     for row in () if test is None else test.lines():
         click.echo(row)
@@ -159,7 +159,7 @@ def predict(
             model,
             kept,
             test,
-            classifier=model.get_classifier().weight.detach().cpu() if model.num_classes else None,  # type: ignore[operator, union-attr]
+            classifier=model.get_classifier().weight.detach().flatten(1).cpu() if model.num_classes else None,  # type: ignore[operator, union-attr]
             title=f'{model_name} for {images}',
             tiles=tiles,
             notes=notes,
@@ -213,7 +213,7 @@ def _expectation_of(network: Any) -> Any:
     return found
 
 
-def _expect(expectation: Any, network: Any, model: Any, used: Any) -> dict[str, Any]:
+def _expect(expectation: Any, network: Any, model: Any, used: Any, head: str) -> dict[str, Any]:
     """Says what to expect of the model, and gives it as the report wants it."""
     from timm_pudnet.evaluation import read_traits
     from timm_pudnet.evaluation.expectation import IN_WORDS
@@ -222,12 +222,15 @@ def _expect(expectation: Any, network: Any, model: Any, used: Any) -> dict[str, 
     traits = read_traits(network, model, used, expectation) if model.num_classes else None
     if traits is not None:
         accuracy, low, high = told['expected'] = expectation.expect(traits)
-        told['expected_from'] = expectation.in_words()
+        of_what = '' if head == 'centroid' else ', of the centroid head'
+        told['expected_from'] = expectation.in_words() + (of_what and ' It is of the centroid head.')
         told['familiarity'] = expectation.familiarity(traits.distance, traits.images)
-        click.echo(f'Expected   {accuracy:6.1%} before any test (95 % interval {low:.1%} to {high:.1%})')
-    elif used.labels is None:
-        sketch = network.sketch(used, balance='none')
-        told['familiarity'] = expectation.familiarity(expectation.distance(sketch), len(used))
+        click.echo(f'Expected   {accuracy:6.1%} before any test{of_what} (95 % interval {low:.1%} to {high:.1%})')
+    elif not used.labelled:
+        stream = network.streaming_sketch()
+        for images, _ in used.batches():
+            stream.add(images)
+        told['familiarity'] = expectation.familiarity(expectation.distance(stream.result()), stream.counts[0])
     if 'familiarity' in told:
         click.echo(f'           {IN_WORDS[told["familiarity"]]}')
     return told

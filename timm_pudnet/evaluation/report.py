@@ -209,7 +209,7 @@ class Report:
             name = '' if label is None else f'<h3>{_name(self.class_names[label])}</h3>'
             rows += f'<div class="sample">{name}<div class="strip">{"".join(images)}</div></div>'
         left = len(self.class_names) - len(shown)
-        more = f'<p>And {left:,} more classes.</p>' if self.class_names and left > 0 else ''
+        more = f'<p>And {left:,} more classes.</p>' if None not in shown and left > 0 else ''
         how = 'Some of the images that gave the weights, as the network sees them.'
         return _section('The images', how, f'<div class="samples">{rows}</div>{more}')
 
