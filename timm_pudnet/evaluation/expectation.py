@@ -192,7 +192,7 @@ def sketch_distance(sketch: Tensor, references: Tensor) -> float:
 
     Example:
         >>> sketch_distance(torch.tensor([1.0, 3.0]), torch.tensor([[0.0, 0.0], [2.0, 4.0]] * 5))
-        1.3416407863281806
+        1.0606601717798212
     """
     references = references.double()
     scale = references.std(0).clamp(min=1e-6)

@@ -35,7 +35,7 @@ from timm_pudnet.images import ImageSource
 
 PAGE_NAME = 'index.html'
 # What keeps the page under 3 MB whatever the images and classes.
-MOST_THUMBNAILS, MOST_SAMPLE_CLASSES, THUMBNAIL_SIDE = 240, 120, 64
+MOST_THUMBNAILS, MOST_SAMPLE_CLASSES, THUMBNAIL_SIDE = 240, 48, 64
 MOST_ROWS = 60  # classes with a line of their own
 MOST_CELLS = 16  # classes up to which the confusion matrix is a table with numbers
 # Okabe and Ito's colours, told apart by colour-blind eyes too and visible on both grounds.
@@ -211,7 +211,8 @@ class Report:
         left = len(self.class_names) - len(shown)
         more = f'<p>And {left:,} more classes.</p>' if None not in shown and left > 0 else ''
         how = 'Some of the images that gave the weights, as the network sees them.'
-        return _section('The images', how, f'<div class="samples">{rows}</div>{more}')
+        wide = 3.5 * min(6, max([2, *map(len, shown.values())]))  # rem, of six images at most
+        return _section('The images', how, f'<div class="samples" style="--wide:{wide}rem">{rows}</div>{more}')
 
     def _classes(self) -> str:
         rows = self._rows()
@@ -549,7 +550,7 @@ small { display: block; font-size: .8rem; }
 .tile { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; }
 .tile span { font-size: .85rem; }
 .tile b { display: block; font-size: 1.5rem; line-height: 1.3; }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: .3rem 1.2rem; }
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--wide)), 1fr)); gap: .3rem 1.2rem; }
 .strip { display: flex; flex-wrap: wrap; gap: .25rem; }
 .strip img, figure img { width: 3.2rem; height: 3.2rem; object-fit: contain; border-radius: .2rem; }
 .row { display: grid; grid-template-columns: minmax(4rem, 11rem) minmax(40%, 1fr) 4.5rem; gap: .8rem; margin: .2rem 0;
