@@ -221,7 +221,7 @@ class Report:
             for name, right, total in rows[:MOST_ROWS]
         )
         left = len(rows) - MOST_ROWS
-        more = f'<p>And {left:,} more, each better than these.</p>' if left > 0 else ''
+        more = f'<p>And {left:,} more, none worse than these.</p>' if left > 0 else ''
         how = 'Share of the images of a class that it got right, worst first; the bar is the 95 % interval.'
         return _section('Class by class', how, f'<div class="rows">{lines}</div>{more}')
 
@@ -550,7 +550,8 @@ small { display: block; font-size: .8rem; }
 .tile { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; }
 .tile span { font-size: .85rem; }
 .tile b { display: block; font-size: 1.5rem; line-height: 1.3; }
-.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--wide)), 1fr)); gap: .3rem 1.2rem; }
+.samples { display: grid; gap: .3rem 1.2rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--wide)), 1fr)); }
 .strip { display: flex; flex-wrap: wrap; gap: .25rem; }
 .strip img, figure img { width: 3.2rem; height: 3.2rem; object-fit: contain; border-radius: .2rem; }
 .row { display: grid; grid-template-columns: minmax(4rem, 11rem) minmax(40%, 1fr) 4.5rem; gap: .8rem; margin: .2rem 0;
