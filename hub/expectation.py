@@ -17,7 +17,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import timm
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from timm_pudnet.evaluation import TestGroups, weights_digest
 from timm_pudnet.evaluation.expectation import Expectation, HeldOutSet, fit_expectation, measure_traits, sketch_distance
 from timm_pudnet.evaluation.measure import group_sketch, support_features
 from timm_pudnet.images import ImageSource
+from timm_pudnet.target import create_feature_model
 from timm_pudnet.training import Recipe
 from timm_pudnet.training.conditions import Condition
 from timm_pudnet.training.episodes import ImageBank, bank_input
@@ -62,7 +62,7 @@ def main() -> None:
     domains |= {'letters': letters(), 'textures': textures(), 'cells': cells()}
 
     references, sizes, familiar = _seen_sketches(hypernet, seen, recipe.groups.conditions)
-    model = timm.create_model(hypernet.config.model_name, **{**hypernet.config.model_kwargs, 'num_classes': 0}).eval()
+    model = create_feature_model(hypernet.target).eval()
     sets = []
     for place, (name, bank) in enumerate(domains.items()):
         sets += [_held_out(hypernet, model, name, bank, references, 1000 * place + i) for i in range(options.sets)]
