@@ -133,7 +133,7 @@ class PudNet(nn.Module):
         model_kwargs = config.get('model_kwargs', {})
         wanted = PudNetConfig(model_name=name if pretrained else model_name, **{**config, 'input': InputConfig()})
         spec = target_of(wanted)  # clear errors first
-        model = _pretrained(model_name, pretrained, model_kwargs) if pretrained else create_feature_model(spec)
+        model = pretrained_model(model_name, pretrained, model_kwargs) if pretrained else create_feature_model(spec)
         if 'input' not in config:
             data = resolve_model_data_config(model)
             names = [field.name for field in dataclasses.fields(InputConfig)]
@@ -389,8 +389,12 @@ def _chosen(config: PudNetConfig) -> str:
     return 'residual'
 
 
-def _pretrained(model_name: str, source: bool | str, model_kwargs: dict[str, Any]) -> nn.Module:
-    """Timm's model of that name with its pretrained weights, or the one in a folder."""
+def pretrained_model(model_name: str, source: bool | str, model_kwargs: Mapping[str, Any]) -> nn.Module:
+    """Timm's model of that name with its pretrained weights (`source` True), or the one in a folder.
+
+    Raises:
+        NotFoundError: The weights cannot be had.
+    """
     name = model_name if source is True else f'local-dir:{source}'
     try:
         return timm.create_model(name, pretrained=True, **model_kwargs)
