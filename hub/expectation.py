@@ -77,7 +77,8 @@ def main() -> None:
             f'{name:28} rank correlation {row["rank_correlation"]:.3f}, mean error {row["mean_error"]:.3f}, '
             f'in the 95 % interval {row["coverage"]:.1%}, unlike anything seen {_unlike(found, sets, name):.1%}'
         )
-    print(f'rank correlation of the first guess alone: {found.check["rank_correlation_of_sketch"]:.3f}', end='; ')
+    print(f'rank correlation at equal classes: {found.check["rank_correlation_at_equal_classes"]:.3f}', end='; ')
+    print(f'of the first guess alone: {found.check["rank_correlation_of_sketch"]:.3f}', end='; ')
     print(f'of leave-one-out alone: {found.check["rank_correlation_of_leave_one_out"]:.3f}')
     print(f'Wrote {path}')
 

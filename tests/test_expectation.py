@@ -95,6 +95,7 @@ def test_the_fit_ranks_held_out_domains_and_its_interval_holds(fitted):
     assert check['sets'] == 200
     assert check['rank_correlation'] > 0.9
     assert check['rank_correlation_of_sketch'] > 0.8
+    assert 0.6 < check['rank_correlation_at_equal_classes'] < check['rank_correlation']
     assert check['mean_error'] < 0.08
     assert 0.88 <= check['coverage'] <= 1
     assert set(check['domains']) == {f'd{number}' for number in range(5)}

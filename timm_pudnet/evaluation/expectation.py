@@ -302,7 +302,8 @@ def fit_expectation(
 
     Returns:
         The expectation. Its `check` has `rank_correlation` of expected and true accuracy over all sets, each expected
-        by a fit without its domain, `rank_correlation_of_sketch` (of the first guess alone, likewise) and
+        by a fit without its domain, `rank_correlation_at_equal_classes` (the mean of that over sets of as many classes,
+        since their number alone ranks much), `rank_correlation_of_sketch` (of the first guess alone, likewise) and
         `rank_correlation_of_leave_one_out` (of that trait alone), `mean_error`, `coverage` of the interval, and the
         same by domain under `domains`.
 
@@ -328,6 +329,7 @@ def fit_expectation(
     check = {
         'sets': len(sets),
         **_scores(pooled),
+        'rank_correlation_at_equal_classes': _at_equal_classes(pooled),
         'rank_correlation_of_sketch': rank_correlation(guesses, truth),
         'rank_correlation_of_leave_one_out': rank_correlation([one.traits.leave_one_out for one, _ in pooled], truth),
         'domains': {domain: {'sets': len(rows), **_scores(rows)} for domain, rows in found.items()},
@@ -343,6 +345,14 @@ def _scores(rows: Sequence[tuple[HeldOutSet, tuple[float, float, float]]]) -> di
         'mean_error': sum(abs(expected[0] - true) for (_, expected), true in zip(rows, truth, strict=True)) / len(rows),
         'coverage': sum(low <= true <= high for (_, (_, low, high)), true in zip(rows, truth, strict=True)) / len(rows),
     }
+
+
+def _at_equal_classes(rows: Sequence[tuple[HeldOutSet, tuple[float, float, float]]]) -> float:
+    found = []
+    for k in {one.traits.num_classes for one, _ in rows}:
+        inside = [(expected[0], one.right / one.total) for one, expected in rows if one.traits.num_classes == k]
+        found += len(inside) * [rank_correlation(*zip(*inside, strict=True))]
+    return sum(found) / len(found)
 
 
 def _regress(sets: Sequence[HeldOutSet]) -> dict[str, Any]:
