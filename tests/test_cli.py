@@ -129,7 +129,7 @@ def test_a_prediction_says_what_it_found_and_did_and_wrote(images, work, predict
     for needle in ('test_resnet.tiny', 'on cpu', '3x32x32', 'Accuracy', 'Raw pixels', 'Chance      33.3%', 'MB'):
         assert needle in out
     assert [path.name for path in work.iterdir()] == ['model']
-    assert sorted(path.name for path in (work / 'model').iterdir()) == ['config.json', 'model.safetensors']
+    assert sorted(path.name for path in (work / 'model').iterdir()) == ['config.json', 'model.safetensors', 'report']
     model = timm.create_model('local-dir:model', pretrained=True)
     assert model.num_classes == 3
     share = float(re.search(r'Accuracy +([\d.]+)%', out)[1])

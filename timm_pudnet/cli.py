@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -17,11 +21,15 @@ from typing import Any, Literal
 import click
 
 import timm_pudnet
-from timm_pudnet.config import InputError, OutputExistsError, PudNetError
+from timm_pudnet.config import InputError, OutputExistsError, PudNetError, PudNetWarning
 
 
 class _Commands(click.Group):
-    """Turns what goes wrong into one line and exit code 2."""
+    """Turns what goes wrong into one line and exit code 2; keeps the command line for those who report it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta['command'] = f'{ctx.info_name} {shlex.join(args)}'
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -73,8 +81,11 @@ def _data_options(split: str) -> Callable[[Callable[..., None]], Callable[..., N
 @click.option('--seed', default=0, show_default=True, help='Of the choice of images kept aside.')
 @click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
 @click.option('--strict', is_flag=True, help='An unreadable image is an error, not a warning.')
+@click.option('--report/--no-report', default=True, help='Write a page about the prediction too, OUT/report.')
 @_data_options('train')
+@click.pass_context
 def predict(
+    context: click.Context,
     model_name: str,
     images: str,
     out: Path | None,
@@ -84,13 +95,17 @@ def predict(
     seed: int,
     device: str | None,
     strict: bool,
+    report: bool,
     data_dir: str | None,
     split: str,
 ) -> None:
     """Predict MODEL_NAME's weights for IMAGES, a folder (one subfolder a class) or a timm dataset name."""
+    import torch
+
+    from timm_pudnet import evaluation
     from timm_pudnet import predict as room
-    from timm_pudnet.evaluation import held_out_accuracy, split_held_out
     from timm_pudnet.hub import resolve_hypernet
+    from timm_pudnet.hypernet import library_versions
     from timm_pudnet.images import open_images
 
     if not 0 <= holdout < 1:
@@ -99,9 +114,11 @@ def predict(
         room.check_output(out)
     network = resolve_hypernet(model_name, hypernet)
     config = network.config.input
+    expectation = _expectation_of(network)
     source = open_images(images, input=config, split=split, data_dir=data_dir, strict=strict)
     click.echo(f'Found      {source.description}')
-    kept, tested = split_held_out(source, holdout if head != 'none' else 0, seed)
+    kept, tested = evaluation.split_held_out(source, holdout if head != 'none' else 0, seed)
+    single = []
     if tested is not None and source.class_names:
         click.echo(f'Classes    {_some(source.class_names)}')
         single = [name for label, name in enumerate(source.class_names) if (source.labels == label).sum() == 1]
@@ -118,23 +135,108 @@ def predict(
         f'Predicted  {count / 1e6:.1f}M weights of {model_name} with {network.name} on {where}, '
         f'input {chans}x{height}x{width}, in {seconds:.2f} s'
     )
-    if tested is not None:
-        for row in held_out_accuracy(model, kept, tested):
-            click.echo(row)
-    elif not source.labelled:
+    told: dict[str, Any] = {}
+    if expectation is not None:
+        told = _expect(expectation, network, model, kept, head)
+    test = None if tested is None else evaluation.measure_held_out(model, kept, tested)
+    for row in () if test is None else test.lines():
+        click.echo(row)
+    if not source.labelled:
         click.echo(
             'No labels  the model gives features; put the images of each class into a subfolder for a classifier'
         )
     if out is None:
-        click.echo('Not saved: add --out FOLDER to keep the model')
+        click.echo('Not saved: add --out FOLDER to keep the model and a page about it')
         return
+    notes = [f'Only one image each, none kept aside: {_some(tuple(single))}'] if single else []
+    skipped = {*kept.skipped, *(tested.skipped if tested is not None else ())}
+    notes += [f'{len(skipped):,} images could not be read and were left out.'] if skipped else []
+    classes = f'{len(source.class_names):,} classes' if source.class_names else 'no labels'
+    gave = f'{classes}; {len(kept):,} gave the weights' if tested is not None else f'{classes}; all gave the weights'
+    tiles = [('Predicted in', f'{seconds:.2f} s', f'{count / 1e6:.1f}M weights, on {where}')]
+    if source.labels is not None:
+        tiles.append(('Images', f'{len(source.labels):,}', gave))
+    page = None
+    if report:
+        page = evaluation.make_report(
+            model,
+            kept,
+            test,
+            classifier=model.get_classifier().weight.detach().flatten(1).cpu() if model.num_classes else None,  # type: ignore[operator, union-attr]
+            title=f'{model_name} for {images}',
+            tiles=tiles,
+            notes=notes,
+            **told,
+        )
     room.save_model(model, out)
-    size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+    files = {path.name: path for path in out.iterdir()}
+    size = sum(path.stat().st_size for path in files.values()) / 1e6
+    written = ''
+    if page is not None:
+        facts = {
+            'Command': context.meta['command'],
+            'In the folder': str(Path.cwd()),
+            'Images': source.description,
+            'Hypernetwork': f'{network.name}, weights {evaluation.weights_digest(network)}',
+            'Head': head,
+            'Input': f'{chans}x{height}x{width}',
+            'Model': f'{count:,} weights, {size:.1f} MB on disk',
+            'sha256 of model.safetensors': hashlib.sha256(files['model.safetensors'].read_bytes()).hexdigest(),
+            'Seconds of predicting': f'{seconds:.2f}, reading the images included',
+            **({'Milliseconds an image': f'{1000 * test.seconds / len(test.labels):.2f}, on {where}'} if test else {}),
+            'Machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {where}',
+            'Versions': ', '.join(f'{name} {version}' for name, version in library_versions().items()),
+            'Python': platform.python_version(),
+        }
+        written = dataclasses.replace(page, facts=facts).write(out / 'report')
     click.echo(f'Wrote      {out} ({size:.0f} MB, timm format). Next, in Python, without this package if you like:')
     click.echo(
         f'\n    import timm\n    model = timm.create_model({f"local-dir:{out}"!r}, pretrained=True).eval()\n'
         '    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n'
     )
+    if written:
+        click.echo(f'Report     {written}: open it in a browser; it needs no network')
+        if importlib.util.find_spec('matplotlib') is None:
+            click.echo("           Its plots are not there as PNG files: pip install 'timm-pudnet[train]'")
+
+
+def _expectation_of(network: Any) -> Any:
+    """The fitted expectation of a hypernetwork; None where it has none, or one of other weights."""
+    from timm_pudnet import evaluation
+
+    found = None if network.folder is None else evaluation.Expectation.load(network.folder)
+    if found is not None and found.weights_digest != evaluation.weights_digest(network):
+        warnings.warn(
+            f'{network.folder}: its expectation.json is of other weights and is not used; fit it again '
+            '(hub/expectation.py)',
+            PudNetWarning,
+            stacklevel=2,
+        )
+        return None
+    return found
+
+
+def _expect(expectation: Any, network: Any, model: Any, used: Any, head: str) -> dict[str, Any]:
+    """Says what to expect of the model, and gives it as the report wants it."""
+    from timm_pudnet.evaluation import read_traits
+    from timm_pudnet.evaluation.expectation import IN_WORDS
+
+    told: dict[str, Any] = {}
+    traits = read_traits(network, model, used, expectation) if model.num_classes else None
+    if traits is not None:
+        accuracy, low, high = told['expected'] = expectation.expect(traits)
+        of_what = '' if head == 'centroid' else ', of the centroid head'
+        told['expected_from'] = expectation.in_words() + (of_what and ' It is of the centroid head.')
+        told['familiarity'] = expectation.familiarity(traits.distance, traits.images)
+        click.echo(f'Expected   {accuracy:6.1%} before any test{of_what} (95 % interval {low:.1%} to {high:.1%})')
+    elif not used.labelled:
+        stream = network.streaming_sketch()
+        for images, _ in used.batches():
+            stream.add(images)
+        told['familiarity'] = expectation.familiarity(expectation.distance(stream.result()), stream.counts[0])
+    if 'familiarity' in told:
+        click.echo(f'           {IN_WORDS[told["familiarity"]]}')
+    return told
 
 
 @main.command()

@@ -80,6 +80,7 @@ class PudNet(nn.Module):
         # fresh pages for each of them (its dynamic threshold, of 32 MB at most). The zeros are never written.
         bytes(31 << 20)
         self.config = config
+        self.folder: Path | None = None  # that it was read from
         self.target: TargetSpec = target_of(config)
         layers = self.target.layers
         chans = config.input.input_size[0]
@@ -327,6 +328,7 @@ class PudNet(nn.Module):
             reason = (str(error) or repr(error)).splitlines()[0]
             raise DamagedFileError(f'{folder / CONFIG_NAME}: {shown(reason, 300)}') from error
         hypernet.load_state_dict(as_tensors(stored, hypernet.state_dict()), assign=True)
+        hypernet.folder = folder
         return hypernet.requires_grad_(True).eval()
 
 

@@ -204,7 +204,8 @@ class ImageSource:
         # timm's datasets give -1 where there is no label.
         return bool((_to_label_tensor(labels if self._batched else [labels], self._where) >= 0).any())
 
-    def _name(self, row: int) -> str:
+    def name(self, row: int) -> str:
+        """Name of an image by its row: its path in the folder, or its number."""
         position = row if self._is_stream else self._positions[row]
         if self._names is not None:
             return self._names[position]
@@ -241,7 +242,7 @@ class ImageSource:
 
     def _decode(self, images: Any, rows: range, skipped: list[tuple[str, str]]) -> tuple[Tensor, list[int]]:
         """`[b, c, h, w]`, uint8 or float in 0-1, of the readable images, and which they are; notes the others."""
-        names = [self._name(row) for row in rows]
+        names = [self.name(row) for row in rows]
         if not isinstance(images, list):
             try:
                 return self._preprocess.arrays(images, names), list(range(len(images)))

@@ -1,18 +1,28 @@
-"""Measuring a hypernetwork: groups of unseen classes, controls, training from scratch, intervals."""
+"""Measuring: groups of unseen classes, controls, training from scratch, what to expect, a report of a prediction."""
 
-from timm_pudnet.evaluation.holdout import held_out_accuracy, split_held_out
+from timm_pudnet.evaluation.expectation import Expectation, fit_expectation, read_traits
+from timm_pudnet.evaluation.holdout import HeldOutTest, held_out_accuracy, measure_held_out, split_held_out
 from timm_pudnet.evaluation.measure import evaluate, format_table, weights_digest
-from timm_pudnet.evaluation.metrics import mean_interval, share_interval
+from timm_pudnet.evaluation.metrics import mean_interval, rank_correlation, share_interval
 from timm_pudnet.evaluation.protocols import TestGroups
+from timm_pudnet.evaluation.report import Report, make_report
 from timm_pudnet.evaluation.scratch import compare_scratch, train_from_scratch
 
 __all__ = [
+    'Expectation',
+    'HeldOutTest',
+    'Report',
     'TestGroups',
     'compare_scratch',
     'evaluate',
+    'fit_expectation',
     'format_table',
     'held_out_accuracy',
+    'make_report',
     'mean_interval',
+    'measure_held_out',
+    'rank_correlation',
+    'read_traits',
     'share_interval',
     'split_held_out',
     'train_from_scratch',

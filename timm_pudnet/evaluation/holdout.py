@@ -1,7 +1,12 @@
-"""A first number for one's own images: some are kept aside, and the predicted model is tested on them."""
+"""A first number for one's own images: some are kept aside, and the predicted model is tested on them.
+
+Dimension letters: `n` images, `p` those of them on a map, `c h w` an image, `d` features, `k` classes.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +15,10 @@ from torch import Tensor, nn
 from timm_pudnet.adapt import StreamingCentroids, centroid_logits
 from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.images import ImageSource
+from timm_pudnet.sketch import content_keys
+
+MOST_MISTAKES = 24
+MOST_ON_A_MAP = 1000
 
 
 def split_held_out(source: ImageSource, share: float, seed: int = 0) -> tuple[ImageSource, ImageSource | None]:
@@ -35,28 +44,111 @@ def split_held_out(source: ImageSource, share: float, seed: int = 0) -> tuple[Im
     return source.subset(sorted(used)), source.subset(sorted(tested))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOutTest:
+    """How a model did on the images kept aside.
+
+    Args:
+        labels: Class of each image, `[n]`.
+        guesses: The model's, `[n]`.
+        confidences: Softmax of its output for that class, `[n]`.
+        names: Of the images.
+        mistakes: Places in `labels` of the most confident mistakes, those first, and the images, uint8 `[c, h, w]`.
+        places: Those of the images whose features are kept, `[p]`.
+        features: Of these, `[p, d]`.
+        num_classes: `k`.
+        right_raw: How many of the images raw pixels classify rightly, by nearest class mean.
+        repeated: How many of the images are, pixel by pixel, among those that gave the weights too.
+        seconds: Of the model over all of them.
+    """
+
+    labels: Tensor
+    guesses: Tensor
+    confidences: Tensor
+    names: list[str]
+    mistakes: list[tuple[int, Tensor]]
+    places: Tensor
+    features: Tensor
+    num_classes: int
+    right_raw: int
+    repeated: int
+    seconds: float
+
+    @property
+    def right(self) -> int:
+        """How many images the model classifies rightly."""
+        return int((self.guesses == self.labels).sum())
+
+    def lines(self) -> Iterator[str]:
+        """The accuracy beside raw pixels and chance, with 95 % intervals, and what is wrong with the test."""
+        total = len(self.labels)
+        for name, count in (('Accuracy  ', self.right), ('Raw pixels', self.right_raw)):
+            low, high = share_interval(count, total)
+            what = 'on the images kept aside' if name.startswith('Acc') else 'by nearest class mean'
+            yield f'{name} {count / total:6.1%} {what} ({count} of {total}; 95 % interval {low:.1%} to {high:.1%})'
+        yield f'Chance     {1 / self.num_classes:6.1%}'
+        if self.repeated:
+            yield f'Repeated   {self.repeated} of the images kept aside are among the others too: {REPEATED}'
+
+
+REPEATED = 'the accuracy is too good by them; remove the copies'
+
+
 @torch.inference_mode()
-def held_out_accuracy(model: nn.Module, used: ImageSource, tested: ImageSource) -> Iterator[str]:
-    """Lines that give the accuracy on the images kept aside, beside raw pixels and chance, with 95 % intervals."""
+def measure_held_out(model: nn.Module, used: ImageSource, tested: ImageSource) -> HeldOutTest:
+    """Tests a model with a classifier on images that gave it nothing; `used` are those that did."""
     device = next(model.parameters()).device
     num_classes = int(model.num_classes)  # type: ignore[arg-type]
-    raw = StreamingCentroids(num_classes)
+    raw, keys = StreamingCentroids(num_classes), set()
     for images, labels in used.batches():
         assert labels is not None
         raw.add(images.flatten(1), labels)
+        keys.update(content_keys(images).tolist())
     centroids = raw.result()
-    total, right, right_raw = 0, 0, 0
+    every = -(-len(tested) // MOST_ON_A_MAP)
+    truth, guesses, confidences, places, features = [], [], [], [], []
+    mistakes: list[tuple[float, int, Tensor]] = []
+    right_raw, repeated, total, seconds = 0, 0, 0, 0.0
     for images, labels in tested.batches():
         assert labels is not None
+        started = time.perf_counter()
+        maps = model.forward_features(images.to(device))  # type: ignore[operator]
+        scores = model.forward_head(maps).float().cpu()  # type: ignore[operator]
+        seconds += time.perf_counter() - started
+        confidence, guess = scores.softmax(1).max(1)
+        right_raw += int((centroid_logits(images.flatten(1), centroids, 1.0).argmax(1) == labels).sum())
+        repeated += sum(key in keys for key in content_keys(images).tolist())
+        wrong = [(float(confidence[i]), total + i, images[i]) for i in (guess != labels).nonzero().flatten().tolist()]
+        mistakes = sorted([*mistakes, *wrong], key=lambda one: -one[0])[:MOST_MISTAKES]
+        kept = torch.arange(-total % every, len(labels), every)
+        places.append(total + kept)
+        features.append(model.forward_head(maps[kept.to(device)], pre_logits=True).float().cpu())  # type: ignore[operator]
+        truth.append(labels)
+        guesses.append(guess)
+        confidences.append(confidence)
         total += len(labels)
-        right += _count(model(images.to(device)).cpu(), labels)
-        right_raw += _count(centroid_logits(images.flatten(1), centroids, 1.0), labels)
-    for name, count in (('Accuracy  ', right), ('Raw pixels', right_raw)):
-        low, high = share_interval(count, total)
-        what = 'on the images kept aside' if name.startswith('Acc') else 'by nearest class mean'
-        yield f'{name} {count / total:6.1%} {what} ({count} of {total}; 95 % interval {low:.1%} to {high:.1%})'
-    yield f'Chance     {1 / num_classes:6.1%}'
+    unread = {name for name, _ in tested.skipped}
+    return HeldOutTest(
+        labels=torch.cat(truth),
+        guesses=torch.cat(guesses),
+        confidences=torch.cat(confidences),
+        names=[name for name in map(tested.name, range(len(tested))) if name not in unread],
+        mistakes=[(place, as_pixels(image, tested)) for _, place, image in mistakes],
+        places=torch.cat(places),
+        features=torch.cat(features),
+        num_classes=num_classes,
+        right_raw=right_raw,
+        repeated=repeated,
+        seconds=seconds,
+    )
 
 
-def _count(logits: Tensor, labels: Tensor) -> int:
-    return int((logits.argmax(1) == labels).sum())
+def held_out_accuracy(model: nn.Module, used: ImageSource, tested: ImageSource) -> Iterator[str]:
+    """Lines that give the accuracy on the images kept aside, beside raw pixels and chance, with 95 % intervals."""
+    return measure_held_out(model, used, tested).lines()
+
+
+def as_pixels(image: Tensor, source: ImageSource) -> Tensor:
+    """A normalised image `[c, h, w]` of a source as uint8, to be looked at."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (source.input.mean, source.input.std))
+    return ((image.cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)

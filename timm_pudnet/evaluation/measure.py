@@ -286,10 +286,10 @@ def _percents(right: Sequence[Tensor]) -> list[float]:
     return [100 * float(found.float().mean()) for found in right]
 
 
-def weights_digest(hypernet: PudNet) -> str:
-    """A short hash of all tensors of a hypernetwork, the same before and after saving in their own precision."""
+def weights_digest(network: nn.Module) -> str:
+    """A short hash of all tensors of a network, the same before and after saving in their own precision."""
     digest = hashlib.sha256()
-    for key, value in sorted(hypernet.state_dict().items()):
+    for key, value in sorted(network.state_dict().items()):
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

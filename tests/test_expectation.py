@@ -1,0 +1,195 @@
+"""evaluation/expectation.py: what accuracy to expect, how familiar images are, and how honestly that is checked."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from timm_pudnet import DamagedFileError, InputError, PudNet
+from timm_pudnet.evaluation import Expectation, fit_expectation, rank_correlation, read_traits, weights_digest
+from timm_pudnet.evaluation.expectation import (
+    HeldOutSet,
+    Traits,
+    _left_out_guesses,
+    leave_one_out,
+    measure_traits,
+    sketch_distance,
+)
+from timm_pudnet.hub import embedded
+from timm_pudnet.images import open_images
+from timm_pudnet.predict import predict_model
+
+FIXED = {
+    'weights_digest': 'x',
+    'references': torch.randn(8, 3, generator=torch.Generator().manual_seed(0)),
+    'sizes': (4, 64),
+    'familiar': ((4.0, 8.0), (2.0, 4.0)),
+}
+
+
+@pytest.fixture(scope='module')
+def held_out():
+    """Sets whose accuracy falls with their distance and number of classes, and whose left-out images are a sample."""
+
+    def make(count=40, domains=5, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        sets = []
+        for number in range(count * domains):
+            k = (2, 5, 10, 20)[number % 4]
+            shot = int(torch.randint(3, 20, (), generator=generator))
+            distance = float(torch.rand((), generator=generator) * 10 + 1)
+            accuracy = torch.tensor(3 - math.log(distance) - 0.5 * math.log(k)).sigmoid()
+            found = torch.bernoulli(accuracy.expand(k * shot), generator=generator).mean()
+            right = torch.bernoulli(accuracy.expand(300), generator=generator).sum()
+            traits = Traits(distance=distance, leave_one_out=float(found), num_classes=k, images=k * shot)
+            sets.append(HeldOutSet(domain=f'd{number // count}', traits=traits, right=int(right), total=300))
+        return sets
+
+    return make
+
+
+@pytest.fixture(scope='module')
+def fitted(held_out):
+    return fit_expectation(held_out(), **FIXED)
+
+
+def test_rank_correlation_is_pearson_s_of_the_ranks():
+    first, second = torch.randn(30).tolist(), torch.randn(30).tolist()
+    ranks = torch.stack([torch.tensor(values).argsort().argsort().double() for values in (first, second)])
+    assert rank_correlation(first, second) == pytest.approx(float(torch.corrcoef(ranks)[0, 1]))
+    assert rank_correlation([1, 1, 2], [1, 1, 5]) == pytest.approx(1)
+    assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
+
+
+def test_leaving_one_out_is_what_doing_it_image_by_image_gives():
+    features, labels = torch.randn(30, 5).double(), torch.arange(30) % 4
+    labels[0] = 4  # alone in its class: nothing is left of it when it is left out
+    root = torch.randn(5, 5).double()
+    whitening = root @ root.t()
+    expected = []
+    for i in range(1, 30):
+        rest = torch.arange(30) != i
+        centroids = torch.stack([features[rest & (labels == c)].mean(0) for c in range(5)])
+        cosines = F.cosine_similarity(features[i] @ whitening, centroids @ whitening)
+        expected.append(int(cosines.argmax()) == labels[i])
+    found = leave_one_out(features, labels, whitening)
+    assert found.tolist() == expected
+    assert 0 < found.float().mean() < 1
+    with pytest.raises(InputError, match='two images'):
+        leave_one_out(features[:3], torch.arange(3), whitening)
+
+
+def test_distance_is_in_standard_deviations_of_the_references():
+    references = FIXED['references']
+    near, far = references.mean(0), references.mean(0) + 100
+    assert sketch_distance(near, references) < sketch_distance(far, references)
+    stretched = torch.tensor([1.0, 100.0, 0.01])
+    assert sketch_distance(near * stretched, references * stretched) == pytest.approx(sketch_distance(near, references))
+
+
+def test_the_fit_ranks_held_out_domains_and_its_interval_holds(fitted):
+    check = fitted.check
+    assert check['sets'] == 200
+    assert check['rank_correlation'] > 0.9
+    assert check['rank_correlation_of_sketch'] > 0.8
+    assert 0.6 < check['rank_correlation_at_equal_classes'] < check['rank_correlation']
+    assert check['mean_error'] < 0.08
+    assert 0.88 <= check['coverage'] <= 1
+    assert set(check['domains']) == {f'd{number}' for number in range(5)}
+
+
+def test_where_nothing_tells_the_accuracy_the_check_says_so(held_out):
+    sets = held_out()
+    order = torch.randperm(len(sets)).tolist()
+    shuffled = [dataclasses.replace(one, right=sets[place].right) for one, place in zip(sets, order, strict=True)]
+    assert abs(fit_expectation(shuffled, **FIXED).check['rank_correlation']) < 0.3
+
+
+def test_a_domain_is_expected_by_a_fit_that_did_not_see_it(held_out):
+    sets = held_out()
+    changed = [dataclasses.replace(one, right=0) if one.domain == 'd2' else one for one in sets]
+    before, after = ({id(one.traits): guess for one, guess in _left_out_guesses(part)} for part in (sets, changed))
+    for one in sets:
+        same = before[id(one.traits)] == after[id(one.traits)]
+        assert same == (one.domain == 'd2')
+
+
+def test_few_domains_are_refused(held_out, one_line):
+    with pytest.raises(InputError) as error:
+        fit_expectation(held_out(domains=3), **FIXED)
+    one_line(error, 'at least 4 domains', '3')
+
+
+def test_the_more_images_the_more_their_own_word_counts_and_the_narrower_the_interval(fitted):
+    traits = [Traits(distance=9, leave_one_out=0.99, num_classes=5, images=images) for images in (10, 100, 10_000)]
+    found = [fitted.expect(one) for one in traits]
+    accuracies, widths = [row[0] for row in found], [row[2] - row[1] for row in found]
+    assert accuracies == sorted(accuracies)
+    assert accuracies[-1] == pytest.approx(0.99, abs=0.01)
+    assert widths == sorted(widths, reverse=True)
+    assert all(0 < low < accuracy < high < 1 for accuracy, low, high in found)
+    nearer = Traits(distance=1, leave_one_out=0.5, num_classes=5, images=10)
+    assert fitted.expect(nearer)[0] > fitted.expect(dataclasses.replace(nearer, distance=10))[0]
+
+
+@pytest.mark.parametrize(
+    ('distance', 'images', 'said'),
+    [(2, 64, 'like'), (3, 64, 'edge'), (5, 64, 'unlike'), (5, 4, 'edge'), (9, 1, 'unlike'), (2.9, 16, 'like')],
+)
+def test_what_is_familiar_depends_on_the_number_of_images(distance, images, said, fitted):
+    assert fitted.familiarity(distance, images) == said
+
+
+def test_an_expectation_survives_its_file(fitted, tmp_path):
+    assert Expectation.load(tmp_path) is None
+    fitted.save(tmp_path)
+    again = Expectation.load(tmp_path)
+    assert again == fitted
+    assert '0.9' in again.in_words()
+    assert 'held-out sets of 5 domains' in again.in_words()
+
+
+@pytest.mark.parametrize(
+    'text', ['', '[]', '{}', '{"a": 1}', None], ids=['empty', 'list', 'no keys', 'other keys', 'not finite']
+)
+def test_a_damaged_file_is_one_line(text, fitted, tmp_path, one_line):
+    path = fitted.save(tmp_path)
+    if text is None:
+        text = json.dumps({**json.loads(path.read_text()), 'worth': math.inf})
+    path.write_text(text)
+    with pytest.raises(DamagedFileError) as error:
+        Expectation.load(tmp_path)
+    one_line(error, path, 'fit it again')
+
+
+def test_traits_of_a_folder_are_those_of_its_images(tiny, fitted, pictures):
+    pixels, names = pictures(24)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    fitted = dataclasses.replace(fitted, references=tuple(map(tuple, torch.randn(8, 16).tolist())))
+    model = predict_model('test_resnet', images, names, hypernet=tiny)
+    source = open_images(images, names, input=tiny.config.input)
+    (batch, labels), *_ = source.batches()
+    features = model.forward_head(model.forward_features(batch), pre_logits=True).detach()
+    expected = measure_traits(tiny.sketch(source), features, labels, tiny.whitening, torch.tensor(fitted.references))
+    found = read_traits(tiny, model, source, fitted)
+    assert found == expected
+    assert found.leave_one_out > 0.6  # a pattern each
+    assert (found.num_classes, found.images) == (3, 24)
+    assert read_traits(tiny, model, open_images(images, input=tiny.config.input), fitted) is None
+    alone = open_images(images[:3], names[:3], input=tiny.config.input)
+    assert read_traits(tiny, model, alone, fitted) is None
+
+
+@pytest.mark.parametrize(
+    'name', [name for name, folder in embedded().items() if (folder / 'expectation.json').exists()]
+)
+def test_a_published_expectation_is_of_the_published_weights_and_ranks_domains_that_it_did_not_see(name):
+    folder = embedded()[name]
+    found = Expectation.load(folder)
+    assert found.weights_digest == weights_digest(PudNet.from_pretrained(folder)), 'run hub/expectation.py again'
+    assert found.check['sets'] >= 100
+    assert len(found.check['domains']) >= 5
+    assert found.check['rank_correlation'] >= 0.8

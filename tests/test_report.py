@@ -1,0 +1,471 @@
+"""evaluation/report.py: the page of a prediction, what gets into it and what cannot, and how browsers take it."""
+
+import dataclasses
+import html.parser
+import io
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import timm_pudnet
+from timm_pudnet import NotFoundError, OutputExistsError
+from timm_pudnet.cli import main
+from timm_pudnet.evaluation import HeldOutTest, Report, fit_expectation, make_report, measure_held_out, weights_digest
+from timm_pudnet.evaluation.expectation import HeldOutSet, Traits
+from timm_pudnet.evaluation.report import feature_map
+from timm_pudnet.images import open_images
+from timm_pudnet.predict import predict_model
+
+NASTY = (
+    '<script>alert(1)</script>',
+    '"><img src=x onerror=alert(1)>',
+    '${body} $title %s {0}',
+    '猫と犬',
+    'x' * 300,
+    '&amp;',
+)
+VOID = {'meta', 'img'}
+
+
+class Page(html.parser.HTMLParser):
+    """Its elements, its text, and whether every element is closed in its place."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.elements, self.text = [], [], ''
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope='session')
+def make():
+    """Makes a report of random results: `n` images tested of `k` classes."""
+
+    def report(n=60, names=('a', 'b', 'c'), side=32, samples=2, **changes):
+        rng = torch.Generator().manual_seed(0)
+        k = len(names)
+        labels = torch.arange(n) % k
+        guesses = torch.where(torch.rand(n, generator=rng) < 0.7, labels, torch.randint(k, (n,), generator=rng))
+        wrong = (guesses != labels).nonzero().flatten().tolist()
+
+        def noise():
+            return torch.randint(256, (3, side, side), generator=rng, dtype=torch.uint8)
+
+        test = HeldOutTest(
+            labels=labels,
+            guesses=guesses,
+            confidences=torch.rand(n, generator=rng),
+            names=[f'{names[label]}/{i}.png' for i, label in enumerate(labels.tolist())],
+            mistakes=[(place, noise()) for place in wrong[:24]],
+            places=torch.arange(min(n, 1000)),
+            features=torch.randn(min(n, 1000), 8, generator=rng),
+            num_classes=k,
+            right_raw=n // 2,
+            repeated=0,
+            seconds=1.0,
+        )
+        told = {
+            'title': 'resnet18 for photos',
+            'tiles': [('Images', '240', 'so many')],
+            'class_names': names,
+            'samples': [(label, noise()) for label in range(min(k, 120)) for _ in range(samples)],
+            'points': feature_map(test.features),
+            'point_labels': test.labels[test.places],
+            'point_right': (test.guesses == test.labels)[test.places],
+            'test': test,
+            'facts': {'Command': 'timm-pudnet predict resnet18 photos'},
+        }
+        return Report(**{**told, **changes})
+
+    return report
+
+
+def test_the_page_needs_nothing_else_and_forbids_it(make):
+    report = make(expected=(0.8, 0.7, 0.9), familiarity='unlike', expected_from='From 7 domains.', notes=['A note.'])
+    page = Page(report.page())
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {'script', 'link', 'iframe', 'object', 'embed', 'base', 'form', 'a', 'audio', 'video'}
+    for _, attributes in page.elements:
+        assert not {'href', 'srcset', 'xlink:href', 'data', 'action'} & set(attributes)
+        assert not any(name.startswith('on') for name in attributes)
+        assert attributes.get('src', 'data:image/').startswith('data:image/')
+    assert not re.search(r'url\(|@import|https?://', report.page())
+    policies = [attributes['content'] for _, attributes in page.elements if 'http-equiv' in attributes]
+    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    for needle in (
+        '80%',
+        '70% to 90%',
+        'unlike anything',
+        'From 7 domains.',
+        'A note.',
+        'timm-pudnet predict resnet18',
+    ):
+        assert needle in page.text
+
+
+def test_names_are_text_whatever_they_hold(make):
+    report = make(names=NASTY, title=NASTY[0], facts={NASTY[1]: NASTY[0]}, notes=[NASTY[1]])
+    page = Page(report.page())
+    plain = Page(make(names=tuple('abcdef'), title='a', facts={'b': 'a'}, notes=['b']).page())
+    assert [tag for tag, _ in page.elements] == [tag for tag, _ in plain.elements]
+    for name in (*NASTY[:2], NASTY[2], NASTY[3], NASTY[5]):
+        assert name in page.text or name[:12] in page.text
+    assert 'x' * 70 not in page.text  # cut short, whole under the pointer
+    assert any(attributes.get('title') == 'x' * 300 for _, attributes in page.elements)
+
+
+def test_a_name_that_is_no_unicode_does_not_stop_the_page(make, tmp_path):
+    report = make(names=('a', 'b\udcff', 'c'))
+    assert 'b?' in report.write(tmp_path / 'report').read_text(encoding='utf-8')
+
+
+def test_its_numbers_are_those_of_the_test(make):
+    report = make(n=90)
+    test = report.test
+    rows = {name: (right, total) for name, right, total in report._rows()}
+    for label, name in enumerate(report.class_names):
+        members = test.labels == label
+        assert rows[name] == (int((test.guesses[members] == label).sum()), 30)
+    shares = [right / total for _, right, total in report._rows()]
+    assert shares == sorted(shares)
+    counts = report._counts()
+    assert counts.sum() == 90
+    assert counts[0, 1] == int(((test.labels == 0) & (test.guesses == 1)).sum())
+    bins = report._bins()
+    assert sum(count for _, _, count in bins) == 90
+    assert sum(right for _, right, _ in bins) == test.right
+    assert all(right <= count for _, right, count in bins)
+    cells = [re.sub(r'\s', '', cell) for cell in re.findall(r'<td style="--share:[^>]*>(\d*)</td>', report.page())]
+    assert [int(cell or 0) for cell in cells] == counts.flatten().tolist()
+    assert f'{test.right} of 90 images' in report.page()
+    sure = dataclasses.replace(test, confidences=torch.ones(90))
+    assert dataclasses.replace(report, test=sure)._gap() == pytest.approx(1 - test.right / 90)
+
+
+@pytest.mark.parametrize(('n', 'k', 'side'), [(10_000, 10, 224), (10_000, 1000, 224), (3000, 3000, 32)])
+def test_it_stays_under_3_megabytes(n, k, side, make):
+    names = tuple(f'class {number} of many, with a name that is not short' for number in range(k))
+    page = make(n=n, names=names, side=side, samples=24 if k == 10 else 2).page()
+    assert 50_000 < len(page.encode()) < 3_000_000
+    Page(page)
+
+
+def test_the_least_there_can_be_makes_a_page(make):
+    nothing = {'class_names': (), 'samples': (), 'points': torch.zeros(1, 2), 'point_labels': None, 'point_right': None}
+    page = dataclasses.replace(make(), test=None, **nothing).page()
+    assert 'Class by class' not in page
+    assert 'map' not in Page(page).text
+    one = make(n=2, names=('a', 'b'))
+    right = dataclasses.replace(one.test, guesses=one.test.labels, mistakes=[])
+    text = Page(dataclasses.replace(one, test=right, points=torch.zeros(2, 2)).page()).text
+    assert 'There are none.' in text
+    assert 'Nothing was confused.' in text
+
+
+def test_it_is_written_whole_or_not_at_all(make, tmp_path, full_disk, nothing_written, one_line):
+    report = make()
+    with nothing_written(tmp_path):
+        with full_disk(), pytest.raises(OSError, match='File too large'):
+            report.write(tmp_path / 'report')
+        with pytest.raises(NotFoundError) as error:
+            report.write(tmp_path / 'no' / 'report')
+    one_line(error, tmp_path / 'no')
+    path = report.write(tmp_path / 'report')
+    assert path == tmp_path / 'report' / 'index.html'
+    files = sorted(file.name for file in path.parent.iterdir())
+    assert files == ['classes.png', 'confusion.png', 'index.html', 'map.png', 'reliability.png']
+    with nothing_written(tmp_path), pytest.raises(OutputExistsError) as error:
+        report.write(tmp_path / 'report')
+    one_line(error, tmp_path / 'report', 'exists')
+
+
+def test_plots_are_pictures_of_any_names(make):
+    plots = make(names=('$x', '猫', '_{'), facts={}).plots()
+    assert set(plots) == {'map.png', 'classes.png', 'confusion.png', 'reliability.png'}
+    for content in plots.values():
+        pixels = np.asarray(Image.open(io.BytesIO(content)).convert('L'))
+        assert pixels.shape == (720, 840)
+        assert pixels.std() > 5
+
+
+def test_without_matplotlib_the_page_is_the_same(make, tmp_path, monkeypatch):
+    report = make()
+    page = report.page()
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    assert report.plots() == {}
+    path = report.write(tmp_path / 'report')
+    assert path.read_text(encoding='utf-8') == page
+    assert len(list(path.parent.iterdir())) == 1
+
+
+def test_the_map_shows_the_plane_in_which_the_centres_lie_apart():
+    centres = torch.eye(3, 10)
+    labels = torch.arange(60) % 3
+    features = centres[labels] + 0.1 * torch.randn(60, 10)
+    features[:, 5] += 0.8 * torch.randn(60)  # the widest direction tells nothing
+    places = feature_map(features, centres)
+    means = torch.stack([places[labels == label].mean(0) for label in range(3)])
+    assert (torch.cdist(places, means).argmin(1) == labels).float().mean() > 0.9
+    for features, centres in (
+        (torch.ones(4, 3), None),
+        (torch.randn(5, 4), torch.randn(2, 4)),
+        (torch.ones(1, 2), None),
+    ):
+        places = feature_map(features, centres)
+        assert places.shape == (len(features), 2)
+        assert places.isfinite().all()
+
+
+# What a model did on the images kept aside
+
+
+@pytest.fixture(scope='module')
+def source(tiny, pictures, write_folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp('images')
+    write_folder(root, *pictures(24))
+    (root / 'cup' / '0000.png').write_bytes(b'')
+    return open_images(root, input=tiny.config.input)
+
+
+@pytest.fixture(scope='module')
+def model(tiny, pictures):
+    pixels, names = pictures(24, seed=1)
+    return predict_model('test_resnet', pixels, names[1:] + names[:1], hypernet=tiny)  # wrong labels, so wrong answers
+
+
+@pytest.mark.filterwarnings('ignore::timm_pudnet.PudNetWarning')
+def test_the_test_is_the_model_s_own_answers(source, model):
+    test = measure_held_out(model, source, source)
+    (images, labels), *_ = source.batches()
+    with torch.inference_mode():
+        scores = model(images)
+    assert torch.equal(test.guesses, scores.argmax(1))
+    assert torch.equal(test.labels, labels)
+    torch.testing.assert_close(test.confidences, scores.softmax(1).amax(1))
+    assert len(test.names) == len(labels) == 23
+    assert all(
+        name.startswith(source.class_names[label]) for name, label in zip(test.names, labels.tolist(), strict=True)
+    )
+    assert 'cup/0000.png' not in test.names
+    assert test.repeated == 23
+    assert 'Repeated   23' in list(test.lines())[-1]
+    confidences = [float(test.confidences[place]) for place, _ in test.mistakes]
+    assert len(confidences) == min(24, 23 - test.right) > 0
+    assert confidences == sorted(confidences, reverse=True)
+    place, pixels = test.mistakes[0]
+    assert test.guesses[place] != test.labels[place]
+    shown = np.asarray(Image.open(f'{source._where}/{test.names[place]}').convert('RGB'))
+    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), shown)
+
+
+@pytest.mark.filterwarnings('ignore::timm_pudnet.PudNetWarning')
+def test_copies_across_the_parts_are_counted(source, model):
+    used = source.subset([1, 2, 3, 8, 9, 10, 11, 16, 17])
+    test = measure_held_out(model, used, source.subset([3, 11, 12, 20]))
+    assert test.repeated == 2
+    assert '2 of the images kept aside' in make_report(model, used, test, title='t', tiles=[]).page()
+    apart = measure_held_out(model, used, source.subset([4, 12, 20]))
+    assert apart.repeated == 0
+    assert 'Repeated' not in ''.join(apart.lines())
+
+
+# On the command line
+
+
+@pytest.fixture
+def predict(tiny_folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args, hypernet=tiny_folder):
+        words = ['predict', 'test_resnet', *map(str, args), '--hypernet', str(hypernet), '--out', 'model']
+        result = CliRunner().invoke(main, words, prog_name='timm-pudnet')
+        assert result.exit_code == 0, result.output
+        return result, shlex.join(['timm-pudnet', *words])
+
+    return run
+
+
+@pytest.fixture
+def images(tmp_path, pictures, write_folder):
+    write_folder(tmp_path / 'my images', *pictures(24))
+    return tmp_path / 'my images'
+
+
+def test_a_prediction_writes_its_report_beside_the_model(images, predict, tmp_path, tiny):
+    result, command = predict(images)
+    page = Page((tmp_path / 'model/report/index.html').read_text(encoding='utf-8'))
+    assert 'model/report/index.html' in result.stdout
+    accuracy = re.search(r'Accuracy +([\d.]+%)', result.stdout)[1]
+    for needle in (
+        command,
+        accuracy,
+        weights_digest(tiny),
+        timm_pudnet.__version__,
+        'cup',
+        '18 gave the weights',
+        'torch ',
+    ):
+        assert needle in page.text
+    digest = subprocess.run(['sha256sum', 'model/model.safetensors'], capture_output=True, text=True, check=True).stdout
+    assert digest.split()[0] in page.text
+
+
+def test_no_report_is_written_where_none_is_wanted(images, predict, tmp_path):
+    result, _ = predict(images, '--no-report')
+    assert 'Report' not in result.stdout
+    assert sorted(path.name for path in (tmp_path / 'model').iterdir()) == ['config.json', 'model.safetensors']
+
+
+@pytest.mark.parametrize('case', ['two images', 'no labels', 'no holdout', 'many classes'])
+def test_sets_of_any_kind_have_a_page(case, predict, tmp_path, pictures, write_folder):
+    pixels, names = pictures(24)
+    args = []
+    if case == 'two images':
+        pixels, names = pixels[:2], names[:2]
+    elif case == 'no labels':
+        names = None
+    elif case == 'no holdout':
+        args = ['--holdout', '0']
+    else:
+        pixels, names = np.concatenate([pixels] * 5), [f'<b>{number // 2}' for number in range(120)]
+    write_folder(tmp_path / 'set', pixels, names)
+    predict(tmp_path / 'set', *args)
+    page = Page((tmp_path / 'model/report/index.html').read_text(encoding='utf-8'))
+    assert ('Class by class' in page.text) == (case == 'many classes')
+    assert 'b' not in {tag for tag, attributes in page.elements if tag == 'b' and attributes}
+    assert sum(tag == 'img' for tag, _ in page.elements) >= 2
+    assert 'A map of the features' in page.text
+
+
+def test_an_interrupt_in_the_middle_leaves_nothing(images, tiny_folder, tmp_path, monkeypatch, nothing_written):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('timm_pudnet.evaluation.report.sample_images', stop)
+    with nothing_written(tmp_path):
+        words = ['predict', 'test_resnet', str(images), '--hypernet', str(tiny_folder), '--out', 'model']
+        assert CliRunner().invoke(main, words).exit_code == 1
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Report, 'plots', stop)
+    assert CliRunner().invoke(main, words).exit_code == 1
+    assert sorted(path.name for path in (tmp_path / 'model').iterdir()) == ['config.json', 'model.safetensors']
+
+
+@pytest.mark.filterwarnings('default::timm_pudnet.PudNetWarning')
+def test_what_to_expect_is_said_where_a_fit_is_there_and_not_where_it_is_of_other_weights(
+    images, predict, tmp_path, tiny, tiny_folder
+):
+    shutil.copytree(tiny_folder, tmp_path / 'hypernet')
+    sets = [
+        HeldOutSet(
+            domain=f'd{number % 4}',
+            traits=Traits(distance=1 + number % 7, leave_one_out=0.5 + 0.01 * number, num_classes=3, images=30),
+            right=50 + number,
+            total=100,
+        )
+        for number in range(40)
+    ]
+    fixed = {'references': torch.randn(8, 16), 'sizes': [64], 'familiar': [(0.0, 1e-9)]}
+    fit_expectation(sets, weights_digest=weights_digest(tiny), **fixed).save(tmp_path / 'hypernet')
+    result, _ = predict(images, hypernet=tmp_path / 'hypernet')
+    assert re.search(r'Expected +[\d.]+% before any test \(95 % interval', result.stdout)
+    assert 'unlike anything' in result.stdout
+    page = (tmp_path / 'model/report/index.html').read_text(encoding='utf-8')
+    assert 'Expected before the test' in page
+    assert 'unlike anything' in page
+    shutil.rmtree(tmp_path / 'model')
+    result, _ = predict(images, '--head', 'ridge', hypernet=tmp_path / 'hypernet')
+    assert 'of the centroid head (95 %' in result.stdout
+    shutil.rmtree(tmp_path / 'model')
+    result, _ = predict(images / 'cup', hypernet=tmp_path / 'hypernet')  # no subfolders, so no labels
+    assert 'unlike anything' in result.stdout
+    assert 'Expected' not in result.stdout
+    shutil.rmtree(tmp_path / 'model')
+    fit_expectation(sets, weights_digest='others', **fixed).save(tmp_path / 'hypernet')
+    result, _ = predict(images, hypernet=tmp_path / 'hypernet')
+    assert 'Warning' in result.stderr
+    assert 'expectation.json is of other weights' in result.stderr
+    assert 'Expected' not in result.stdout
+
+
+# In a browser
+
+BROWSER = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
+in_a_browser = pytest.mark.skipif(BROWSER is None, reason='no Chromium here: apt-get install chromium')
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Opens a page from disk in headless Chromium, with no network to be had; gives its DOM, or a picture of it."""
+
+    def run(page, *options, width=1000):
+        fixed = ['--headless=new', '--no-sandbox', '--disable-gpu', '--hide-scrollbars', '--proxy-server=127.0.0.1:9']
+        profile = f'--user-data-dir={tmp_path / "profile"}'
+        done = subprocess.run(
+            [BROWSER, *fixed, profile, f'--window-size={width},1500', *options, page.as_uri()],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        return done.stdout
+
+    return run
+
+
+@in_a_browser
+def test_a_browser_builds_the_page_that_was_meant(make, browse, tmp_path):
+    report = make(names=NASTY)
+    path = report.write(tmp_path / 'report')
+    seen, written = (
+        [tag for tag, _ in Page(text).elements if tag != 'tbody']  # which the browser adds
+        for text in (browse(path, '--dump-dom'), path.read_text(encoding='utf-8'))
+    )
+    assert seen == written
+
+
+@in_a_browser
+@pytest.mark.parametrize('width', [390, 1000])
+def test_nothing_is_wider_than_the_screen(width, make, browse, tmp_path):
+    path = make(names=(*NASTY, *(f'{i} {"y" * i}' for i in range(10)))).write(tmp_path / 'report')
+    page = re.sub('<meta http-equiv[^>]*>', '', path.read_text(encoding='utf-8'))
+    ask = '<script>document.title = document.documentElement.scrollWidth + "/" + innerWidth</script></body>'
+    path.write_text(page.replace('</body>', ask), encoding='utf-8')
+    wide, screen = map(int, re.search(r'<title>(\d+)/(\d+)</title>', browse(path, '--dump-dom', width=width)).groups())
+    assert wide <= screen
+    assert screen <= max(width, 500)  # windows can be no narrower in some versions
+
+
+@in_a_browser
+@pytest.mark.parametrize(('theme', 'ground'), [(0, (22, 22, 21)), (1, (252, 252, 251))], ids=['dark', 'light'])
+def test_it_follows_the_theme_and_is_readable_in_both(theme, ground, make, browse, tmp_path):
+    path = make().write(tmp_path / 'report')
+    browse(path, f'--blink-settings=preferredColorScheme={theme}', f'--screenshot={tmp_path / "shot.png"}', width=600)
+    pixels = np.asarray(Image.open(tmp_path / 'shot.png').convert('RGB')).astype(int)
+    assert tuple(pixels[0, 0]) == ground
+    contrast = np.abs(pixels[20:60, 16:300] - ground).sum(-1).max()  # of the title with the ground
+    assert contrast > 500
