@@ -13,13 +13,13 @@ from timm_pudnet.config import (
     UnsupportedTargetError,
     __version__,
 )
-from timm_pudnet.evaluation import evaluate
+from timm_pudnet.evaluation import compare, evaluate
 from timm_pudnet.hub import list_hypernets, load_hypernet
 from timm_pudnet.hypernet import PudNet
 from timm_pudnet.images import open_images
 from timm_pudnet.predict import create_model, predict_model, predict_state_dict, save_model
 from timm_pudnet.target import TargetSpec, describe_target
-from timm_pudnet.training import Recipe, meta_train
+from timm_pudnet.training import Recipe, finetune, meta_train
 
 __all__ = [
     'DamagedFileError',
@@ -35,9 +35,11 @@ __all__ = [
     'TargetSpec',
     'UnsupportedTargetError',
     '__version__',
+    'compare',
     'create_model',
     'describe_target',
     'evaluate',
+    'finetune',
     'list_hypernets',
     'load_hypernet',
     'meta_train',
