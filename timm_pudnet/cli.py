@@ -466,9 +466,7 @@ def _kept(epoch: int) -> str:
 @click.option('--epochs', default=20, show_default=True, help='Passes over the images of each training.')
 @click.option('--budget', type=float, help='Seconds after which no further epoch is begun; by default no limit.')
 @click.option('--holdout', default=0.25, show_default=True, help='Share of the images that is tested.')
-@click.option(
-    '--pretrained', default='', help="Name of the pretrained weights beside, or none; by default MODEL_NAME's own."
-)
+@click.option('--pretrained', help="Name of the pretrained weights beside, or none; by default MODEL_NAME's own.")
 @click.option('--seed', default=0, show_default=True, help='Of the tested images and of all that training draws.')
 @click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
 @click.option('--strict', is_flag=True, help='An unreadable image is an error, not a warning.')
@@ -481,7 +479,7 @@ def compare(
     epochs: int,
     budget: float | None,
     holdout: float,
-    pretrained: str,
+    pretrained: str | None,
     seed: int,
     device: str | None,
     strict: bool,
@@ -517,7 +515,8 @@ def compare(
         epochs=epochs,
         budget=budget,
         holdout=holdout,
-        pretrained=None if pretrained == 'none' else pretrained,
+        arms=('fine_tuned', 'adam', 'adam_centralised', *(['pretrained'] if pretrained != 'none' else [])),
+        pretrained=pretrained,
         seed=seed,
         device=device,
         strict=strict,

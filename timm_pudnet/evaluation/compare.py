@@ -6,11 +6,12 @@ Dimension letters: `n` images, `c h w` an image, `d` features, `k` classes.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from timm_pudnet.images import open_images
 from timm_pudnet.predict import predict_model
 from timm_pudnet.training.episodes import ImageBank, bank_input
 from timm_pudnet.training.finetune import (
+    MODES,
     copies_line,
     finetune_epochs,
     fit_classifier,
@@ -47,6 +49,7 @@ ARMS = {
     'fine_tuned': 'predicted, fine-tuned',
     'adam': 'from scratch, Adam',
     'adam_centralised': 'from scratch, centralised',
+    'random': 'random, tuned likewise',
     'pretrained': "timm's pretrained weights",
 }
 SETTING = (
@@ -65,7 +68,8 @@ def compare(
     epochs: int = 20,
     budget: float | None = None,
     holdout: float = 0.25,
-    pretrained: str | None = '',
+    arms: Sequence[str] = ('fine_tuned', 'adam', 'adam_centralised', 'pretrained'),
+    pretrained: str | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     split: str = 'train',
@@ -90,8 +94,11 @@ def compare(
         budget: Seconds after which no further epoch is begun, of everything but the reading of the images; without
             one all epochs run.
         holdout: Share of the images that is tested, in (0, 1).
+        arms: Which stand beside the predicted weights: those above by default; `random` is a random initialisation
+            trained by the optimiser, schedule and random changes of images of `fine_tuned` for many images, all layers
+            at one rate.
         pretrained: Name of the model with pretrained weights, `resnet18.a1_in1k` or `local-dir:FOLDER` for instance; by
-            default the architecture's own; None leaves them out.
+            default the architecture's own.
         seed: Of the choice of tested images and of all that training draws.
         device: Where to run; by default CUDA where there is one.
         split: Split of a timm dataset.
@@ -121,6 +128,9 @@ def compare(
         raise InputError(f'holdout must be in (0, 1), some images are tested, got {holdout}')
     if budget is not None and not budget > 0:
         raise InputError(f'budget must be above zero seconds, got {budget}')
+    for name in arms:
+        if name == 'predicted' or name not in ARMS:
+            raise InputError(f'arm {name!r}: use some of {", ".join(list(ARMS)[1:])}')
     device = usable_device(device)
     network = resolve_hypernet(model_name, hypernet)
     config = network.config.input
@@ -142,6 +152,15 @@ def compare(
         fit_classifier(model, used.class_names)
         for point in finetune_epochs(model, used, tested, tuning, seed=seed):
             yield {**point, 'seconds': point['seconds'] + seconds}
+
+    def random() -> Iterator[dict[str, Any]]:
+        model = copy.deepcopy(predicted)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            fresh = timm.create_model(model_name, **network.config.model_kwargs, num_classes=len(used.class_names))
+        model.load_state_dict(fresh.state_dict())
+        how = dataclasses.replace(MODES['full'], epochs=epochs, head_first=False, layer_decay=1.0)
+        return finetune_epochs(model, used, tested, how, seed=seed)
 
     def scratch(centralise: bool) -> Iterator[dict[str, Any]]:
         shown, asked = (normalised(part.images.float() / 255, config).to(device) for part in (used, tested))
@@ -174,6 +193,7 @@ def compare(
         'seed': seed,
         'arms': {},
         'left_out': {},
+        'break_even': {},
         'ended': 'epochs',
         'library_versions': library_versions(),
         'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {device.type}',
@@ -181,15 +201,20 @@ def compare(
     waiting: dict[str, Iterator[dict[str, Any]]] = {}
     spent: dict[str, float] = {}
     began = time.perf_counter()
-    bar = tqdm(total=3 * epochs + (pretrained is not None) + 1, disable=not progress, unit='point')
+    points = 1 + sum(1 if name == 'pretrained' else epochs for name in arms)
+    bar = tqdm(total=points, disable=not progress, unit='point')
 
     def add(name: str, point: dict[str, Any]) -> None:
-        low, high = share_interval(point['right'], len(tested.labels))
-        row = {key: point[key] for key in ('epoch', 'seconds', 'accuracy')}
+        count = len(tested.labels)
+        low, high = share_interval(point['right'], count)
+        row = {
+            **{key: point[key] for key in ('epoch', 'seconds')},
+            'accuracy': 100 * point['right'] / len(tested.labels),
+        }
         result['arms'].setdefault(name, []).append({**row, 'low': 100 * low, 'high': 100 * high})
         result['break_even'] = _break_even(result['arms'])
         bar.update()
-        bar.set_postfix({name: f'{point["accuracy"]:.1f} %'})
+        bar.set_postfix({name: f'{row["accuracy"]:.1f} %'})
         if on_result is not None:
             on_result(result)
 
@@ -201,10 +226,16 @@ def compare(
             seconds = seconds_since(started, device)
             point = {'epoch': 0, 'seconds': seconds, **measured(predicted, tested)}
             add('predicted', point)
-            result['arms']['fine_tuned'] = list(result['arms']['predicted'])  # where its curve begins
-            waiting = {'fine_tuned': fine_tuning(), 'adam': scratch(False), 'adam_centralised': scratch(True)}
-            if pretrained is not None:
-                waiting['pretrained'] = _pretrained(pretrained or model_name, read, bank, picks, aside, device)
+            runs = {
+                'fine_tuned': fine_tuning,
+                'adam': lambda: scratch(False),
+                'adam_centralised': lambda: scratch(True),
+                'random': random,
+                'pretrained': lambda: _pretrained(pretrained or model_name, read, bank, picks, aside, device),
+            }
+            waiting = {name: runs[name]() for name in arms}
+            if 'fine_tuned' in waiting:  # where its curve begins
+                result['arms']['fine_tuned'] = list(result['arms']['predicted'])
             spent, last = dict.fromkeys(waiting, 0.0), dict.fromkeys(waiting, 0.0)
             while waiting:
                 name = min(waiting, key=spent.__getitem__)
@@ -313,7 +344,7 @@ def _break_even(arms: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, fl
 
     return {
         name: {rival: reached(arms[name], rival) for rival in ('predicted', 'fine_tuned')}
-        for name in ('adam', 'adam_centralised')
+        for name in ('adam', 'adam_centralised', 'random')
         if name in arms
     }
 
@@ -331,13 +362,13 @@ def format_comparison(result: dict[str, Any]) -> str:
         elif why:
             lines.append(f'{title:28}left out: {why}')
     first = result['arms']['predicted'][0]['seconds']
-    for name, found in result.get('break_even', {}).items():
-        for rival, seconds in found.items():
-            most = result['arms'][name][-1]['seconds']
-            when = f'not within {most:.1f} s' if seconds is None else f'after {seconds:.1f} s'
-            if rival == 'predicted' and seconds is not None:
-                when += f', {seconds / first:.0f} times the seconds of predicted'
-            lines.append(f'{ARMS[name]} is as good as {ARMS[rival]} {when}')
+    for name, found in result['break_even'].items():
+        most = result['arms'][name][-1]['seconds']
+        whens = [
+            f'not within {most:.1f} s' if seconds is None else f'after {seconds:.1f} s ({seconds / first:.0f}x)'
+            for seconds in found.values()
+        ]
+        lines.append(f'{ARMS[name]}: as good as predicted {whens[0]}, as fine-tuned {whens[1]}')
     return '\n'.join(lines)
 
 
@@ -368,8 +399,12 @@ def plot_comparison(result: dict[str, Any], path: str | os.PathLike[str]) -> Pat
         else:
             axes.fill_between(seconds, low, high, color=f'C{number}', alpha=0.12, linewidth=0)
             axes.plot(seconds, accuracy, color=f'C{number}', marker='.', label=title)
+        even = result['break_even'].get(name, {}).get('predicted')
+        if even is not None:
+            axes.axvline(even, color=f'C{number}', linewidth=0.8, linestyle='--', label=f'as predicted, {even:.3g} s')
     axes.axhline(100 / result['classes'], color='grey', linewidth=0.8, linestyle=':', label='chance')
     axes.set_xscale('log')
+    axes.xaxis.set_major_formatter('{x:g}')
     axes.set_xlabel('seconds of prediction and training')
     axes.set_ylabel('accuracy on images kept aside, % (95 % interval)')
     axes.set_title(

@@ -89,7 +89,7 @@ class Tuning:
 Mode = Literal['auto', 'few', 'full']
 MODES = {
     'few': Tuning(epochs=30, rate=3e-4, layer_decay=0.6, batch_size=32, frozen_statistics=True),
-    'full': Tuning(epochs=30),
+    'full': Tuning(epochs=30, layer_decay=0.95),
 }
 
 
