@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from timm_pudnet.adapt import centroid_logits, class_centroids
-from timm_pudnet.config import InputError, PudNetWarning
+from timm_pudnet.config import InputError, NotFoundError, PudNetWarning, close_names
 from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.evaluation.scratch import train_from_scratch
 from timm_pudnet.hub import resolve_hypernet
@@ -131,6 +131,8 @@ def compare(
     for name in arms:
         if name == 'predicted' or name not in ARMS:
             raise InputError(f'arm {name!r}: use some of {", ".join(list(ARMS)[1:])}')
+    if pretrained is not None:
+        _check_name(pretrained)
     device = usable_device(device)
     network = resolve_hypernet(model_name, hypernet)
     config = network.config.input
@@ -304,6 +306,22 @@ def _pretrained(
         guesses = centroid_logits(rows[len(picks) :], centroids, 1.0).argmax(1)
     right = int((guesses == bank.labels[aside]).sum())
     yield {'epoch': 0, 'seconds': seconds, 'right': right, 'accuracy': 100 * right / len(aside)}
+
+
+def _check_name(name: str) -> None:
+    """Refuses pretrained weights that nobody has, before any work."""
+    kind, _, folder = name.partition(':')
+    if kind == 'local-dir':
+        if not Path(folder).is_dir():
+            raise NotFoundError(f'pretrained {name}: no such folder')
+        return
+    try:
+        known = timm.get_pretrained_cfg(name) is not None
+    except RuntimeError:  # a known architecture with an unknown tag
+        known = False
+    if not known:
+        close = close_names(name, timm.list_pretrained())
+        raise InputError(f'pretrained {name}: timm has no such weights.{close} A local-dir:FOLDER will do too')
 
 
 def _downloaded(name: str) -> torch.nn.Module:

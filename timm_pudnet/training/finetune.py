@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import math
 import os
 import time
 import warnings
@@ -319,7 +320,7 @@ def finetune_epochs(
     # timm's schedulers are what applies the scale of each layer's rate.
     warmup = round(tuning.warmup * steps)
     schedule = CosineLRScheduler(
-        optimizer, max(1, steps - warmup), warmup_t=warmup, warmup_prefix=True, t_in_epochs=False
+        optimizer, max(2, steps - warmup), warmup_t=warmup, warmup_prefix=True, t_in_epochs=False
     )
     seconds, step = 0.0, 0
     for epoch in range(1, tuning.epochs + 1):
@@ -349,8 +350,9 @@ def finetune_epochs(
                     total += float(error.detach()) * len(picks)
                     step += 1
             loss = total / len(images.labels)
-        if not torch.tensor(loss).isfinite():
-            raise FloatingPointError(f'the loss is {loss} in epoch {epoch}: try a lower rate than {tuning.rate:g}')
+        if not math.isfinite(loss):
+            why = 'the model gave such features' if is_head else f'try a lower rate than {tuning.rate:g}'
+            raise FloatingPointError(f'the loss is {loss} in epoch {epoch}: {why}')
         seconds += seconds_since(started, device)
         point = {'epoch': epoch, 'phase': 'head' if is_head else 'all', 'seconds': seconds, 'loss': loss}
         yield point if tested is None else {**point, **measured(model, tested)}
@@ -382,6 +384,8 @@ def _fit_head(
         old = rows @ start.t()
         spread = old.std().clamp(min=1e-12)
         old = old / spread
+    if not rows.isfinite().all():
+        return math.nan
     weight, bias = torch.zeros_like(start), torch.zeros(len(start), device=device)
     factor = torch.ones((), device=device)
     unknowns = [tensor.requires_grad_() for tensor in (weight, bias, factor)]
@@ -489,7 +493,8 @@ def _opened(model: nn.Module | str | os.PathLike[str]) -> nn.Module | str:
             return model
         raise NotFoundError(f'{model}: no such folder of a timm model (`timm-pudnet predict --out` writes one)')
     try:
-        return timm.create_model(f'local-dir:{path}', pretrained=True)
+        with torch.random.fork_rng(devices=[]):
+            return timm.create_model(f'local-dir:{path}', pretrained=True)
     except (RuntimeError, ValueError, KeyError, AssertionError, OSError, SafetensorError) as error:
         raise InputError(f'{path} holds no timm model that can be loaded: {error}') from error
 
@@ -505,7 +510,8 @@ def fit_classifier(model: nn.Module, class_names: Sequence[str]) -> bool:
     known = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     fits = tuple(known or ()) == tuple(class_names) and bool(model.num_classes)
     if not fits:
-        model.reset_classifier(len(class_names))  # type: ignore[operator]
+        with torch.random.fork_rng(devices=[]):
+            model.reset_classifier(len(class_names))  # type: ignore[operator]
     classifier = model.get_classifier()  # type: ignore[operator]
     if not isinstance(classifier, nn.Linear):
         raise InputError(f'the head of this {type(model).__name__} ends in a {type(classifier).__name__}, not a Linear')
