@@ -427,7 +427,7 @@ def finetune(
     click.echo(f'Classes    {_some(run.images.class_names)}')
     click.echo(f'Kept aside {kept:,} of them to know when to stop, {len(run.images.labels):,} are trained on')
     click.echo(
-        f'Tuning     {total / 1e6:.1f}M weights on {next(run.model.parameters()).device}, for {run.mode} images: '
+        f'Tuning     {total / 1e6:.1f}M weights on {next(run.model.parameters()).device}, {_MODES[run.mode]}: '
         f'first the head, then all, at most {run.tuning.epochs} epochs'
     )
     try:
@@ -452,6 +452,9 @@ def finetune(
     room.save_model(run.result(), out)
     click.echo(f'Wrote      {out} (timm format). Next, in Python, without this package if you like:')
     click.echo(f'\n    import timm\n    model = timm.create_model({f"local-dir:{out}"!r}, pretrained=True).eval()\n')
+
+
+_MODES = {'few': 'as for few images', 'full': 'as for many images'}
 
 
 def _kept(epoch: int) -> str:
@@ -515,8 +518,8 @@ def compare(
         epochs=epochs,
         budget=budget,
         holdout=holdout,
-        arms=('fine_tuned', 'adam', 'adam_centralised', *(['pretrained'] if pretrained != 'none' else [])),
-        pretrained=pretrained,
+        arms=('fine_tuned', 'adam', 'adam_centralised', *([] if pretrained == 'none' else ['pretrained'])),
+        pretrained=None if pretrained == 'none' else pretrained,
         seed=seed,
         device=device,
         strict=strict,
