@@ -22,12 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from timm_pudnet.adapt import centroid_logits, class_centroids
-from timm_pudnet.config import InputError, NotFoundError, PudNetWarning, close_names
+from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetWarning, close_names
 from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.evaluation.scratch import train_from_scratch
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, library_versions, usable_device, written_whole
-from timm_pudnet.images import open_images
+from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.predict import predict_model
 from timm_pudnet.training.episodes import ImageBank, bank_input
 from timm_pudnet.training.finetune import (
@@ -137,11 +137,10 @@ def compare(
     network = resolve_hypernet(model_name, hypernet)
     config = network.config.input
 
-    def read(input: Any) -> ImageBank:
-        source = open_images(images, labels, input=bank_input(input), split=split, data_dir=data_dir, strict=strict)
-        return ImageBank.from_source(source, progress=progress)
+    def opened(input: InputConfig) -> ImageSource:
+        return open_images(images, labels, input=input, split=split, data_dir=data_dir, strict=strict)
 
-    bank = read(config)
+    bank = ImageBank.from_source(opened(bank_input(config)), progress=progress)
     picks, aside, copies = split_copies(bank, holdout, seed)
     if copies:
         warnings.warn(copies_line(copies, config), PudNetWarning, stacklevel=2)
@@ -233,7 +232,7 @@ def compare(
                 'adam': lambda: scratch(False),
                 'adam_centralised': lambda: scratch(True),
                 'random': random,
-                'pretrained': lambda: _pretrained(pretrained or model_name, read, bank, picks, aside, device),
+                'pretrained': lambda: _pretrained(pretrained or model_name, opened, bank, picks, aside, device),
             }
             waiting = {name: runs[name]() for name in arms}
             if 'fine_tuned' in waiting:  # where its curve begins
@@ -279,7 +278,7 @@ class _NotToBeHad(Exception):
 
 def _pretrained(
     name: str,
-    read: Callable[[Any], ImageBank],
+    opened: Callable[[InputConfig], ImageSource],
     bank: ImageBank,
     picks: Tensor,
     aside: Tensor,
@@ -287,24 +286,22 @@ def _pretrained(
 ) -> Iterator[dict[str, Any]]:
     """Eq. 7 on features of timm's pretrained weights; gives `seconds` on its way, and in the end the accuracy too."""
     model = _downloaded(name).to(device).eval()
-    config = input_of(model)
-    yield {'seconds': 0.0}
-    own = read(config)
-    if len(own.labels) != len(bank.labels):
-        raise _NotToBeHad(f'{len(bank.labels) - len(own.labels)} images cannot be read at its input size')
-    yield {'seconds': 0.0}
-    seconds, features = 0.0, []
-    with torch.inference_mode():
-        for numbers in (*picks.split(32), *aside.split(32)):
-            started = time.perf_counter()
-            features.append(model(normalised(own.images[numbers].float() / 255, config).to(device)))
-            if sum(map(len, features)) <= len(picks):  # the seconds until it could classify
-                seconds += seconds_since(started, device)
-            yield {'seconds': seconds}
-        rows = torch.cat(features).float().cpu()
-        centroids = class_centroids(rows[: len(picks)], bank.labels[picks], len(bank.class_names))
-        guesses = centroid_logits(rows[len(picks) :], centroids, 1.0).argmax(1)
-    right = int((guesses == bank.labels[aside]).sum())
+    is_used = torch.zeros(len(bank.labels)).index_fill_(0, picks, 1.0)
+    seconds, features, count = 0.0, [], 0
+    for images, _ in opened(input_of(model)).batches(32):
+        started = time.perf_counter()
+        with torch.inference_mode():
+            features.append(model(images.to(device)).float().cpu())
+        # Only the images that it learns from count, as in the other arms.
+        share = is_used[count : count + len(images)].sum() / len(images)
+        seconds += float(share) * seconds_since(started, device)
+        count += len(images)
+        yield {'seconds': seconds}
+    if count != len(bank.labels):
+        raise _NotToBeHad(f'at its input size {count:,} of {len(bank.labels):,} images can be read')
+    rows = torch.cat(features)
+    centroids = class_centroids(rows[picks], bank.labels[picks], len(bank.class_names))
+    right = int((centroid_logits(rows[aside], centroids, 1.0).argmax(1) == bank.labels[aside]).sum())
     yield {'epoch': 0, 'seconds': seconds, 'right': right, 'accuracy': 100 * right / len(aside)}
 
 
