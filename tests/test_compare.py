@@ -224,7 +224,10 @@ def test_break_even_is_where_a_curve_reaches_its_rival_as_it_was_by_then(measure
         'adam_centralised': {'predicted': 1.5, 'fine_tuned': 1.5},  # fine-tuning had not got further by 1.5 s
     }
     text = format_comparison(measured_result)
-    assert 'from scratch, Adam: as good as predicted after 2.0 s (4x), as fine-tuned not within 3.0 s' in text
+    assert (
+        'from scratch, Adam: as good as predicted after 2.0 s (4 times predicted), as fine-tuned not within 3.0 s'
+        in text
+    )
     assert 'predicted, fine-tuned            1      2.00    80.0 (75.0 to 85.0)' in text
 
 

@@ -380,7 +380,9 @@ def format_comparison(result: dict[str, Any]) -> str:
     for name, found in result['break_even'].items():
         most = result['arms'][name][-1]['seconds']
         whens = [
-            f'not within {most:.1f} s' if seconds is None else f'after {seconds:.1f} s ({seconds / first:.0f}x)'
+            f'not within {most:.1f} s'
+            if seconds is None
+            else f'after {seconds:.1f} s ({seconds / first:.0f} times predicted)'
             for seconds in found.values()
         ]
         lines.append(f'{ARMS[name]}: as good as predicted {whens[0]}, as fine-tuned {whens[1]}')
