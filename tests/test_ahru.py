@@ -32,6 +32,11 @@ def plain_codes(ahru, sketch):
 def test_codes_are_those_of_a_plain_rewrite(eta):
     ahru, sketch = make_ahru(eta=eta), torch.randn(12)
     assert_close(ahru(sketch).double(), plain_codes(ahru, sketch), rtol=1e-5, atol=1e-6)
+    before = sketch.clone(), ahru.start.clone()
+    with torch.no_grad():  # in place
+        assert_close(ahru(sketch).double(), plain_codes(ahru, sketch), rtol=1e-5, atol=1e-6)
+    assert torch.equal(before[0], sketch)
+    assert torch.equal(before[1], ahru.start)
 
 
 def test_eta_one_gives_the_sketch_and_eta_zero_none_of_it():

@@ -1,6 +1,7 @@
 """cli.py: what a user types, sees and finds on disk; above all when something is wrong with it."""
 
 import errno
+import hashlib
 import importlib
 import io
 import json
@@ -610,6 +611,9 @@ def test_evaluation_is_of_unseen_classes_only_and_beside_the_control(trained, sh
         assert 0 <= found['mean'] <= 100, arm
     groups = timm_pudnet.evaluation.TestGroups.load(tmp_path / 'hypernet' / 'groups.json')
     assert groups.digest == results['groups_digest']
+    digest = hashlib.sha256((tmp_path / 'hypernet' / 'model.safetensors').read_bytes()).hexdigest()
+    assert results['weights_sha256'] == {'model.safetensors': digest}
+    assert (results['images'], results['split'], results['support_split']) == ('my shapes', 'test', None)
     assert str(tmp_path / 'hypernet' / 'results.json') in result.stdout
 
 

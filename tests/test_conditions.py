@@ -169,7 +169,7 @@ def test_a_share_of_the_groups_has_a_condition():
     assert bare == touched  # a whole group or none of it
     assert 0.65 < sum(bare) / 200 < 0.85
     halves = [torch.equal(pair[0, 0], plain) for pair in sampler.draw_halves(0)]
-    assert 0.65 < sum(halves) / 200 < 0.85
+    assert halves == [True] + 199 * [False]  # two plain groups of the same classes could not be told apart
 
 
 def test_without_conditions_images_are_as_they_are():
@@ -188,6 +188,20 @@ def test_the_halves_of_a_group_share_a_condition_and_other_groups_have_others():
         assert all(alike(seen[0], other) for other in seen), seen
         found.append(seen[0][:3])
     assert len(set(found)) > 8
+
+
+def test_only_the_condition_tells_the_halves_of_groups_apart():
+    images = torch.arange(1, 25, dtype=torch.uint8).mul(10)[:, None, None, None].expand(24, 3, 8, 8)
+    bank = ImageBank(images.clone(), torch.arange(24) % 6, [f'class {label}' for label in range(6)])
+    groups = Groups(n_way=2, n_shot=2, n_query=2, conditions=0.5, sketch_groups=3, sketch_images=50)
+    halves = GroupSampler([bank], PIXELS, groups).draw_halves(0)
+    # Under whatever condition but noise, the images of four classes are told apart by their levels.
+    plain = (halves[0, :, :, 0, 0, 0] * 255).round().long()
+    first, second = ({int(level) // 10 % 6 for level in half} for half in plain)
+    assert len(first) == len(second) == 2
+    assert not first & second
+    assert len({level for half in halves[0, :, :, 0, 0, 0].tolist() for level in half}) == 16
+    assert not torch.equal(halves[0].mean((1, 2, 3, 4)), halves[1].mean((1, 2, 3, 4)))
 
 
 def test_a_batch_is_of_several_conditions():

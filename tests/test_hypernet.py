@@ -21,8 +21,9 @@ from timm_pudnet.config import (
     OutputExistsError,
     PudNetError,
     PudNetWarning,
+    UnsupportedTargetError,
 )
-from timm_pudnet.hypernet import CONFIG_NAME, WEIGHTS_NAME, PudNet
+from timm_pudnet.hypernet import CONFIG_NAME, WEIGHTS_NAME, PudNet, plan_hypernet
 
 SMALL = InputConfig(input_size=(3, 32, 32))
 
@@ -66,7 +67,7 @@ def digest(weights):
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet', 'resnet18', 'nf_regnet_b0'])
 def test_prediction_is_the_whole_state_dict_but_the_classifier(name):
-    hypernet = PudNet.for_target(name, sketch_width=8, input=SMALL)
+    hypernet = PudNet.for_target(name, generator='paper', sketch_width=8, input=SMALL)
     with torch.no_grad():
         weights = hypernet(torch.rand(8))
     model = timm.create_model(name, num_classes=0)
@@ -386,14 +387,158 @@ def test_a_save_that_fails_at_the_config_changes_neither_file(overwrite, tiny, t
 # Starting from given weights
 
 
-def test_a_residual_hypernetwork_predicts_the_weights_that_it_starts_from(trained):
+@pytest.mark.parametrize(
+    'config', [{'generator': 'residual'}, {'generator': 'residual', 'generator_kwargs': {'largest': 600}}, {}], ids=str
+)
+@pytest.mark.parametrize('fresh', [True, False])
+def test_a_hypernetwork_predicts_the_weights_that_it_starts_from(config, fresh):
     model = timm.create_model('test_resnet', num_classes=0)
     for value in model.state_dict().values():
         value.copy_(torch.rand_like(value.float()))
     weights = model.state_dict()
-    hypernet = PudNet.for_target('test_resnet', generator='residual', sketch_width=16, input=SMALL, predict_norm=True)
+    hypernet = PudNet.for_target('test_resnet', sketch_width=16, input=SMALL, predict_norm=True, **config)
+    hypernet = hypernet if fresh else changed(hypernet)
     hypernet.start_from(weights)
     for sketch in (torch.zeros(16), torch.randn(16)):
-        assert_close(dict(hypernet(sketch)), dict(weights))
-    with pytest.raises(InputError, match="generator 'paper' cannot start from given weights: use residual"):
-        trained.start_from(weights)
+        found = dict(hypernet(sketch))
+        if config.get('generator') == 'residual':
+            assert_close(found, dict(weights), rtol=0, atol=0)
+        else:  # solved for
+            assert_close(found, dict(weights), rtol=1e-4, atol=1e-5)
+
+
+# Warm start: timm's weights, or those of a folder
+
+
+@pytest.fixture(scope='module')
+def timm_model():
+    """A model of timm's whose every tensor is its own, with a classifier and norm statistics that matter."""
+    torch.manual_seed(3)
+    model = timm.create_model('test_resnet', num_classes=7)
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value.mul_(1 + 0.1 * torch.rand_like(value)).add_(0.02 * torch.rand_like(value))
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def timm_folder(timm_model, tmp_path_factory):
+    return timm_pudnet.save_model(timm_model, tmp_path_factory.mktemp('timm') / 'model')
+
+
+@pytest.mark.parametrize('generator', ['paper', 'residual'])
+def test_a_warm_started_hypernetwork_predicts_that_network_whatever_the_images(generator, timm_model, timm_folder):
+    hypernet = PudNet.for_target(
+        'test_resnet', generator=generator, pretrained=str(timm_folder), sketch_width=16, prior_images=1e9
+    )
+    assert hypernet.config.input.input_size == (3, 160, 160)  # as the folder says
+    with torch.no_grad():
+        for sketch in (torch.zeros(16), torch.randn(16)):
+            weights = hypernet(sketch)
+            expected = {key: value for key, value in timm_model.state_dict().items() if not key.startswith('fc.')}
+            assert_close(dict(weights), expected, rtol=1e-4, atol=1e-5)
+    images = torch.rand(5, 3, 160, 160)
+    model = timm_pudnet.predict_model('test_resnet', images, hypernet=hypernet.eval())
+    with torch.no_grad():
+        wanted = timm_model.forward_head(timm_model.forward_features(images), pre_logits=True)
+        assert_close(model(images), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize('generator', ['paper', 'residual'])
+def test_training_can_go_on_from_a_warm_start(generator, timm_folder):
+    hypernet = PudNet.for_target(
+        'test_resnet', generator=generator, pretrained=str(timm_folder), sketch_width=16, predict_norm=True
+    ).train()
+    sum(value.square().sum() for value in hypernet(torch.rand(16)).values() if value.is_floating_point()).backward()
+    steered = [p for name, p in hypernet.named_parameters() if name.endswith(('steer', 'change', 'embed.weight'))]
+    assert len(steered) == len(hypernet.target.layers)
+    assert all(parameter.grad.abs().sum() > 0 for parameter in steered)
+
+
+def test_timm_s_own_pretrained_weights_are_taken_by_their_tag(monkeypatch, timm_model, timm_folder):
+    original = timm.create_model
+
+    def create(name, *, pretrained=False, **kwargs):
+        if pretrained:  # the one difference to the real call: a file in place of a download
+            kwargs['pretrained_cfg_overlay'] = {'file': str(timm_folder / 'model.safetensors'), 'num_classes': 7}
+        return original(name, pretrained=pretrained, **kwargs)
+
+    monkeypatch.setattr(timm, 'create_model', create)
+    hypernet = PudNet.for_target('test_resnet.r160_in1k', pretrained=True, sketch_width=16)
+    assert hypernet.name == 'test_resnet.r160_in1k'
+    assert_close(hypernet(torch.rand(16))['layer1.0.conv1.weight'], timm_model.layer1[0].conv1.weight)
+
+
+def test_pretrained_weights_that_cannot_be_had_are_told_in_one_line(monkeypatch, tmp_path, one_line):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    monkeypatch.setenv('HF_HOME', str(tmp_path))
+    with pytest.raises(NotFoundError) as error:
+        PudNet.for_target('test_resnet.r160_in1k', pretrained=True)
+    one_line(error, 'test_resnet.r160_in1k', 'cannot be had')
+    with pytest.raises(NotFoundError) as error:
+        PudNet.for_target('test_resnet', pretrained=str(tmp_path / 'nowhere'))
+    one_line(error, 'nowhere', 'cannot be had')
+
+
+def test_a_folder_of_another_network_is_refused(timm_folder, one_line):
+    with pytest.raises(InputError) as error:
+        PudNet.for_target('test_efficientnet', pretrained=str(timm_folder), sketch_width=16)
+    one_line(error, 'test_efficientnet', 'conv_stem.weight is not there')
+
+
+# Plans
+
+
+def test_auto_takes_the_paper_s_generator_where_it_fits_and_says_so_where_not():
+    assert PudNet.for_target('test_resnet', sketch_width=16).config.generator == 'paper'
+    assert plan_hypernet('resnet18').config.generator == 'paper'
+    with pytest.warns(PudNetWarning, match=r"resnet50: generator='residual', since the paper's .* 121 million"):
+        plan = plan_hypernet('resnet50')
+    assert plan.config.generator == 'residual'
+    assert plan.parameters / plan.weights < 1.1
+    assert plan_hypernet('resnet50', generator='paper').parameters == pytest.approx(121e6, rel=0.01)
+
+
+@pytest.mark.parametrize('generator', ['paper', 'residual'])
+def test_a_plan_is_what_is_made(generator):
+    plan = plan_hypernet('test_resnet', generator=generator, sketch_width=16)
+    hypernet = PudNet.for_target('test_resnet', generator=generator, sketch_width=16)
+    assert plan.parameters == sum(parameter.numel() for parameter in hypernet.parameters())
+    state = timm.create_model('test_resnet', num_classes=0)
+    assert plan.weights == sum(parameter.numel() for parameter in state.parameters())
+    kernels = [m.weight.shape[0] * m.weight.shape[1] for m in state.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert plan.kernels == sum(kernels)
+    assert plan.target == hypernet.target
+
+
+# What else a target may hold
+
+
+def test_tied_weights_and_constant_buffers_go_through(monkeypatch):
+    original = timm.create_model
+
+    def create(*args, **kwargs):
+        model = original(*args, **kwargs)
+        model.layer1[0].conv2.weight = model.layer1[0].conv1.weight
+        model.layer1.register_buffer('index', torch.arange(5))
+        return model
+
+    monkeypatch.setattr(timm, 'create_model', create)
+    kwargs = {'drop_rate': 0.21}  # not described before
+    hypernet = PudNet.for_target('test_resnet', sketch_width=16, input=SMALL, model_kwargs=kwargs)
+    weights = hypernet(torch.rand(16))
+    assert weights['layer1.0.conv2.weight'] is weights['layer1.0.conv1.weight']
+    assert torch.equal(weights['layer1.index'], torch.arange(5))
+    assert not weights['layer1.index'].requires_grad
+    create('test_resnet', num_classes=0, **kwargs).load_state_dict(weights)
+
+
+def test_linear_layers_are_predicted_where_asked(tmp_path):
+    with pytest.raises(UnsupportedTargetError, match=r'predict_linear=True'):
+        PudNet.for_target('test_vit', sketch_width=16)
+    hypernet = PudNet.for_target('test_vit', sketch_width=16, generator='residual', predict_linear=True)
+    assert hypernet.target.predicted_share > 0.9
+    model = timm.create_model('test_vit', num_classes=0)
+    model.load_state_dict(hypernet(torch.rand(16)))
+    loaded = PudNet.from_pretrained(hypernet.save_pretrained(tmp_path / 'net'))
+    assert loaded.target == hypernet.target

@@ -229,14 +229,19 @@ def test_metric_alone_learns(easy_recipe, bank, tmp_path):
 
 
 def test_the_sketch_s_own_loss_teaches_it_to_tell_conditions_apart(easy_recipe, bank, tmp_path):
+    # As in photographs, what a condition changes is alike in all classes: the sky above, warm colours.
+    size = bank.images.shape[-1]
+    falling = torch.linspace(220, 60, size)[:, None] * torch.tensor([1.0, 0.7, 0.4])[:, None, None]
+    pictures = (falling + 30 * torch.rand(len(bank.images), 3, 1, size)).round().to(torch.uint8)
+    pictures = ImageBank(pictures, bank.labels, bank.class_names)
     groups = {'conditions': 1.0, 'sketch_groups': 6, 'sketch_images': 4}
     log = {}
     for weight in (0.001, 1.0):
         folder = tmp_path / str(weight)
-        run(meta_train, easy_recipe(groups=groups, losses=LossWeights(sketch=weight)), folder, bank)
+        run(meta_train, easy_recipe(groups=groups, losses=LossWeights(sketch=weight)), folder, pictures)
         log[weight] = mean(log_of(folder)[-10:], 'sketch')
     assert log[1.0] < 0.7 * log[0.001]
-    assert log[1.0] < 0.95 * math.log(11)
+    assert log[1.0] < 0.7 * math.log(11)
 
 
 # Optimisers, average, precision

@@ -511,7 +511,6 @@ def test_create_model_with_images_is_predict_model(net, folder, model, query):
         ({'stem_width': 8}, ['stem_width=8', 'test_resnet.tiny']),
         ({'block_args': {'attn_layer': 'se'}}, ['block_args', 'test_resnet.tiny']),
         ({'nonsense': 1}, ["'nonsense'"]),
-        ({'features_only': True}, ['test_resnet']),
         ({'batch_size': 0}, ['batch_size', '0']),
         ({'batch_size': 2.0}, ['batch_size', '2.0']),
         ({'head': 'linear'}, ["'linear'", 'centroid', 'ridge', 'none']),
@@ -814,3 +813,81 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing(model, tmp_path, full_dis
 
 def test_the_room_s_data_config_is_the_input(net):
     assert room.data_config(net.config.input) == {**vars_of(net.config.input), 'crop_mode': 'center'}
+
+
+# Memory that runs out, as on a GPU
+
+
+def scarce(monkeypatch, most, module):
+    """A network that has no memory for more than so many images at once."""
+    forward, seen = type(module).forward, []
+
+    def guarded(self, images):
+        seen.append(len(images))
+        if len(images) > most:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB')
+        return forward(self, images)
+
+    monkeypatch.setattr(type(module), 'forward', guarded)
+    return seen
+
+
+def test_a_sketch_without_memory_for_a_batch_takes_it_in_parts(net, support, model, monkeypatch):
+    seen = scarce(monkeypatch, 9, net.encoder)
+    with pytest.warns(PudNetWarning, match=r'out of memory with 18 images at once: going on with 9'):
+        found = predict_model('test_resnet', *support, hypernet=net)
+    assert seen == [18, 9, 9]
+    state_close(found.state_dict(), model.state_dict())
+
+
+def test_a_target_without_memory_for_the_sample_is_calibrated_on_a_part(net, support, query, model, monkeypatch):
+    scarce(monkeypatch, 9, timm.create_model('test_resnet'))
+    with pytest.warns(PudNetWarning, match=r'out of memory with 18 images at once: going on with 9'):
+        found = predict_model('test_resnet', *support, hypernet=net)
+    assert_close(found.conv1[0].weight, model.conv1[0].weight)
+    with torch.inference_mode():
+        features = torch.cat(
+            [found.forward_head(found.forward_features(part), pre_logits=True) for part in batches(net, support)]
+        )
+    centroids = torch.stack([features[[n == name for n in support[1]]].mean(0) for name in NAMES])
+    cosine = F.cosine_similarity(found.fc.weight.detach() @ torch.linalg.inv(net.whitening), centroids @ net.whitening)
+    assert_close(cosine, torch.ones(3), rtol=1e-3, atol=0)  # the head has seen all images
+
+
+def batches(net, support):
+    return [images for images, _ in open_images(support[0], input=net.config.input).batches(6)]
+
+
+def test_a_device_without_memory_for_an_image_is_told_in_one_line(net, support, monkeypatch, one_line):
+    scarce(monkeypatch, 0, net.encoder)
+    with pytest.warns(PudNetWarning), pytest.raises(InputError) as error:
+        predict_model('test_resnet', *support, hypernet=net)
+    one_line(error, 'cpu has not enough memory for test_resnet', 'device="cpu"')
+
+
+# What timm's arguments make of the model
+
+
+@pytest.mark.parametrize('cls', ['list', 'hook', 'getter'])
+def test_features_only_gives_the_feature_maps_of_the_calibrated_network(net, support, query, cls):
+    whole = predict_model('test_resnet', support[0], hypernet=net, head='none')
+    model = create_model(
+        'test_resnet', pretrained_from=support[0], hypernet=net, features_only=True, out_indices=(1, 3), feature_cls=cls
+    )
+    with torch.inference_mode():
+        found, wanted = model(query[0]), whole.forward_intermediates(query[0], indices=(1, 3), intermediates_only=True)
+    for one, other in zip(found, wanted, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    'kwargs', [{'output_stride': 8}, {'drop_rate': 0.3}, {'drop_path_rate': 0.2}, {'global_pool': 'max'}]
+)
+def test_arguments_that_leave_the_weights_alone_travel_through(net, support, query, kwargs):
+    model = create_model('test_resnet', pretrained_from=support[0], labels=support[1], hypernet=net, **kwargs)
+    plain = predict_model('test_resnet', *support, hypernet=net)
+    assert_close(model.conv1[0].weight, plain.conv1[0].weight)
+    wanted = timm.create_model('test_resnet', num_classes=3, **kwargs).eval()
+    wanted.load_state_dict(model.state_dict())
+    with torch.inference_mode():
+        assert_close(model(query[0]), wanted(query[0]))

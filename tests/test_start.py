@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from timm_pudnet import save_model
-from timm_pudnet.config import InputError
+from timm_pudnet.config import InputError, NotFoundError
 from timm_pudnet.training import meta_train, train_plain, try_recipe
 
 RESIDUAL = {'generator': 'residual', 'predict_norm': True}
@@ -33,16 +33,44 @@ def test_hypernetwork_and_control_start_from_the_same_model(start, make_recipe, 
         assert_close(plain.get_parameter(key).detach(), value.detach(), rtol=0, atol=1e-6)
 
 
+def test_the_paper_s_generator_starts_from_a_model_too(start, make_recipe, bank):
+    model, folder = start
+    hypernet = meta_train(make_recipe(1, start=str(folder), schedule=SLOW), banks=[bank], device='cpu', progress=False)
+    predicted = hypernet(torch.zeros(hypernet.config.sketch_width))
+    for key, value in model.named_parameters():
+        assert_close(predicted[key], value.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_timm_s_own_weights_are_a_start(start, make_recipe, bank, monkeypatch):
+    model, folder = start
+    original = timm.create_model
+
+    def create(name, *, pretrained=False, **kwargs):
+        if pretrained and not name.startswith('local-dir:'):  # a file in place of a download
+            assert name == 'test_resnet.r160_in1k'
+            kwargs |= {'pretrained_cfg_overlay': {'file': str(folder / 'model.safetensors'), 'num_classes': 0}}
+        return original(name, pretrained=pretrained, **kwargs)
+
+    monkeypatch.setattr(timm, 'create_model', create)
+    recipe = make_recipe(1, start='test_resnet.r160_in1k', hypernet=RESIDUAL, schedule=SLOW)
+    hypernet = meta_train(recipe, banks=[bank], device='cpu', progress=False)
+    predicted = hypernet(torch.zeros(hypernet.config.sketch_width))
+    for key, value in model.named_parameters():
+        assert_close(predicted[key], value.detach(), rtol=0, atol=1e-6)
+
+
 def test_a_start_that_does_not_fit_is_one_line(start, make_recipe, bank, tmp_path, one_line):
     with pytest.raises(InputError) as error:
         meta_train(make_recipe(1, start=str(tmp_path / 'absent'), hypernet=RESIDUAL), banks=[bank], progress=False)
-    one_line(error, 'absent', 'no timm model')
+    one_line(error, 'absent', 'test_resnet.TAG')
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(NotFoundError) as error:
+        meta_train(make_recipe(1, start=str(tmp_path / 'empty'), hypernet=RESIDUAL), banks=[bank], progress=False)
+    one_line(error, 'empty', 'cannot be had')
     other = save_model(timm.create_model('test_resnet', num_classes=0, in_chans=1), tmp_path / 'grey')
     with pytest.raises(InputError) as error:
         train_plain(make_recipe(1, start=str(other)), banks=[bank], progress=False)
-    one_line(error, 'grey')
-    with pytest.raises(InputError, match='use residual'):
-        meta_train(make_recipe(1, start=str(start[1])), banks=[bank], progress=False)
+    one_line(error, 'grey', 'conv1.0.weight')
 
 
 def test_a_short_try_tells_whether_a_recipe_learns(make_recipe, bank):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import timm
 import torch
@@ -5,7 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from timm_pudnet.config import InputError, UnsupportedTargetError
-from timm_pudnet.target import batch_norms, describe_target
+from timm_pudnet.target import batch_norms, create_feature_model, describe_target
 
 ARCHITECTURES = [
     *('test_resnet', 'test_efficientnet', 'resnet18', 'resnet50', 'seresnet18', 'regnetx_002', 'densenet121'),
@@ -24,7 +26,11 @@ def test_every_key_of_an_architecture_has_exactly_one_role(name):
     spec, model = describe_target(name), meta_model(name, num_classes=2)
     state = model.state_dict()
     assert list(spec.roles) == list(state)
-    assert spec.shapes == {key: tuple(value.shape) for key, value in state.items()}
+    head = [key for key in state if state[key] is not None and key in spec.keys('classifier')]
+    assert spec.shapes == {
+        key: (1 if key in head else len(value) if value.ndim else 0, *value.shape[1:])[: value.ndim]
+        for key, value in state.items()
+    }
     keys = [key for role in ('predicted', 'shared', 'calibrated', 'classifier') for key in spec.keys(role)]
     assert sorted(keys) == sorted(state)
 
@@ -32,14 +38,14 @@ def test_every_key_of_an_architecture_has_exactly_one_role(name):
     for module_name, module in model.named_modules():
         for short in module.state_dict():
             key = f'{module_name}.{short}'
-            if isinstance(module, nn.Conv2d) and short == 'weight':
+            if isinstance(module, nn.Conv2d | nn.Conv1d) and short == 'weight':
                 wanted[key] = 'predicted'
             if isinstance(module, _NormBase) and short not in ('weight', 'bias'):
                 wanted[key] = 'calibrated'
             if module is model.get_classifier():
                 wanted[key] = 'classifier'
     assert spec.roles == wanted
-    assert spec.classifier in dict(model.named_modules())
+    assert [dict(model.named_modules())[name] for name in spec.classifiers] == [model.get_classifier()]
     assert spec.num_features == model.get_classifier().in_features
 
 
@@ -90,42 +96,122 @@ def test_a_convnext_is_refused_with_a_hint_and_taken_with_it(one_line):
     with pytest.raises(UnsupportedTargetError) as error:
         describe_target('convnext_tiny')
     one_line(error, '6.7%', 'conv_mlp=True')
+    assert describe_target('convnext_tiny', predict_linear=True).predicted_share > 0.99
+    assert describe_target('convnext_tiny', min_predicted=0.0).predicted_share < 0.07
     assert describe_target('convnext_tiny', conv_mlp=True).predicted_share > 0.99
 
 
-@pytest.mark.parametrize(('name', 'reason'), [('dla34', 'Conv2d'), ('levit_128s', '2 classifiers')])
-def test_a_classifier_that_cannot_hold_centroids_is_refused(name, reason, one_line):
-    with pytest.raises(UnsupportedTargetError) as error:
-        describe_target(name)
-    one_line(error, name, reason)
-
-
-def test_an_unknown_buffer_is_refused_with_its_key(monkeypatch, one_line):
+def changed_by(change, monkeypatch):
+    """timm whose models are changed before they are handed over."""
     original = timm.create_model
 
-    def with_buffer(*args, **kwargs):
+    def create(*args, **kwargs):
         model = original(*args, **kwargs)
-        model.layer1.register_buffer('lookup', torch.zeros(3))
+        change(model)
         return model
 
-    monkeypatch.setattr(timm, 'create_model', with_buffer)
+    monkeypatch.setattr(timm, 'create_model', create)
+
+
+def test_a_statistic_that_cannot_be_calibrated_is_refused_with_its_key(monkeypatch, one_line):
+    changed_by(lambda model: model.layer1.register_buffer('running_spread', torch.zeros(3)), monkeypatch)
     with pytest.raises(UnsupportedTargetError) as error:
         describe_target('test_resnet', drop_rate=0.123)  # not described before, so not remembered
-    one_line(error, 'layer1.lookup', 'Sequential')
+    one_line(error, 'layer1.running_spread', 'Sequential')
 
 
-def test_tied_weights_are_refused_with_both_keys(monkeypatch, one_line):
-    original = timm.create_model
+def test_a_constant_buffer_is_shared(monkeypatch):
+    changed_by(lambda model: model.layer1.register_buffer('index', torch.zeros(3, dtype=torch.long)), monkeypatch)
+    spec = describe_target('test_resnet', drop_rate=0.1235)
+    assert (spec.roles['layer1.index'], spec.constants) == ('shared', {'layer1.index': torch.long})
 
-    def tied(*args, **kwargs):
-        model = original(*args, **kwargs)
-        model.layer1[0].conv2.weight = model.layer1[0].conv1.weight
-        return model
 
-    monkeypatch.setattr(timm, 'create_model', tied)
+def test_an_unknown_conv_is_refused_with_its_kind(monkeypatch, one_line):
+    class HexConv(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 3, 7))
+
+    changed_by(lambda model: model.layer1.add_module('hex', HexConv()), monkeypatch)
     with pytest.raises(UnsupportedTargetError) as error:
-        describe_target('test_resnet', drop_rate=0.124)
-    one_line(error, 'layer1.0.conv2.weight', 'layer1.0.conv1.weight')
+        describe_target('test_resnet', drop_rate=0.1236)
+    one_line(error, 'layer1.hex.weight', 'HexConv')
+
+
+def test_a_classifier_of_another_kind_is_refused(monkeypatch, one_line):
+    class Odd(nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(classes, 96))
+
+    changed_by(lambda model: setattr(model, 'fc', Odd(model.num_classes)), monkeypatch)
+    with pytest.raises(UnsupportedTargetError) as error:
+        describe_target('test_resnet', drop_rate=0.1237)
+    one_line(error, 'classifier fc', 'Odd')
+
+
+def test_tied_weights_are_described_once(monkeypatch):
+    changed_by(lambda model: setattr(model.layer1[0].conv2, 'weight', model.layer1[0].conv1.weight), monkeypatch)
+    spec = describe_target('test_resnet', drop_rate=0.124)
+    assert spec.tied == {'layer1.0.conv2.weight': 'layer1.0.conv1.weight'}
+    assert spec.roles['layer1.0.conv2.weight'] == 'predicted'
+    keys = [layer.key for layer in spec.layers]
+    assert 'layer1.0.conv1.weight' in keys
+    assert 'layer1.0.conv2.weight' not in keys
+    assert keys == list(spec.keys('predicted'))
+
+
+# One- and three-dimensional, transposed, mixed from experts, weight-standardised, of several kernel sizes.
+KINDS = ['eca_resnet33ts', 'lambda_resnet26t', 'lowformer_b0', 'efficientnet_cc_b0_4e', 'dm_nfnet_f0', 'mixnet_s']
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_every_kind_of_conv_is_predicted(name):
+    spec, model = describe_target(name, min_predicted=0.0), meta_model(name)
+    layers = {layer.key: layer for layer in spec.layers}
+    for module_name, module in model.named_modules():
+        if 'conv' in type(module).__name__.lower() and getattr(module, 'weight', None) is not None:
+            layer = layers[f'{module_name}.weight']
+            groups = module.groups
+            if isinstance(module, nn.ConvTranspose2d):
+                inputs = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
+                assert layer.fan_in == inputs // groups // (module.stride[0] * module.stride[1])
+            else:
+                kernel = module.kernel_size
+                taps = math.prod(kernel) if isinstance(kernel, tuple) else kernel
+                assert layer.fan_in == module.in_channels // groups * taps
+            assert math.prod(layer.kernel) == layer.numel == module.weight.numel()
+            assert layer.shape == tuple(module.weight.shape)
+
+
+@pytest.mark.parametrize(
+    ('name', 'classifiers', 'more'),
+    [
+        ('dla34', ['fc'], []),
+        ('resnetv2_50', ['head.fc'], []),
+        ('levit_conv_128s', ['head.linear', 'head_dist.linear'], ['head.bn.weight']),
+        ('convformer_s18', ['head.fc.fc2'], ['head.fc.fc1.weight', 'head.fc.norm.weight']),
+        ('repvit_m1', ['head.head.l', 'head.head_dist.l'], ['head.head.bn.running_mean']),
+        ('mobilenetv5_300m_enc', [], []),
+    ],
+)
+def test_classifiers_are_found_wherever_they_are(name, classifiers, more):
+    spec = describe_target(name, min_predicted=0.0)
+    assert list(spec.classifiers) == classifiers
+    for key in more:
+        assert spec.roles[key] in ('shared', 'calibrated')
+        assert key not in spec.headless
+    assert {key.rpartition('.')[0] for key in spec.keys('classifier')} == set(classifiers)
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'dla46_c', 'repvit_m0_9', 'levit_conv_128s'])
+def test_a_feature_model_gives_what_the_classifier_reads(name):
+    spec = describe_target(name, min_predicted=0.0)
+    model = create_feature_model(spec).eval()
+    assert set(model.state_dict()) == {key for key, role in spec.roles.items() if role != 'classifier'}
+    size = model.default_cfg['input_size']
+    with torch.no_grad():
+        assert model(torch.randn(2, *size)).flatten(1).shape == (2, spec.num_features)
 
 
 def test_an_unknown_architecture_names_the_close_ones(one_line):

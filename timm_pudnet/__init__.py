@@ -15,7 +15,7 @@ from timm_pudnet.config import (
 )
 from timm_pudnet.evaluation import compare, evaluate
 from timm_pudnet.hub import list_hypernets, load_hypernet
-from timm_pudnet.hypernet import PudNet
+from timm_pudnet.hypernet import Plan, PudNet, plan_hypernet
 from timm_pudnet.images import open_images
 from timm_pudnet.predict import create_model, predict_model, predict_state_dict, save_model
 from timm_pudnet.target import TargetSpec, describe_target
@@ -27,6 +27,7 @@ __all__ = [
     'InputError',
     'NotFoundError',
     'OutputExistsError',
+    'Plan',
     'PudNet',
     'PudNetConfig',
     'PudNetError',
@@ -44,6 +45,7 @@ __all__ = [
     'load_hypernet',
     'meta_train',
     'open_images',
+    'plan_hypernet',
     'predict_model',
     'predict_state_dict',
     'save_model',

@@ -36,12 +36,33 @@ class AHRU(nn.Module):
 
     def forward(self, sketch: Tensor) -> Tensor:
         """Codes `[L, m]` of a sketch `[m]`, or `[b, L, m]` of sketches `[b, m]`."""
+        if sketch.ndim == 1 and not torch.is_grad_enabled():
+            return self._walk(sketch)
+        gates, candidates, outputs = self.gates.weight.t(), self.candidate.weight.t(), self.output.weight.t()
         state, output = sketch, self.start.expand_as(sketch)
         codes = []
         for _ in range(self.num_layers):
-            reset, update = self.gates(torch.cat([state, output], -1)).sigmoid().chunk(2, -1)
-            candidate = self.candidate(torch.cat([reset * state, output], -1)).tanh()
-            state = (1 - update) * state + update * candidate
-            output = self.output(state).sigmoid()
-            codes.append((1 - self.eta) * output + self.eta * sketch)
-        return torch.stack(codes, -2)
+            reset, update = (torch.cat([state, output], -1) @ gates).sigmoid_().chunk(2, -1)
+            candidate = (torch.cat([reset * state, output], -1) @ candidates).tanh_()
+            state = torch.lerp(state, candidate, update)
+            output = (state @ outputs).sigmoid_()
+            codes.append(output)
+        return torch.lerp(torch.stack(codes, -2), sketch.unsqueeze(-2), self.eta)
+
+    def _walk(self, sketch: Tensor) -> Tensor:
+        """The same in place, twice as fast: a hundred small layers are a hundred steps of small operations."""
+        width = len(sketch)
+        codes = sketch.new_empty(self.num_layers, width)
+        joined, gates = torch.cat([sketch, self.start]), sketch.new_empty(2 * width)  # [d, a]; r above z
+        reset_joined, candidate = joined.clone(), sketch.new_empty(width)  # [r * d, a]
+        (state, output), (reset, update) = joined.chunk(2), gates.chunk(2)
+        reset_state, same_output = reset_joined.chunk(2)
+        for code in codes.unbind():
+            torch.mv(self.gates.weight, joined, out=gates).sigmoid_()
+            torch.mul(reset, state, out=reset_state)
+            torch.mv(self.candidate.weight, reset_joined, out=candidate).tanh_()
+            state.lerp_(candidate, update)
+            torch.mv(self.output.weight, state, out=output).sigmoid_()
+            same_output.copy_(output)
+            code.copy_(output)
+        return codes.lerp_(sketch, self.eta)

@@ -258,7 +258,7 @@ def evaluate(
 
     from timm_pudnet import evaluation
     from timm_pudnet.hub import load_hypernet
-    from timm_pudnet.hypernet import usable_device, written_whole
+    from timm_pudnet.hypernet import usable_device, weights_sha256, written_whole
     from timm_pudnet.images import open_images
     from timm_pudnet.training.episodes import ImageBank, bank_input
 
@@ -284,6 +284,7 @@ def evaluate(
     if save and not Path(hypernet).is_dir():
         raise InputError(f'--save needs the folder of a hypernetwork, {hypernet} is none')
     network = load_hypernet(hypernet)
+    hashes = weights_sha256(hypernet) if save else {}  # now: the file may be another one when the measuring is done
     config = bank_input(network.config.input)
     source = open_images(images, input=config, split=split, data_dir=data_dir)
     unseen = [name for name in source.class_names or () if name not in network.config.class_names]
@@ -333,6 +334,8 @@ def evaluate(
         )
     click.echo(evaluation.format_table(result))
     if save:
+        named = Path(images).name if Path(images).is_absolute() else images
+        result.update(weights_sha256=hashes, images=named, split=split, support_split=support_split)
         ending = 'json' if protocol is None else f'{protocol}.json'
         results, listed = (Path(hypernet) / f'{name}.{ending}' for name in ('results', 'groups'))
         verb = 'Replaced  ' if results.exists() else 'Wrote     '
@@ -539,6 +542,64 @@ def compare(
         return
     evaluation.plot_comparison(result, out / 'compare.png')
     click.echo(f'Wrote      {", ".join(sorted(str(path) for path in out.iterdir()))}')
+
+
+@main.command()
+@click.argument('model_name')
+@click.option('--generator', default='auto', show_default=True, help='Kind of weight generator.')
+@click.option('--predict-norm', is_flag=True, help="Predict the norms' affine parameters too.")
+@click.option('--predict-linear', is_flag=True, help='Predict Linear layers inside blocks too, as 1x1 convs.')
+@click.option('--sketch-width', default=128, show_default=True, help='Width of the dataset sketch.')
+@click.option('--model-kwargs', multiple=True, metavar='KEY=VALUE', help="An argument of timm's, conv_mlp=true say.")
+def info(
+    model_name: str,
+    generator: str,
+    predict_norm: bool,
+    predict_linear: bool,
+    sketch_width: int,
+    model_kwargs: tuple[str, ...],
+) -> None:
+    """Show what a hypernetwork for a timm architecture would be: its plan, nothing is made."""
+    from timm_pudnet.hub import list_hypernets
+    from timm_pudnet.hypernet import copy_speed, plan_hypernet
+
+    plan = plan_hypernet(
+        model_name,
+        generator=generator,
+        predict_norm=predict_norm,
+        predict_linear=predict_linear,
+        sketch_width=sketch_width,
+        model_kwargs=dict(map(_key_value, model_kwargs)),
+    )
+    target, weights = plan.target, max(1, plan.weights)
+    shares = {role: target.numel(role) / weights for role in ('predicted', 'shared')}
+    moved = 4 * (plan.parameters + plan.weights)
+    click.echo(
+        f'Target     {model_name}: {plan.weights:,} weights without the classifier, {target.num_features} features'
+    )
+    click.echo(f'Layers     {len(target.layers)} predicted, {plan.kernels:,} kernels')
+    click.echo(f'Weights    {shares["predicted"]:.1%} predicted, {shares["shared"]:.1%} shared by all image sets')
+    click.echo(f'Calibrated {target.numel("calibrated"):,} norm statistics, on the images')
+    click.echo(
+        f'Generator  {plan.config.generator}: {plan.parameters:,} parameters, {plan.parameters / weights:.2f} times '
+        f"the target's, a file of about {plan.file_bytes / 1e6:.0f} MB"
+    )
+    click.echo(
+        f'Predicting about {plan.memory_bytes / 1e6:,.0f} MB of memory beside images and activations; its bytes move '
+        f'in {1e3 * moved / copy_speed():.0f} ms on this machine, beside one forward pass over the images'
+    )
+    serving = [name for name, config in list_hypernets().items() if config.model_name == model_name]
+    click.echo(f'At hand    {", ".join(serving) or "no hypernetwork; timm-pudnet train makes one from a recipe"}')
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition('=')
+    if not key or not equals:
+        raise InputError(f'--model-kwargs {text}: write KEY=VALUE, conv_mlp=true for instance')
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
 
 
 @main.command(name='list')

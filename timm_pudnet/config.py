@@ -122,6 +122,8 @@ class PudNetConfig:
         generator: Kind of weight generator, a name of the registry.
         generator_kwargs: Arguments of that kind.
         predict_norm: Whether the affine parameters of norm layers are predicted too, instead of shared.
+        predict_linear: Whether the weights of Linear layers inside blocks are predicted too, as 1x1 convs.
+        min_predicted: Least share of the target's weights that must be predicted, in [0, 1].
         gain: Predicted kernels are scaled by `sqrt(gain / fan_in)`.
         prior_images: Weight, in images, of the norm statistics of training when a model is calibrated.
         tag: The part of a hypernetwork's name after the architecture, `cifar100_set` for instance.
@@ -147,6 +149,8 @@ class PudNetConfig:
     generator: str = 'paper'
     generator_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     predict_norm: bool = False
+    predict_linear: bool = False
+    min_predicted: float = 0.5
     gain: float = 2.0
     prior_images: float = 8.0
     tag: str = ''
@@ -167,6 +171,8 @@ class PudNetConfig:
                 raise InputError(f'{name} must be a mapping, got {getattr(self, name)!r}')
         if not 0 <= self.eta <= 1:
             raise InputError(f'eta must be in [0, 1], got {self.eta}')
+        if not 0 <= self.min_predicted <= 1:
+            raise InputError(f'min_predicted must be in [0, 1], got {self.min_predicted}')
         if not 0 <= self.prior_images < math.inf:
             raise InputError(f'prior_images must be at least 0, got {self.prior_images}')
         if not 0 < self.gain < math.inf:

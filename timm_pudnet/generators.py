@@ -1,7 +1,7 @@
 """Weight generators (paper III-D3): a layer's code becomes that layer's tensor.
 
 Dimension letters: `m` width of a code, `o i kh kw` a kernel tensor, `t = kh * kw` its taps, `p` flattened kernels of
-the embedding, `q` basis kernels between the two 1x1 convs.
+the embedding, `q` basis kernels between the two 1x1 convs, `r` rank of a change.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ _KINDS: dict[str, type[nn.Module]] = {}
 # Spread of the large weights when new. An optimiser such as Adam moves every parameter by about its rate, whatever its
 # size: at this spread one rate suits these weights and the ordinary parameters beside them.
 SPREAD = 0.05
+MOST_CHANNELS, MOST_TAPS, FEW_PIXELS = 4, 49, 16
 
 
 def register_generator(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Makes a generator class known under a name; its instances map a code `[m]` to a kernel `(o, i, kh, kw)`.
+    """Makes a generator class known under a name; its instances map a code `[m]` to a tensor of their layer's shape.
+
+    One that can start from given weights has a method `start_from(value)`.
 
     Raises:
         InputError: The name is taken.
@@ -95,8 +98,7 @@ class PaperGenerator(nn.Module):
             raise InputError('embed_kernels and basis_kernels must be at least 1')
         self.shape = layer.shape
         self.scale = math.sqrt(gain / layer.fan_in) / SPREAD
-        out_chans, in_chans = self.shape[:2]
-        taps = self.shape[2] * self.shape[3]
+        out_chans, in_chans, taps = layer.kernel[0], layer.kernel[1], math.prod(layer.kernel[2:])
         embed_kernels, basis_kernels = max(embed_kernels, taps), max(basis_kernels, taps)
         self.embed = nn.Linear(width, embed_kernels * taps)
         self.mix = nn.Linear(embed_kernels, basis_kernels)  # the first 1x1 conv: it acts on each tap alone
@@ -121,17 +123,29 @@ class PaperGenerator(nn.Module):
         return F.leaky_relu(self.mix(embedding), 0.1).t() * self.scale
 
     def forward(self, code: Tensor) -> Tensor:
-        """The kernel tensor `(o, i, kh, kw)` of a code `[m]`."""
+        """The kernel tensor of a code `[m]`, in the layer's shape."""
         return mix_kernels(self.expand, self.basis(code)).view(self.shape)
+
+    @torch.no_grad()
+    def start_from(self, value: Tensor) -> None:
+        """Makes a tensor of the layer's shape the kernel of every code until the embedding has learned to bend it.
+
+        By least squares over the basis kernels, of which there are at least as many as taps: so it is met exactly.
+        """
+        self.embed.weight.zero_()
+        basis = self.basis(torch.zeros_like(self.embed.weight[0])).double()
+        rows = value.reshape(-1, basis.shape[1]).double()
+        solved = torch.linalg.lstsq(basis.t().cpu(), rows.t().cpu()).solution.t()
+        self.expand.copy_(solved.reshape(self.expand.shape))
 
 
 @register_generator('residual')
 class ResidualGenerator(nn.Module):
     """A learned base kernel and a change of it that the code gives; about the size of the kernel tensor itself.
 
-    `W = (M base N) + U diag(c) V`: what differs between image sets (order and sign of the channels, turns, sharpness,
+    `W = N base M + U diag(c) V`: what differs between image sets (order and sign of the channels, turns, sharpness,
     noise) acts on the axes of a kernel, so the code mixes its taps (`M`, `[t, t]`) and, where they are few, its input
-    channels (`N`, `[i, i]`); a low-rank term (`U` `[o, r]`, `V` `[r, t i]`, coefficients `c` from the code) takes the
+    channels (`N`, `[i, i]`); a low-rank term (`U` `[o, r]`, `V` `[r, i t]`, coefficients `c` from the code) takes the
     rest. New, the change is zero and the kernel is the base, at the scale of ordinary initialisation.
 
     Args:
@@ -139,8 +153,8 @@ class ResidualGenerator(nn.Module):
         width: `m`.
         gain: The base starts at the scale `sqrt(gain / fan_in)`.
         rank: `r`; 0 for no low-rank term. Lowered where the layer is too small to be worth it.
-        largest: Kernel tensors of more scalars than this are the base alone, for speed in training: late layers, whose
-            maps are so small that hardly a tap but the middle one counts.
+        largest: Layers of more kernels `o * i` than this are the base alone, for speed: late layers, whose maps are so
+            small that hardly a tap but the middle one counts.
 
     Example:
         >>> layer = LayerSpec('conv.weight', (64, 32, 3, 3))
@@ -149,44 +163,61 @@ class ResidualGenerator(nn.Module):
     """
 
     def __init__(
-        self, layer: LayerSpec, width: int, gain: float = 2.0, *, rank: int = 4, largest: int = 600_000
+        self, layer: LayerSpec, width: int, gain: float = 2.0, *, rank: int = 4, largest: int = 66_000
     ) -> None:
         super().__init__()
         if rank < 0 or largest < 0:
             raise InputError('rank and largest must be at least 0')
         self.shape = layer.shape
-        out_chans, in_chans = self.shape[:2]
-        taps = self.shape[2] * self.shape[3]
+        out_chans, in_chans, taps = layer.kernel[0], layer.kernel[1], math.prod(layer.kernel[2:])
         scale = math.sqrt(gain / layer.fan_in)
-        self.scale = scale / SPREAD
-        changed = layer.numel <= largest
-        self.rank = min(rank, out_chans // 2, layer.fan_in // 2) if changed else 0
-        self.base = nn.Parameter(torch.randn(out_chans, taps, in_chans) * scale)  # channels-last, as convs run fastest
-        self.taps = nn.Parameter(torch.zeros(taps * taps, width)) if changed and taps > 1 else None
-        few = changed and 1 < in_chans <= 4  # the image's own channels, or nearly so
-        self.channels = nn.Parameter(torch.zeros(in_chans * in_chans, width)) if few else None
+        self.changed = out_chans * in_chans <= largest
+        if not self.changed:
+            self.base = nn.Parameter(torch.randn(layer.shape) * scale)
+            return
+        few = 1 < in_chans <= MOST_CHANNELS  # the image's own channels, or nearly so
+        # A mixing of taps has t * t coefficients: small kernels are worth it, and the larger ones that see the image.
+        worth = 1 < taps <= (MOST_TAPS if few else 9) and taps**2 <= layer.numel
+        self.taps = taps if worth else 0
+        self.channels = in_chans if few else 0
+        self.rank = min(rank, out_chans // 2, in_chans * taps // 2)
+        self.scale = scale / SPREAD / math.sqrt(width)
+        self.sizes = [self.taps**2, self.channels**2, self.rank]
+        # All that the code gives, as one product. Constants lie on the CPU until moved, never on the meta device.
+        self.steer = nn.Parameter(torch.zeros(sum(self.sizes), width))
+        unchanged = [torch.eye(size, device='cpu').flatten() for size in (self.taps, self.channels)]
+        unchanged.append(torch.zeros(self.rank, device='cpu'))
+        self.unchanged: Tensor
+        self.register_buffer('unchanged', torch.cat(unchanged), persistent=False)
+        self.base = nn.Parameter(torch.randn(out_chans, in_chans, taps) * scale)
         if self.rank:
             self.left = nn.Parameter(torch.randn(out_chans, self.rank) / math.sqrt(self.rank))
-            self.right = nn.Parameter(torch.randn(self.rank, layer.fan_in) * SPREAD)
-            self.coefficients = nn.Parameter(torch.zeros(self.rank, width))
+            self.right = nn.Parameter(torch.randn(self.rank, in_chans * taps) * SPREAD)
 
     def forward(self, code: Tensor) -> Tensor:
-        """The kernel tensor `(o, i, kh, kw)` of a code `[m]`."""
+        """The kernel tensor of a code `[m]`, in the layer's shape."""
         kernel = self.base
-        if self.channels is not None:
-            kernel = kernel @ _near_identity(self.channels @ code)
-        if self.taps is not None:
-            kernel = _near_identity(self.taps @ code) @ kernel
+        if not self.changed:
+            return kernel
+        size, (out_chans, in_chans, taps) = self.sizes, kernel.shape
+        given = torch.addmv(self.unchanged, self.steer, code)
+        if self.taps:
+            kernel = mix_kernels(kernel, given[: size[0]].view(taps, taps))
+        if self.channels:
+            kernel = given[size[0] : size[0] + size[1]].view(in_chans, in_chans) @ kernel
         if self.rank:
-            left = self.left * (self.coefficients @ code) * (self.scale / math.sqrt(len(code)))
-            kernel = torch.addmm(kernel.flatten(1), left, self.right)
-        out_chans, in_chans, height, width = self.shape
-        return kernel.view(out_chans, height, width, in_chans).permute(0, 3, 1, 2)
+            left = self.left * given[size[0] + size[1] :]
+            flat = kernel.view(out_chans, -1)
+            add = flat.addmm if kernel is self.base else flat.addmm_
+            kernel = add(left, self.right, alpha=self.scale)
+        return kernel.view(self.shape)
 
-
-def _near_identity(change: Tensor) -> Tensor:
-    size = math.isqrt(len(change))
-    return change.view(size, size) + torch.eye(size, dtype=change.dtype, device=change.device)
+    @torch.no_grad()
+    def start_from(self, value: Tensor) -> None:
+        """Makes a tensor of the layer's shape the kernel that every code gives until the steering has learned."""
+        self.base.copy_(value.reshape(self.base.shape))
+        if self.changed:
+            self.steer.zero_()
 
 
 class AffineGenerator(nn.Module):
@@ -204,18 +235,26 @@ class AffineGenerator(nn.Module):
 
     def forward(self, code: Tensor) -> Tensor:
         """The parameter `(o,)` of a code `[m]`."""
-        return self.base + self.change @ (code / math.sqrt(len(code)))
+        return torch.addmv(self.base, self.change, code, alpha=1 / math.sqrt(len(code)))
+
+    @torch.no_grad()
+    def start_from(self, value: Tensor) -> None:
+        """Makes a vector the parameter that every code gives until the change has learned."""
+        self.base.copy_(value)
+        self.change.zero_()
 
 
 def mix_kernels(weight: Tensor, basis: Tensor) -> Tensor:
     """`weight @ basis`: `[o, i, q]` times `[q, t]` gives `[o, i, t]`.
 
-    Written as a 1x1 convolution over `o` images of `i` pixels with `q` channels: with so few columns a matrix product
-    runs several times slower than the bytes it moves.
+    Written as a 1x1 convolution over `o` images of `i` pixels with `q` channels where there are many pixels: with so
+    few columns a matrix product then runs several times slower than the bytes it moves.
     """
     taps = basis.shape[1]
     if taps == 1:
         return torch.mv(weight.flatten(0, 1), basis[:, 0]).view(*weight.shape[:2], 1)
+    if weight.shape[1] < FEW_PIXELS:
+        return (weight.flatten(0, 1) @ basis).view(*weight.shape[:2], taps)
     # In memory the weight is channels-last already: o images, i rows of one pixel, q channels. Said with these very
     # strides, oneDNN takes it as it is.
     pixels = weight.unsqueeze(2).permute(0, 3, 1, 2)

@@ -6,10 +6,14 @@ Dimension letters: `n` images, `c h w` an image, `m` width of the sketch, `L` pr
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import tempfile
+import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +22,6 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from einops import rearrange
 from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
@@ -31,15 +34,17 @@ from timm_pudnet.config import (
     NotFoundError,
     OutputExistsError,
     PudNetConfig,
+    PudNetWarning,
     __version__,
 )
 from timm_pudnet.generators import create_generator
 from timm_pudnet.images import open_images
 from timm_pudnet.sketch import Balance, SketchEncoder, StreamingSketch
-from timm_pudnet.target import TargetSpec, describe_target
+from timm_pudnet.target import TargetSpec, create_feature_model, describe_target
 
 CONFIG_NAME = 'config.json'
 WEIGHTS_NAME = 'model.safetensors'
+MOST_PARAMETERS = 15_000_000  # of a hypernetwork with the paper's generators: 30 MB in half precision
 
 
 class PudNet(nn.Module):
@@ -61,10 +66,11 @@ class PudNet(nn.Module):
 
     def __init__(self, config: PudNetConfig) -> None:
         super().__init__()
+        # Once a block of this size is given back, glibc keeps freed memory for the next kernels instead of fetching
+        # fresh pages for each of them (its dynamic threshold, of 32 MB at most). The zeros are never written.
+        bytes(31 << 20)
         self.config = config
-        self.target: TargetSpec = describe_target(
-            config.model_name, predict_norm=config.predict_norm, **config.model_kwargs
-        )
+        self.target: TargetSpec = target_of(config)
         layers = self.target.layers
         chans = config.input.input_size[0]
         if chans != self.target.in_chans:
@@ -82,46 +88,69 @@ class PudNet(nn.Module):
         self.whitening: Tensor  # of the features, before eq. 7; the identity until training has ended
         self.register_buffer('whitening', torch.eye(self.target.num_features))
         # Torch allows no dots in the names of parameters, and a slash in no name of a module.
-        self.shared = nn.ParameterDict(
-            {_slashed(key): torch.zeros(self.target.shapes[key]) for key in self.target.keys('shared')}
-        )
+        shared = [key for key in self.target.keys('shared') if key not in self.target.constants]
+        self.shared = nn.ParameterDict({_slashed(key): torch.zeros(self.target.shapes[key]) for key in shared})
+        self.constants = nn.Module()
+        for key, dtype in self.target.constants.items():
+            self.constants.register_buffer(_slashed(key), torch.zeros(self.target.shapes[key], dtype=dtype))
         self.norm_statistics = nn.Module()  # of BatchNorms, over all training groups: the prior of calibration
         for key in self.target.keys('calibrated'):
             dtype = torch.long if key.endswith('num_batches_tracked') else torch.float32
             self.norm_statistics.register_buffer(
                 _slashed(key), torch.full(self.target.shapes[key], float(key.endswith('var'))).to(dtype)
             )
-
-        self._shared_names = [(key, _slashed(key)) for key in self.target.keys('shared')]
-        self._statistics_names = [(key, _slashed(key)) for key in self.target.keys('calibrated')]
+        # Where each of these is held, whatever is loaded or moved later.
+        self._places = [(key, self.shared._parameters, _slashed(key)) for key in shared]
+        self._places += [(key, self.constants._buffers, _slashed(key)) for key in self.target.constants]
+        self._places += [(key, self.norm_statistics._buffers, _slashed(key)) for key in self.target.keys('calibrated')]
 
     @classmethod
-    def for_target(cls, model_name: str, *, generator: str = 'paper', **config: Any) -> PudNet:
-        """A new, untrained hypernetwork for a timm architecture; shared parameters start as timm starts them.
+    def for_target(
+        cls, model_name: str, *, generator: str = 'auto', pretrained: bool | str = False, **config: Any
+    ) -> PudNet:
+        """A new, untrained hypernetwork for a timm architecture.
 
         Args:
-            model_name: timm architecture, without a tag.
-            generator: Kind of weight generator.
+            model_name: timm architecture; with a tag (`resnet50.a1_in1k`) where `pretrained` is true.
+            generator: Kind of weight generator. `auto`: `paper` where the hypernetwork then has at most 15 million
+                parameters (30 MB in half precision), `residual` otherwise, with a warning that says so.
+            pretrained: Start from timm's pretrained weights, or from those in a folder in timm's format: what it
+                predicts, for any images, is that network until it is trained. Otherwise the shared parameters start as
+                timm starts them.
             config: Further fields of `PudNetConfig`. Without `input`, the architecture's own input size, mean and std.
 
         Raises:
             InputError: timm does not know the target, or a field is out of range.
+            NotFoundError: The pretrained weights cannot be had.
             UnsupportedTargetError: The target has a tensor that nothing can fill.
+
+        Example:
+            >>> PudNet.for_target('test_resnet', sketch_width=16).config.generator
+            'paper'
         """
+        name, _, tag = model_name.partition('.')
         model_kwargs = config.get('model_kwargs', {})
-        describe_target(model_name, **model_kwargs)  # clear errors first
-        model = timm.create_model(model_name, **{**model_kwargs, 'num_classes': 0})
+        wanted = PudNetConfig(model_name=name if pretrained else model_name, **{**config, 'input': InputConfig()})
+        spec = target_of(wanted)  # clear errors first
+        model = pretrained_model(model_name, pretrained, model_kwargs) if pretrained else create_feature_model(spec)
         if 'input' not in config:
             data = resolve_model_data_config(model)
             names = [field.name for field in dataclasses.fields(InputConfig)]
             config['input'] = InputConfig(**{name: data[name] for name in names})
-        hypernet = cls(PudNetConfig(model_name=model_name, generator=generator, **config))
+        if tag and pretrained is True:
+            config.setdefault('tag', tag)
+        wanted = PudNetConfig(model_name=name if pretrained else model_name, **config)
+        hypernet = cls(dataclasses.replace(wanted, generator=_chosen(wanted) if generator == 'auto' else generator))
         start = model.state_dict()
+        if pretrained:
+            hypernet.start_from(start)
+            return hypernet
         with torch.no_grad():
-            for key in hypernet.target.keys('shared'):
-                hypernet.shared[_slashed(key)].copy_(start[key])
+            for key, room, place in hypernet._places:
+                if room is not hypernet.norm_statistics._buffers:
+                    room[place].copy_(start[key])
             for layer, weights in zip(hypernet.target.layers, hypernet.generators, strict=True):
-                if len(layer.shape) == 1:
+                if len(layer.kernel) == 1:
                     weights.base.copy_(start[layer.key])  # type: ignore[operator]
         return hypernet
 
@@ -133,18 +162,21 @@ class PudNet(nn.Module):
             weights: Every key of the target's state dict but the classifier's.
 
         Raises:
-            InputError: Its generators have no base to take them (those of kind `paper`).
+            InputError: Its generators cannot take them, or a key is not there or of another shape.
         """
+        for key, role in self.target.roles.items():
+            found = tuple(weights[key].shape) if key in weights else None
+            if role != 'classifier' and found != self.target.shapes[key]:
+                raise InputError(
+                    f'{self.config.model_name}: cannot start from these weights: {key} is {found or "not there"}, '
+                    f'not {self.target.shapes[key]}'
+                )
         for layer, generator in zip(self.target.layers, self.generators, strict=True):
-            base = getattr(generator, 'base', None)
-            if base is None:
+            if not hasattr(generator, 'start_from'):
                 raise InputError(f'generator {self.config.generator!r} cannot start from given weights: use residual')
-            value = weights[layer.key]
-            base.copy_(value if value.ndim == 1 else rearrange(value, 'o i kh kw -> o (kh kw) i'))
-        for key, name in self._shared_names:
-            self.shared[name].copy_(weights[key])
-        for key in self.target.keys('calibrated'):
-            self.statistics(key).copy_(weights[key])
+            generator.start_from(weights[layer.key])  # type: ignore[operator]
+        for key, room, place in self._places:
+            room[place].copy_(weights[key])
 
     def sketch(self, images: Any, labels: Any = None, *, balance: Balance | None = None, **kwargs: Any) -> Tensor:
         """The sketch `[m]` of an image set (eq. 3), read once, in memory that does not grow with it.
@@ -181,9 +213,8 @@ class PudNet(nn.Module):
         codes = sketch.expand(len(self.target.layers), -1) if self.ahru is None else self.ahru(sketch)
         parts = zip(self.target.layers, self.generators, codes, strict=True)
         state = {layer.key: generator(code) for layer, generator, code in parts}
-        shared, statistics = dict(self.shared.items()), dict(self.norm_statistics.named_buffers())
-        state.update({key: shared[name] for key, name in self._shared_names})
-        state.update({key: statistics[name] for key, name in self._statistics_names})
+        state.update({key: room[place] for key, room, place in self._places})
+        state.update({key: state[first] for key, first in self.target.tied.items() if first in state})
         return state
 
     def statistics(self, key: str) -> Tensor:
@@ -248,8 +279,6 @@ class PudNet(nn.Module):
         config = read_config(folder / CONFIG_NAME)
         path = folder / WEIGHTS_NAME
         try:
-            # Read as one block, not mapped: once that is given back, the allocator keeps blocks of any layer's size for
-            # the next kernels, instead of fetching fresh pages for each generation (glibc's dynamic threshold).
             state = safetensors.torch.load(path.read_bytes())
         except (SafetensorError, OSError, ValueError) as error:
             raise DamagedFileError(f'{path} is damaged ({error}): fetch or write it again') from error
@@ -274,6 +303,104 @@ class PudNet(nn.Module):
         return hypernet.requires_grad_(True).eval()
 
 
+def target_of(config: PudNetConfig, **model_kwargs: Any) -> TargetSpec:
+    """The target that a config describes, perhaps with further arguments of timm; errors as `describe_target`."""
+    return describe_target(
+        config.model_name,
+        predict_norm=config.predict_norm,
+        predict_linear=config.predict_linear,
+        min_predicted=config.min_predicted,
+        **{**config.model_kwargs, **model_kwargs},
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a hypernetwork for a target would be; made by `plan_hypernet`. Numbers are of scalars.
+
+    Args:
+        config: Of the hypernetwork, its generator chosen.
+        target: Where every tensor of the target would come from.
+        parameters: Of the hypernetwork.
+    """
+
+    config: PudNetConfig
+    target: TargetSpec
+    parameters: int
+
+    @property
+    def kernels(self) -> int:
+        """Kernels `o * i` of all predicted layers."""
+        return sum(math.prod(layer.kernel[:2]) for layer in self.target.layers if len(layer.kernel) > 1)
+
+    @property
+    def weights(self) -> int:
+        """Weights of the target, all but the classifier's: predicted and shared."""
+        return self.target.numel('predicted') + self.target.numel('shared')
+
+    @property
+    def file_bytes(self) -> int:
+        """About the size of the hypernetwork's file in half precision."""
+        return 2 * self.parameters
+
+    @property
+    def memory_bytes(self) -> int:
+        """About what predicting takes beside images and activations: hypernetwork, its output, the model; float32."""
+        return 4 * (self.parameters + 2 * self.weights)
+
+
+def plan_hypernet(model_name: str, *, generator: str = 'auto', **config: Any) -> Plan:
+    """Works out what a hypernetwork for a timm architecture would be, without making it.
+
+    Arguments and errors as `PudNet.for_target`.
+
+    Example:
+        >>> plan = plan_hypernet('resnet18')
+        >>> plan.config.generator, plan.kernels, len(plan.target.layers)
+        ('paper', 1392832, 20)
+    """
+    wanted = PudNetConfig(model_name=model_name, **config)
+    spec = target_of(wanted)
+    if 'input' not in config:  # of any size: only its channels matter here
+        grey = (0.5,) * spec.in_chans
+        wanted = dataclasses.replace(wanted, input=InputConfig(input_size=(spec.in_chans, 32, 32), mean=grey, std=grey))
+    wanted = dataclasses.replace(wanted, generator=_chosen(wanted) if generator == 'auto' else generator)
+    return Plan(config=wanted, target=spec, parameters=_num_parameters(wanted))
+
+
+def _num_parameters(config: PudNetConfig) -> int:
+    with torch.device('meta'):
+        return sum(parameter.numel() for parameter in PudNet(config).parameters())
+
+
+def _chosen(config: PudNetConfig) -> str:
+    """The kind of generator that `auto` stands for."""
+    size = _num_parameters(dataclasses.replace(config, generator='paper'))
+    if size <= MOST_PARAMETERS:
+        return 'paper'
+    warnings.warn(
+        f"{config.model_name}: generator='residual', since the paper's would make a hypernetwork of "
+        f'{size / 1e6:.0f} million parameters',
+        PudNetWarning,
+        stacklevel=3,
+    )
+    return 'residual'
+
+
+def pretrained_model(model_name: str, source: bool | str, model_kwargs: Mapping[str, Any]) -> nn.Module:
+    """Timm's model of that name with its pretrained weights (`source` True), or the one in a folder.
+
+    Raises:
+        NotFoundError: The weights cannot be had.
+    """
+    name = model_name if source is True else f'local-dir:{source}'
+    try:
+        return timm.create_model(name, pretrained=True, **model_kwargs)
+    except Exception as error:  # whatever transports and formats raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise NotFoundError(f'the pretrained weights of {name} cannot be had: {reason}') from error
+
+
 def usable_device(device: str | torch.device | None) -> torch.device:
     """The device of that name, or CUDA where there is one, tried out.
 
@@ -286,6 +413,18 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise InputError(f'device {str(device)!r} cannot be used here: use cpu, or cuda where there is one') from error
     return found
+
+
+def copy_speed(num_bytes: int = 2**26) -> float:
+    """Bytes a second that this machine reads and writes in memory, measured in a fraction of a second."""
+    source, target = torch.ones(num_bytes // 8), torch.ones(num_bytes // 8)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        source.sum()
+        target.fill_(2.0)
+        seconds.append(time.perf_counter() - started)
+    return num_bytes / min(seconds)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -308,6 +447,18 @@ def read_config(path: Path) -> PudNetConfig:
         raise DamagedFileError(f'{path} is not JSON: {error}') from error
     except DamagedFileError as error:
         raise DamagedFileError(f'{path}: {error}') from error
+
+
+def weights_sha256(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """The sha256 of every weights file of a hypernetwork's folder, by file name.
+
+    Results that were measured name it, so that whoever publishes the folder can tell whether they are of these weights.
+    """
+    digests = {}
+    for name in (WEIGHTS_NAME,):
+        with (Path(folder) / name).open('rb') as file:
+            digests[name] = hashlib.file_digest(file, 'sha256').hexdigest()
+    return digests
 
 
 def library_versions() -> dict[str, str]:

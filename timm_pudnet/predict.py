@@ -9,6 +9,8 @@ import copy
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +21,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from timm_pudnet.adapt import HEADS, calibrate
-from timm_pudnet.config import InputConfig, InputError, NotFoundError, OutputExistsError
+from timm_pudnet.config import InputConfig, InputError, NotFoundError, OutputExistsError, PudNetWarning
 from timm_pudnet.hub import resolve_hypernet
-from timm_pudnet.hypernet import PudNet, usable_device
+from timm_pudnet.hypernet import PudNet, target_of, usable_device
 from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.sketch import Balance, ImageSample
-from timm_pudnet.target import TargetSpec, describe_target
+from timm_pudnet.target import TargetSpec
 
 Head = Literal['centroid', 'ridge', 'none']
+# Arguments of timm.create_model that change what the model gives, not its weights.
+_NOT_OF_TARGET = ('num_classes', 'pretrained_cfg_overlay', 'features_only', 'out_indices', 'feature_cls')
 _WEIGHTS_FROM_ELSEWHERE = ('pretrained', 'checkpoint_path', 'pretrained_cfg')  # arguments of timm.create_model
 
 
@@ -90,7 +94,7 @@ def predict_model(
     for name in _WEIGHTS_FROM_ELSEWHERE:
         if timm_kwargs.pop(name, None):
             raise InputError(f'{name}: the weights come from the images; leave it out')
-    if timm_kwargs.get('num_classes') == 0:
+    if timm_kwargs.get('num_classes') == 0 or timm_kwargs.get('features_only'):
         head = 'none'
     device = usable_device(device)
     network = resolve_hypernet(model_name, hypernet)
@@ -99,6 +103,8 @@ def predict_model(
     source = open_images(images, labels, input=network.config.input, split=split, data_dir=data_dir, strict=strict)
     try:
         return _predict(network.to(device).eval(), spec, source, head, device, balance, batch_size, timm_kwargs)
+    except torch.OutOfMemoryError as error:
+        raise InputError(f'{device} has not enough memory for {model_name} on one image: use device="cpu"') from error
     finally:
         network.to(home)
         for module, mode in modes.items():
@@ -183,9 +189,8 @@ def check_output(folder: Path) -> None:
 
 def _target_asked_for(network: PudNet, model_name: str, timm_kwargs: dict[str, Any]) -> TargetSpec:
     """The target with the caller's arguments; its tensors must be those that the hypernetwork fills."""
-    kwargs = {**network.config.model_kwargs, **timm_kwargs}
-    kwargs = {key: value for key, value in kwargs.items() if key != 'num_classes' and value is not None}
-    spec = describe_target(model_name, predict_norm=network.config.predict_norm, **kwargs)
+    kwargs = {key: value for key, value in timm_kwargs.items() if key not in _NOT_OF_TARGET and value is not None}
+    spec = target_of(network.config, **kwargs)
     ours = {key: shape for key, shape in network.target.shapes.items() if network.target.roles[key] != 'classifier'}
     asked = {key: shape for key, shape in spec.shapes.items() if spec.roles[key] != 'classifier'}
     for key in [*ours, *asked]:
@@ -212,10 +217,12 @@ def _predict(
     sketch = network.streaming_sketch(balance or ('class' if source.labelled else 'none'))
     sample = ImageSample.for_size(network.config.input.input_size)
     for images, labels in source.batches(batch_size):
-        sketch.add(images.to(device), labels)
+        _in_memory(lambda part, labels: sketch.add(part.to(device), labels), images, labels)
         sample.add(images, labels)
     num_classes = 0
     if source.labelled and head != 'none':
+        if not spec.classifiers:
+            raise InputError(f'{spec.model_name} has no classifier: head="none" gives a feature model')
         num_classes = len(source.class_names) if source.class_names else sample.top_label + 1
         if num_classes < 2:
             raise InputError(
@@ -228,35 +235,87 @@ def _predict(
 
     with torch.inference_mode():
         weights = network(sketch.result())
-    model = _build(network, spec, weights, num_classes, source.class_names, timm_kwargs).to(device)
+    taken_apart = bool(timm_kwargs.get('features_only'))  # timm wraps such a model; it is calibrated whole before
+    adapting = {key: value for key, value in timm_kwargs.items() if not (taken_apart and key in _NOT_OF_TARGET)}
+    model = _build(network, spec, weights, num_classes, source.class_names, adapting).to(device)
+    classifiers = [model.get_submodule(name) for name in spec.classifiers] if num_classes else []
 
-    def features(images: Tensor) -> Tensor:
-        if not num_classes:
-            return model(images)
-        return model.forward_head(model.forward_features(images), pre_logits=True)  # type: ignore[operator]
+    def features(images: Tensor) -> list[Tensor]:
+        """What each classifier reads, `[n, d]`, or what a model without one gives."""
+        if not classifiers:
+            return [model(images)]
+        read: dict[nn.Module, Tensor] = {}
+        hooks = [
+            module.register_forward_pre_hook(lambda module, inputs: read.update({module: _rows(module, inputs[0])}))
+            for module in classifiers
+        ]
+        try:
+            model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [read[module] for module in classifiers]
 
-    sampled = calibrate(
-        model, sample.images.to(device), weights, prior_images=network.config.prior_images, forward=features
-    )
-    if num_classes:
-        stream = HEADS[head](num_classes, source.class_names)
-        if sample.complete:
-            assert sample.labels is not None
-            stream.add(sampled, sample.labels)
+    images, labels, prior = sample.images, sample.labels, network.config.prior_images
+    while True:
+        try:
+            sampled = calibrate(model, images.to(device), weights, prior_images=prior, forward=features)
+            break
+        except torch.OutOfMemoryError as error:
+            images = images[: _fewer(len(images), error)]
+    if classifiers:
+        streams = [HEADS[head](num_classes, source.class_names) for _ in classifiers]
+
+        def add(images: Tensor, labels: Tensor) -> None:
+            for stream, rows in zip(streams, features(images.to(device)), strict=True):
+                stream.add(rows, labels)
+
+        if sample.complete and len(images) == sample.seen:
+            assert labels is not None
+            for stream, rows in zip(streams, sampled, strict=True):
+                stream.add(rows, labels)
         else:  # second pass, over more images than one batch holds
             with torch.inference_mode():
                 for images, labels in source.batches(batch_size):
                     assert labels is not None
-                    stream.add(features(images.to(device)), labels)
-        classifier = model.get_submodule(spec.classifier)
-        weight, bias = stream.classifier(network.whitening)
-        if classifier.bias is None and bias.any():
-            raise InputError(f'{network.config.model_name}: its classifier has no bias, which head {head!r} needs')
-        with torch.no_grad():
-            classifier.weight.copy_(weight)  # type: ignore[union-attr, operator]
-            if classifier.bias is not None:
-                classifier.bias.copy_(bias)  # type: ignore[union-attr, operator]
+                    _in_memory(add, images, labels)
+        for classifier, stream in zip(classifiers, streams, strict=True):
+            fits = classifier.weight.shape[1] == len(network.whitening)  # that of the first one's features
+            weight, bias = stream.classifier(network.whitening if fits else torch.eye(classifier.weight.shape[1]))
+            if classifier.bias is None and bias.any():
+                raise InputError(f'{network.config.model_name}: its classifier has no bias, which head {head!r} needs')
+            with torch.no_grad():
+                classifier.weight.copy_(weight.view_as(classifier.weight))  # type: ignore[union-attr, operator]
+                if classifier.bias is not None:
+                    classifier.bias.copy_(bias)  # type: ignore[union-attr, operator]
+    if taken_apart:
+        model = _build(network, spec, model.state_dict(), 0, None, timm_kwargs).to(device)
     return model.eval()
+
+
+def _in_memory(run: Callable[[Tensor, Any], None], images: Tensor, labels: Tensor | None) -> None:
+    """Runs something over a batch; in halves, and halves of these, where the device has no memory for it."""
+    try:
+        run(images, labels)
+        return
+    except torch.OutOfMemoryError as error:
+        half = _fewer(len(images), error)
+    for part in (slice(None, half), slice(half, None)):
+        _in_memory(run, images[part], None if labels is None else labels[part])
+
+
+def _fewer(count: int, error: torch.OutOfMemoryError) -> int:
+    if count < 2:
+        raise error
+    warnings.warn(f'out of memory with {count} images at once: going on with {count // 2}', PudNetWarning, stacklevel=2)
+    return count // 2
+
+
+def _rows(classifier: nn.Module, features: Tensor) -> Tensor:
+    """One row `[n, d]` an image of what a classifier reads; the mean over places where it reads several."""
+    if features.ndim > 2:
+        return features.flatten(2).mean(2) if isinstance(classifier, nn.Conv2d) else features.flatten(1, -2).mean(1)
+    return features
 
 
 def _build(
@@ -272,16 +331,17 @@ def _build(
     if num_classes:
         for key in spec.keys('classifier'):
             state[key] = torch.zeros(num_classes, *spec.shapes[key][1:])
+    else:
+        state = {key: value for key, value in state.items() if key in spec.headless}
     overlay = {
         'state_dict': state,
         'num_classes': num_classes,
         'tag': network.config.tag or None,
         **data_config(network.config.input),
         # What the architecture's own pretrained weights would bring along does not hold for these.
-        **dict.fromkeys(
-            ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'first_conv', 'test_input_size', 'test_crop_pct'), None
-        ),
+        **dict.fromkeys(('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'test_input_size', 'test_crop_pct'), None),
         **dict.fromkeys(('license', 'origin_url', 'paper_ids', 'paper_name', 'notes', 'label_descriptions'), None),
+        'first_conv': (),  # none to adapt; None would stop timm's pruned networks
         'label_offset': 0,
         'label_names': tuple(class_names) if num_classes and class_names else None,
     }

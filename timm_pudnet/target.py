@@ -14,13 +14,16 @@ from typing import Any, Literal
 
 import timm
 import torch
+from timm.layers.cond_conv2d import CondConv2d
 from torch import nn
 
 from timm_pudnet.config import InputError, UnsupportedTargetError, close_names
 
 Role = Literal['predicted', 'shared', 'calibrated', 'classifier']
-MIN_PREDICTED_SHARE = 0.5
+MIN_PREDICTED = 0.5
 BATCH_NORM_BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_MARK = 9973  # classes of the target that is walked: no other dimension is this prime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +32,21 @@ class LayerSpec:
 
     Args:
         key: Its key in the target's state dict.
-        shape: `(o, i, kh, kw)` of a kernel, `(o,)` of a norm's affine parameter.
+        shape: Its shape there: `(o, i, kh, kw)` of an ordinary kernel, `(o,)` of a norm's affine parameter.
+        kernel: Its shape as kernels, `(o, i, *taps)`, where it has another: `(o, i, 1)` for a Linear's weight
+            `(o, i)`, the kernels of all experts below each other for a `CondConv2d`.
+        fan_in: Inputs that one output of the layer sums over (1 for a norm's affine parameter); by default those of a
+            conv with such kernels.
     """
 
     key: str
     shape: tuple[int, ...]
+    kernel: tuple[int, ...] = ()
+    fan_in: int = 0
 
-    @property
-    def fan_in(self) -> int:
-        """Inputs that one output of the layer sums over (1 for a norm's affine parameter)."""
-        return math.prod(self.shape[1:])
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'kernel', self.kernel or self.shape)
+        object.__setattr__(self, 'fan_in', self.fan_in or math.prod(self.kernel[1:]))
 
     @property
     def numel(self) -> int:
@@ -54,10 +62,13 @@ class TargetSpec:
         model_name: timm architecture.
         model_kwargs: Arguments of `timm.create_model` it was described with.
         roles: For every key of the state dict one of `predicted`, `shared`, `calibrated`, `classifier`.
-        shapes: For every key of the state dict its shape.
+        shapes: For every key of the state dict its shape; of the classifier's that of one class.
         layers: The predicted tensors in the order in which the network holds them.
-        num_features: Width of the features that the classifier reads.
-        classifier: Name of the classifier module.
+        constants: Those of the shared keys that are buffers (index tables and the like, never trained), by dtype.
+        tied: Keys whose tensor is that of another key, and that key.
+        classifiers: Names of the modules, Linear or 1x1 conv, that turn features into logits: one, or none, or
+            several whose logits the network puts together.
+        num_features: Width of the features that the first of them reads.
         in_chans: Channels of the images that it takes.
     """
 
@@ -66,17 +77,24 @@ class TargetSpec:
     roles: dict[str, Role]
     shapes: dict[str, tuple[int, ...]]
     layers: tuple[LayerSpec, ...]
+    constants: dict[str, torch.dtype]
+    tied: dict[str, str]
+    classifiers: tuple[str, ...]
     num_features: int
-    classifier: str
     in_chans: int
 
     def keys(self, role: Role) -> Iterator[str]:
-        """Keys of one role, in the order of the state dict."""
-        return (key for key, value in self.roles.items() if value == role)
+        """Keys of one role, in the order of the state dict; of tied ones the first alone."""
+        return (key for key, value in self.roles.items() if value == role and key not in self.tied)
 
     def numel(self, role: Role) -> int:
         """Scalars in all tensors of one role."""
         return sum(math.prod(self.shapes[key]) for key in self.keys(role))
+
+    @property
+    def headless(self) -> frozenset[str]:
+        """Keys of timm's model of `num_classes=0`; a few architectures lose more than the classifier there."""
+        return _headless(self.model_name, json.dumps(self.model_kwargs, sort_keys=True))
 
     @property
     def predicted_share(self) -> float:
@@ -85,16 +103,27 @@ class TargetSpec:
         return predicted / max(1, predicted + shared)
 
 
-def describe_target(model_name: str, *, predict_norm: bool = False, **model_kwargs: Any) -> TargetSpec:
+def describe_target(
+    model_name: str,
+    *,
+    predict_norm: bool = False,
+    predict_linear: bool = False,
+    min_predicted: float = MIN_PREDICTED,
+    **model_kwargs: Any,
+) -> TargetSpec:
     """Puts every state-dict key of a timm CNN into predicted, shared, calibrated or classifier.
 
-    Conv kernels are *predicted*; the statistics of BatchNorm are *calibrated* on the caller's images; the final
-    `Linear` is the *classifier*; every other parameter (norm affine, biases, gains, `Linear` inside blocks) is
-    *shared*, that is learned once and the same for every data set. Nothing is built but on the meta device.
+    Conv kernels of every kind (grouped, depthwise, transposed, of one to three dimensions, weight-standardised, mixed
+    from experts) are *predicted*; the statistics of BatchNorm are *calibrated* on the caller's images; what turns
+    features into logits is the *classifier*; every other parameter (norm affine, biases, gains, LayerScale, position
+    embeddings, `Linear` inside blocks) is *shared*, that is learned once and the same for every data set, and so is
+    every constant buffer. Nothing is built but on the meta device.
 
     Args:
         model_name: timm architecture, without a tag.
         predict_norm: Predict the affine parameters of norm layers too.
+        predict_linear: Predict the weights of `Linear` layers inside blocks too, as 1x1 convs.
+        min_predicted: Least share of the weights that must be predicted.
         model_kwargs: Passed to `timm.create_model`.
 
     Returns:
@@ -102,7 +131,7 @@ def describe_target(model_name: str, *, predict_norm: bool = False, **model_kwar
 
     Raises:
         InputError: timm does not know the architecture, or refuses an argument.
-        UnsupportedTargetError: A key fits no role, or convs hold less than half of the weights.
+        UnsupportedTargetError: A key fits no role, or too few of the weights are predicted.
 
     Example:
         >>> spec = describe_target('resnet18')
@@ -114,7 +143,14 @@ def describe_target(model_name: str, *, predict_norm: bool = False, **model_kwar
         key = json.dumps(model_kwargs, sort_keys=True)
     except TypeError as error:
         raise InputError(f'{model_name}: arguments must be plain values that JSON can hold: {error}') from error
-    return _describe(model_name, predict_norm, key)
+    spec, hint = _describe(model_name, predict_norm, predict_linear, key)
+    if not spec.layers or spec.predicted_share < min_predicted:
+        raise UnsupportedTargetError(
+            f'{model_name}: convs hold {spec.predicted_share:.1%} of its weights, only their kernels are predicted. '
+            + (hint or 'Choose a convolutional network, resnet18 for instance')
+            + '; or share the rest (min_predicted=0), or predict Linear layers too (predict_linear=True).'
+        )
+    return spec
 
 
 def check_architecture(model_name: str) -> None:
@@ -135,23 +171,17 @@ def check_architecture(model_name: str) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _describe(model_name: str, predict_norm: bool, kwargs_json: str) -> TargetSpec:
+def _describe(model_name: str, predict_norm: bool, predict_linear: bool, kwargs_json: str) -> tuple[TargetSpec, str]:
     model_kwargs = json.loads(kwargs_json)
     check_architecture(model_name)
-    # A classifier must be there to be found; how many classes it has changes nothing else.
-    kwargs = {'num_classes': 2, **model_kwargs, 'pretrained': False}
-    try:
-        with torch.device('meta'):
-            model = timm.create_model(model_name, **kwargs)
-    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f'timm.create_model({model_name!r}) refused {model_kwargs}: {reason}') from error
-
-    state = model.state_dict()
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
-    classifier = _classifier_name(model, model_name)
+    model = _meta_model(model_name, model_kwargs, _MARK)
+    state = model.state_dict(keep_vars=True)
     roles: dict[str, Role] = {}
+    layers: dict[str, LayerSpec] = {}
+    constants: dict[str, torch.dtype] = {}
+    tied: dict[str, str] = {}
     seen: dict[int, str] = {}
+    classifiers: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f'{name}.' if name else ''
         own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
@@ -159,74 +189,131 @@ def _describe(model_name: str, predict_norm: bool, kwargs_json: str) -> TargetSp
             key = prefix + short
             if key not in state:  # a buffer that is not persistent is made by the model itself
                 continue
-            if id(tensor) in seen:
+            first = seen.setdefault(id(tensor), key)
+            if first != key:
+                tied[key], roles[key] = first, roles[first]
+                continue
+            if _MARK in tensor.shape:
+                roles[key] = 'classifier'
+                _check_classifier(model_name, name, module)
+                if name not in classifiers:
+                    classifiers.append(name)
+                continue
+            layer = _layer(model_name, key, short, module, predict_norm, predict_linear)
+            if layer is not None:
+                layers[key], roles[key] = layer, 'predicted'
+            elif isinstance(tensor, nn.Parameter):
+                roles[key] = 'shared'
+            elif isinstance(module, nn.modules.batchnorm._NormBase) and short in BATCH_NORM_BUFFERS:
+                roles[key] = 'calibrated'
+            elif short.startswith('running'):
                 raise UnsupportedTargetError(
-                    f'{model_name}: {key} is tied to {seen[id(tensor)]}; tied weights are not supported'
+                    f'{model_name}: {key} is a statistic of a {type(module).__name__}, which cannot be calibrated'
                 )
-            seen[id(tensor)] = key
-            roles[key] = _role(model_name, key, short, module, tensor, classifier, predict_norm)
+            else:
+                roles[key] = 'shared'
+                constants[key] = tensor.dtype
     missing = [key for key in state if key not in roles]
     if missing:
         raise UnsupportedTargetError(f'{model_name}: {missing[0]} belongs to no module that can be walked')
-
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    for key, role in roles.items():
+        if role == 'classifier':
+            shapes[key] = (1, *shapes[key][1:])
+    reads = model.get_submodule(classifiers[0]) if classifiers else None
+    width = reads.weight.shape[1] if reads is not None else getattr(model, 'num_features')  # type: ignore  # noqa: B009
     spec = TargetSpec(
         model_name=model_name,
         model_kwargs=model_kwargs,
         roles={key: roles[key] for key in state},
         shapes=shapes,
-        layers=tuple(LayerSpec(key, shapes[key]) for key in state if roles[key] == 'predicted'),
-        num_features=int(model.get_submodule(classifier).in_features),  # type: ignore[arg-type]
-        classifier=classifier,
+        layers=tuple(layers[key] for key in state if key in layers),
+        constants=constants,
+        tied=tied,
+        classifiers=tuple(classifiers),
+        num_features=int(width),
         in_chans=_in_chans(model, model_kwargs),
     )
-    if spec.predicted_share < MIN_PREDICTED_SHARE:
-        hint = _conv_mlp_hint(model)
+    return spec, _conv_mlp_hint(model)
+
+
+@functools.lru_cache(maxsize=64)
+def _headless(model_name: str, kwargs_json: str) -> frozenset[str]:
+    return frozenset(_meta_model(model_name, json.loads(kwargs_json), 0).state_dict())
+
+
+def _meta_model(model_name: str, model_kwargs: dict[str, Any], num_classes: int) -> nn.Module:
+    try:
+        with torch.device('meta'):
+            return timm.create_model(model_name, **{**model_kwargs, 'num_classes': num_classes, 'pretrained': False})
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f'timm.create_model({model_name!r}) refused {model_kwargs}: {reason}') from error
+
+
+def _check_classifier(model_name: str, name: str, module: nn.Module) -> None:
+    pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+    if not (isinstance(module, nn.Linear) or pointwise):
         raise UnsupportedTargetError(
-            f'{model_name}: convs hold {spec.predicted_share:.1%} of its weights, only their kernels are predicted. '
-            + (hint or 'Choose a convolutional network, resnet18 for instance.')
+            f'{model_name}: classifier {name} is a {type(module).__name__}, neither a Linear layer nor a 1x1 conv'
         )
-    return spec
 
 
-def _classifier_name(model: nn.Module, model_name: str) -> str:
-    """Name of the one Linear that turns pooled features into logits."""
-    names = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier')
-    names = [names] if isinstance(names, str) else list(names or [])
-    get_classifier = getattr(model, 'get_classifier', None)
-    head = get_classifier() if callable(get_classifier) else None
-    found = [name for name, module in model.named_modules() if module is head] if isinstance(head, nn.Module) else names
-    if len(found) != 1:
-        raise UnsupportedTargetError(f'{model_name}: has {len(found)} classifiers ({", ".join(found)}); one is needed')
-    module = model.get_submodule(found[0])
-    if not isinstance(module, nn.Linear):
-        raise UnsupportedTargetError(
-            f'{model_name}: classifier {found[0]} is a {type(module).__name__}, not a Linear layer'
-        )
-    return found[0]
-
-
-def _role(
-    model_name: str, key: str, short: str, module: nn.Module, tensor: torch.Tensor, classifier: str, predict_norm: bool
-) -> Role:
-    if key.startswith(f'{classifier}.'):
-        return 'classifier'
-    if isinstance(module, nn.modules.batchnorm._NormBase) and short in BATCH_NORM_BUFFERS:
-        return 'calibrated'
+def _layer(
+    model_name: str, key: str, short: str, module: nn.Module, predict_norm: bool, predict_linear: bool
+) -> LayerSpec | None:
+    """The layer that a tensor is, where it is predicted."""
+    tensor = getattr(module, short)
+    shape = tuple(tensor.shape)
+    if short == 'weight' and isinstance(module, _TRANSPOSED):
+        # Every output sums over the inputs that its stride lets reach it.
+        fan_in = math.prod((shape[0], *shape[2:])) // module.groups // math.prod(module.stride)
+        return LayerSpec(key, shape, fan_in=max(1, fan_in))
+    if short == 'weight' and isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return LayerSpec(key, shape)
+    if short == 'weight' and isinstance(module, CondConv2d):
+        experts, (out_chans, *rest) = module.num_experts, module.weight_shape
+        return LayerSpec(key, shape, (experts * out_chans, *rest), math.prod(rest))
+    if short == 'weight' and isinstance(module, nn.Linear) and predict_linear:
+        return LayerSpec(key, shape, (*shape, 1))
     if not isinstance(tensor, nn.Parameter):
-        raise UnsupportedTargetError(
-            f'{model_name}: {key} is a buffer of a {type(module).__name__}; where its values come from is not known'
-        )
-    if isinstance(module, nn.Conv2d) and short == 'weight':
-        return 'predicted'
+        return None
     if predict_norm and is_norm(module) and tensor.ndim == 1 and short in ('weight', 'bias'):
-        return 'predicted'
-    return 'shared'
+        return LayerSpec(key, shape)
+    if short == 'weight' and tensor.ndim > 2 and 'conv' in type(module).__name__.lower():
+        raise UnsupportedTargetError(f'{model_name}: {key} is the kernel of a {type(module).__name__}, an unknown conv')
+    return None
+
+
+def create_feature_model(spec: TargetSpec, **kwargs: Any) -> nn.Module:
+    """The target without its classifiers: a timm model that gives what they read, its weights new.
+
+    That is timm's model of `num_classes=0` where it has the same weights; a few architectures have further layers in
+    their heads (an MLP, a norm), which are kept.
+
+    Args:
+        spec: The target.
+        kwargs: Further arguments of `timm.create_model`.
+
+    Example:
+        >>> model = create_feature_model(describe_target('test_resnet'))
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 96])
+    """
+    kept = {key for key, role in spec.roles.items() if role != 'classifier'}
+    if kept == spec.headless:
+        return timm.create_model(spec.model_name, **{**spec.model_kwargs, **kwargs, 'num_classes': 0})
+    model = timm.create_model(spec.model_name, **{**spec.model_kwargs, **kwargs, 'num_classes': 2})
+    for name in spec.classifiers:
+        parent, _, last = name.rpartition('.')
+        setattr(model.get_submodule(parent), last, nn.Identity())
+    return model
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module normalises its input and may carry an affine weight and bias."""
     kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-    return isinstance(module, kinds)
+    return isinstance(module, kinds) or 'norm' in type(module).__name__.lower()
 
 
 def _in_chans(model: nn.Module, model_kwargs: dict[str, Any]) -> int:
@@ -239,7 +326,7 @@ def _in_chans(model: nn.Module, model_kwargs: dict[str, Any]) -> int:
 def _conv_mlp_hint(model: nn.Module) -> str:
     """Timm's ConvNeXt and kin can hold their MLPs as 1x1 convs; then they are predicted."""
     name = type(model).__name__
-    return 'Pass conv_mlp=True, so that its MLPs are 1x1 convs.' if name == 'ConvNeXt' else ''
+    return 'Pass conv_mlp=True, so that its MLPs are 1x1 convs' if name == 'ConvNeXt' else ''
 
 
 def batch_norms(model: nn.Module) -> Iterable[tuple[str, nn.modules.batchnorm._NormBase]]:

@@ -10,7 +10,6 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from timm_pudnet.config import InputError
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
 from timm_pudnet.hypernet import PudNet, library_versions
+from timm_pudnet.target import create_feature_model
 from timm_pudnet.training.episodes import ImageBank
 
 # Features of the support, with labels and in batches, and features of the query, from their images.
@@ -113,7 +113,7 @@ def evaluate(
     average = sketches.double().mean(0).float()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = timm.create_model(config.model_name, **{**config.model_kwargs, 'num_classes': 0}).to(device).eval()
+        model = create_feature_model(hypernet.target).to(device).eval()
     initial = {key: value.clone() for key, value in model.state_dict().items()}
 
     def with_weights(weights: dict[str, Tensor], calibrated: bool = True) -> Extractor:

@@ -21,6 +21,7 @@ from timm_pudnet.evaluation.measure import accuracy_interval, group_sketch, supp
 from timm_pudnet.evaluation.metrics import mean_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
 from timm_pudnet.hypernet import PudNet
+from timm_pudnet.target import create_feature_model
 from timm_pudnet.training.episodes import ImageBank
 from timm_pudnet.training.finetune import seconds_since
 
@@ -167,7 +168,7 @@ def compare_scratch(
         raise InputError(f'scratch is asked for {count} groups, there are {len(groups)}')
     config, device = hypernet.config, hypernet.device
     with torch.random.fork_rng():
-        model = timm.create_model(config.model_name, **{**config.model_kwargs, 'num_classes': 0}).to(device).eval()
+        model = create_feature_model(hypernet.target).to(device).eval()
     optimizers = {'adam': False, 'adam_centralised': True}
     predicted: list[tuple[Tensor, float]] = []
     curves: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in optimizers}

@@ -294,18 +294,26 @@ class GroupSampler:
     def draw_halves(self, number: int) -> Tensor:
         """Further groups for the sketch's own loss: `[sketch_groups, 2, sketch_images, c, h, w]`.
 
-        The two halves of a group have the same classes and condition; images may repeat between them.
+        The two halves of a group are seen alike. Where groups have conditions, all groups of a draw show the same
+        classes, each under a condition of its own (one of them plainly, where groups without a condition are drawn
+        too), and their halves different ones: nothing but the condition tells which halves belong together. Without
+        conditions the classes of a group tell that. Images may repeat between halves.
         """
         generator = self.generator('sketch', number)
+        size, share = self.groups.sketch_images, self.groups.conditions
         halves = []
-        for _ in range(self.groups.sketch_groups):
-            bank = self.banks[self._bank(generator)]
-            classes = torch.randperm(len(bank.members) * self.groups.turns, generator=generator)[: self.groups.n_way]
-            count = 2 * self.groups.sketch_images
-            labels = classes[torch.randint(len(classes), (count,), generator=generator)]
+        for place in range(self.groups.sketch_groups):
+            if not share or not place:
+                bank = self.banks[self._bank(generator)]
+                classes = torch.randperm(len(bank.members) * self.groups.turns, generator=generator)
+                classes = classes[: self.groups.n_way * (2 if share else 1)]
+                parts = classes.tensor_split(2) if share else (classes, classes)
+            labels = torch.cat([part[torch.randint(len(part), (size,), generator=generator)] for part in parts])
             members = [bank.members[label % len(bank.members)] for label in labels.tolist()]
             picks = torch.stack([m[torch.randint(len(m), (), generator=generator)] for m in members])
-            images = self._prepared(bank, picks, labels, generator, self._condition(bank, generator))
+            told = bool(share) and (share == 1 or place > 0)
+            condition = Condition.draw(generator, bank.images.shape[1]) if told else None
+            images = self._prepared(bank, picks, labels, generator, condition)
             halves.append(images.unflatten(0, (2, -1)))
         return torch.stack(halves)
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.utils.model_ema import ModelEmaV3
@@ -30,9 +29,9 @@ from tqdm import tqdm
 
 from timm_pudnet.adapt import Whitening, calibrate, centroid_logits, class_centroids
 from timm_pudnet.config import DamagedFileError, InputError, PudNetConfig, PudNetWarning
-from timm_pudnet.hypernet import PudNet, save_tensors, usable_device, written_whole
+from timm_pudnet.hypernet import PudNet, pretrained_model, save_tensors, target_of, usable_device, written_whole
 from timm_pudnet.images import open_images
-from timm_pudnet.target import describe_target
+from timm_pudnet.target import create_feature_model
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input
 from timm_pudnet.training.losses import group_losses, sketch_loss
 from timm_pudnet.training.processes import Processes
@@ -260,12 +259,11 @@ class _Run:
                 f'{self.processes.count} processes, but per_step is {self.parts}: raise it to their number or more'
             )
         config = recipe.hypernet
-        describe_target(config.model_name, **config.model_kwargs)  # clear errors before any work
+        spec = target_of(config)  # clear errors before any work
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed)
-            self.target_kwargs = {**config.model_kwargs, 'num_classes': 0}
-            self.target = timm.create_model(config.model_name, **self.target_kwargs)
-            self.head = nn.Linear(int(self.target.num_features), self.sampler.num_classes)  # type: ignore[arg-type]
+            self.target = create_feature_model(spec)
+            self.head = nn.Linear(spec.num_features, self.sampler.num_classes)
             self.modules = {name: module.to(device=self.device).train() for name, module in self.build(banks).items()}
             self.target.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         named = [
@@ -288,15 +286,22 @@ class _Run:
 
     def _started_target(self) -> dict[str, Tensor]:
         """State dict, without classifier, of the model that the recipe starts from."""
-        folder = self.recipe.start
-        try:
-            model = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=0)
-        except (RuntimeError, ValueError, KeyError, AssertionError, OSError, SafetensorError) as error:
-            raise InputError(f'start {folder} holds no timm model: {error}') from error
-        state, expected = model.state_dict(), self.target.state_dict()
-        if {key: value.shape for key, value in state.items()} != {key: value.shape for key, value in expected.items()}:
-            raise InputError(f'start {folder} is no {self.recipe.hypernet.model_name} with the arguments of the recipe')
-        return state
+        start, config = self.recipe.start, self.recipe.hypernet
+        is_folder = Path(start).is_dir()
+        if not is_folder and start.partition('.')[0] != config.model_name:
+            raise InputError(
+                f'start {start} is neither the folder of a timm model nor timm weights of {config.model_name} '
+                f'({config.model_name}.TAG)'
+            )
+        model = pretrained_model(start, start if is_folder else True, config.model_kwargs)
+        found, expected = model.state_dict(), self.target.state_dict()
+        for key, value in expected.items():
+            if key not in found or found[key].shape != value.shape:
+                raise InputError(
+                    f'start {start} is no {config.model_name} with the arguments of the recipe: {key} is '
+                    f'{tuple(found[key].shape) if key in found else "not there"}, not {tuple(value.shape)}'
+                )
+        return {key: found[key] for key in expected}
 
     def _make_optimizers(self, named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
         schedule = self.recipe.schedule
@@ -413,7 +418,7 @@ class _Run:
     def tested(self, groups: int, what: str) -> Iterator[tuple[Group, Tensor, Tensor]]:
         """New groups of seen classes, each treated as one of unseen classes; features of support and query."""
         with torch.random.fork_rng():
-            model = timm.create_model(self.recipe.hypernet.model_name, **self.target_kwargs).to(self.device)
+            model = create_feature_model(target_of(self.recipe.hypernet)).to(self.device)
         sampler = group_sampler(self.recipe, self.sampler.banks)
         sampler.augmentation = None
         modes = {module: module.training for one in self.modules.values() for module in one.modules()}

@@ -125,8 +125,9 @@ class Recipe:
         augmentation: Random changes of every image.
         losses: Weights of the terms of the loss.
         schedule: How long and how fast.
-        start: Folder of a model of the target in timm's format, of a plain training for instance: its weights are what
-            the generators' base kernels and the shared weights start from, and what the control starts from.
+        start: Folder of a model of the target in timm's format, of a plain training for instance, or the name of timm's
+            own pretrained weights (`resnet50.a1_in1k`): what the hypernetwork predicts at first, whatever the images,
+            and what the control starts from.
         seed: Of everything random.
     """
 
