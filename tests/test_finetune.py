@@ -180,12 +180,13 @@ def test_the_head_is_the_optimum_of_its_objective(model, small):
     assert loss == pytest.approx(float(objective()), abs=2e-3)
 
 
-def test_a_head_for_these_classes_is_where_its_fit_begins(small):
+def test_a_head_for_these_classes_is_where_its_fit_begins(small, tiny):
     bank, tested = small
-    model = timm_pudnet.predict_model('resnet18', bank.images, bank.labels)
+    model = timm_pudnet.predict_model('test_resnet', bank.images, bank.labels, hypernet=tiny)
     assert not fit_classifier(model, bank.class_names)  # these were not named: a new head
     assert not model.fc.weight.any()
-    model = timm_pudnet.predict_model('resnet18', bank.images, [bank.class_names[label] for label in bank.labels])
+    names = [bank.class_names[label] for label in bank.labels]
+    model = timm_pudnet.predict_model('test_resnet', bank.images, names, hypernet=tiny)
     weight = model.fc.weight.clone()
     assert fit_classifier(model, bank.class_names)
     assert torch.equal(model.fc.weight, weight)
