@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -736,6 +737,123 @@ def test_a_full_disk_in_evaluation_and_training_is_one_line(trained, shapes, tmp
         fails('train', shapes / 'recipe.toml', '--out', tmp_path / 'out')
     left = [path.name for path in (tmp_path / 'out').rglob('*') if path.is_file() and path.parent.name != 'board']
     assert not left, 'a half-written checkpoint stays'
+
+
+# finetune and compare
+
+
+def test_finetune_says_what_it_found_and_did_and_wrote(images, work, tiny_folder):
+    out = succeeds(
+        'finetune', 'test_resnet', images, '--hypernet', tiny_folder, '--out', 'tuned', '--epochs', '3'
+    ).stdout
+    for needle in ('24 images in 3 classes', 'cup, jar, pan', 'Kept aside 6', '18 are trained on', 'for few images'):
+        assert needle in out
+    assert re.search(r'Trained +3 epochs in \d+ s; kept: the model after epoch [123]|as it was', out)
+    assert re.search(r'Accuracy +[\d.]+% on the images kept aside \(\d of 6; 95 % interval .*% before\)', out)
+    model = timm.create_model('local-dir:tuned', pretrained=True)
+    assert tuple(model.pretrained_cfg['label_names']) == ('cup', 'jar', 'pan')
+    # what was written is a start again, with its head
+    out = succeeds('finetune', 'tuned', images, '--out', 'again', '--epochs', '1', '--mode', 'full').stdout
+    assert '% before' in out
+    assert 'as for many images' in out
+    assert sorted(path.name for path in work.iterdir()) == ['again', 'tuned']
+
+
+def test_finetune_interrupted_keeps_the_best_so_far(images, work, tiny_folder, monkeypatch):
+    room = importlib.import_module('timm_pudnet.training.finetune')
+    work_of = room.timm_augmented
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return work_of(*args)
+
+    monkeypatch.setattr(room, 'timm_augmented', interrupted)
+    result = succeeds('finetune', 'test_resnet', images, '--hypernet', tiny_folder, '--out', 'tuned')
+    assert 'Interrupted after 3 of 30 epochs' in result.stderr
+    assert timm.create_model('local-dir:tuned', pretrained=True).num_classes == 3
+
+
+def test_finetune_interrupted_at_once_writes_nothing(images, work, tiny_folder, monkeypatch, nothing_written):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module('timm_pudnet.training.finetune'), '_fit_head', interrupted)
+    with nothing_written(work.parent):
+        result = CliRunner().invoke(
+            main, ['finetune', 'test_resnet', str(images), '--hypernet', str(tiny_folder), '--out', 'tuned']
+        )
+    assert result.exit_code == 1
+    assert 'Aborted' in result.stderr
+
+
+def test_compare_prints_a_table_and_keeps_table_numbers_and_plot(images, work, tiny_folder):
+    pytest.importorskip('matplotlib')
+    line = ('compare', 'test_resnet', images, '--hypernet', tiny_folder, '--epochs', 2, '--pretrained', 'none')
+    out = succeeds(*line, '--out', 'found').stdout
+    for needle in ('6 images tested, 18 others', 'predicted, fine-tuned', 'from scratch, Adam', 'as good as predicted'):
+        assert needle in out
+    assert sorted(path.name for path in (work / 'found').iterdir()) == ['compare.json', 'compare.png', 'compare.txt']
+    result = json.loads((work / 'found' / 'compare.json').read_text())
+    assert [point['epoch'] for point in result['arms']['fine_tuned']] == [0, 1, 2]
+    assert (work / 'found' / 'compare.txt').read_text().strip() in out
+    assert 'add --out' in succeeds(*line).stdout
+
+
+def test_compare_interrupted_has_on_disk_what_was_measured(images, work, tiny_folder, monkeypatch):
+    room = importlib.import_module('timm_pudnet.evaluation.compare')
+    on_disk = []
+
+    def interrupted(*args, **kwargs):
+        on_disk.append(json.loads((work / 'found' / 'compare.json').read_text()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, 'train_from_scratch', interrupted)
+    line = ('compare', 'test_resnet', images, '--hypernet', tiny_folder, '--epochs', 2, '--pretrained', 'none')
+    out = succeeds(*line, '--out', 'found').stdout
+    assert list(on_disk[0]['arms']) == ['predicted', 'fine_tuned']
+    assert 'Ended early by the interrupt' in out
+    assert 'from scratch, Adam          left out: interrupted before' in out
+    assert json.loads((work / 'found' / 'compare.json').read_text())['ended'] == 'interrupt'
+
+
+@pytest.mark.parametrize('command', ['finetune', 'compare'])
+def test_tuning_and_comparing_refuse_what_exists_before_any_work(command, images, work, no_work_yet, nothing_written):
+    (work / 'there').mkdir()
+    (work / 'there' / 'file').touch()
+    with nothing_written(work.parent):
+        fails(command, 'test_resnet', images, '--out', 'there', needles=['there exists', 'another output folder'])
+        fails(command, 'test_resnet', images, '--out', 'no/where', needles=['no is not there'])
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'needles'),
+    [
+        (('finetune', '--epochs', '0'), ['epochs', '0']),
+        (('finetune', '--holdout', '1'), ['holdout', '1']),
+        (('finetune', '--layer-decay', '0'), ['layer_decay']),
+        (('compare', '--budget', '0'), ['budget']),
+        (('compare', '--holdout', '0'), ['holdout']),
+        (('compare', '--pretrained', 'resnet81'), ['resnet81']),
+    ],
+)
+def test_bad_options_of_tuning_and_comparing_are_one_line(
+    arguments, needles, images, work, tiny_folder, nothing_written
+):
+    command, *options = arguments
+    with nothing_written(work.parent):
+        fails(command, 'test_resnet', images, '--hypernet', tiny_folder, '--out', 'out', *options, needles=needles)
+
+
+@pytest.mark.parametrize('command', ['finetune', 'compare'])
+def test_images_without_labels_cannot_be_learned_from(
+    command, work, tiny_folder, pictures, write_folder, nothing_written
+):
+    write_folder(work / 'flat', pictures(6)[0])
+    with nothing_written(work.parent):
+        fails(command, 'test_resnet', 'flat', '--hypernet', tiny_folder, '--out', 'out', needles=['labelled', 'flat'])
 
 
 # The rest

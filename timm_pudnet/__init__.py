@@ -14,13 +14,13 @@ from timm_pudnet.config import (
     UnsupportedTargetError,
     __version__,
 )
-from timm_pudnet.evaluation import evaluate
+from timm_pudnet.evaluation import compare, evaluate
 from timm_pudnet.hub import describe_hypernet, list_hypernets, load_hypernet, pull, push
 from timm_pudnet.hypernet import Plan, PudNet, plan_hypernet
 from timm_pudnet.images import open_images
 from timm_pudnet.predict import create_model, predict_model, predict_state_dict, push_model, save_model
 from timm_pudnet.target import TargetSpec, describe_target
-from timm_pudnet.training import Recipe, meta_train
+from timm_pudnet.training import Recipe, finetune, meta_train
 
 __all__ = [
     'DamagedFileError',
@@ -38,10 +38,12 @@ __all__ = [
     'TargetSpec',
     'UnsupportedTargetError',
     '__version__',
+    'compare',
     'create_model',
     'describe_hypernet',
     'describe_target',
     'evaluate',
+    'finetune',
     'list_hypernets',
     'load_hypernet',
     'meta_train',

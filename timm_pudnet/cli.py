@@ -463,6 +463,194 @@ def _labels_a_class(text: str, support_split: str | None) -> int | Literal['all'
 
 
 @main.command()
+@click.argument('model')
+@click.argument('images')
+@click.option('--out', required=True, type=click.Path(path_type=Path), help='New folder for the model, in timm format.')
+@click.option(
+    '--mode',
+    type=click.Choice(['auto', 'few', 'full']),
+    default='auto',
+    show_default=True,
+    help='For few images or for many; auto tells by their number.',
+)
+@click.option('--epochs', type=int, help="Most passes over the images, in place of the mode's.")
+@click.option('--rate', type=float, help="Largest learning rate, the head's, in place of the mode's.")
+@click.option('--layer-decay', type=float, help="Rate of a layer over the next one's above, in place of the mode's.")
+@click.option('--batch-size', type=int, help="Most images in a step, in place of the mode's.")
+@click.option(
+    '--holdout',
+    default=0.2,
+    show_default=True,
+    help='Share of the images kept aside to know when to stop; 0: none.',
+)
+@click.option('--hypernet', help='Where MODEL is an architecture: the hypernetwork, a name or a folder.')
+@click.option('--seed', default=0, show_default=True, help='Of the images kept aside, their order and changes.')
+@click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
+@click.option('--strict', is_flag=True, help='An unreadable image is an error, not a warning.')
+@_data_options('train')
+def finetune(
+    model: str,
+    images: str,
+    out: Path,
+    mode: Literal['auto', 'few', 'full'],
+    epochs: int | None,
+    rate: float | None,
+    layer_decay: float | None,
+    batch_size: int | None,
+    holdout: float,
+    hypernet: str | None,
+    seed: int,
+    device: str | None,
+    strict: bool,
+    data_dir: str | None,
+    split: str,
+) -> None:
+    """Fine-tune MODEL on IMAGES: a folder in timm's format, or an architecture, whose weights are predicted first.
+
+    IMAGES is a folder with one subfolder a class, or a timm dataset name. Ctrl-C ends it early; the best model so far
+    is kept.
+    """
+    from timm_pudnet import predict as room
+    from timm_pudnet.training import FineTuning
+
+    room.check_output(out)
+    run = FineTuning(
+        model,
+        images,
+        mode=mode,
+        epochs=epochs,
+        rate=rate,
+        layer_decay=layer_decay,
+        batch_size=batch_size,
+        holdout=holdout,
+        hypernet=hypernet,
+        seed=seed,
+        device=device,
+        strict=strict,
+        data_dir=data_dir,
+        split=split,
+    )
+    total = sum(parameter.numel() for parameter in run.model.parameters())
+    kept = 0 if run.held is None else len(run.held.labels)
+    click.echo(f'Found      {run.source}')
+    click.echo(f'Classes    {_some(run.images.class_names)}')
+    click.echo(f'Kept aside {kept:,} of them to know when to stop, {len(run.images.labels):,} are trained on')
+    click.echo(
+        f'Tuning     {total / 1e6:.1f}M weights on {next(run.model.parameters()).device}, {_MODES[run.mode]}: '
+        f'first the head, then all, at most {run.tuning.epochs} epochs'
+    )
+    try:
+        run.run()
+    except KeyboardInterrupt:
+        if not run.history:
+            raise
+        click.echo(f'Interrupted after {len(run.history)} of {run.tuning.epochs} epochs', err=True)
+    last = run.history[-1]
+    click.echo(f'Trained    {last["epoch"]} epochs in {last["seconds"]:.0f} s; kept: {_kept(run.best_epoch)}')
+    if run.held is not None:
+        from timm_pudnet.evaluation import share_interval
+
+        best = run.history[run.best_epoch - 1] if run.best_epoch else run.before
+        assert best is not None
+        low, high = share_interval(best['right'], kept)
+        was = '' if run.before is None else f'; {run.before["accuracy"]:.1f}% before'
+        click.echo(
+            f'Accuracy   {best["accuracy"]:.1f}% on the images kept aside ({best["right"]} of {kept}; 95 % interval '
+            f'{low:.1%} to {high:.1%}{was}). They chose the epoch: new images may do a little worse'
+        )
+    room.save_model(run.result(), out)
+    click.echo(f'Wrote      {out} (timm format). Next, in Python, without this package if you like:')
+    click.echo(f'\n    import timm\n    model = timm.create_model({f"local-dir:{out}"!r}, pretrained=True).eval()\n')
+
+
+_MODES = {'few': 'as for few images', 'full': 'as for many images'}
+
+
+def _kept(epoch: int) -> str:
+    return f'the model after epoch {epoch}' if epoch else 'the model as it was, since none was better'
+
+
+@main.command()
+@click.argument('model_name')
+@click.argument('images')
+@click.option('--out', type=click.Path(path_type=Path), help='New folder for compare.json, compare.txt, compare.png.')
+@click.option('--hypernet', help='Hypernetwork: a name or a folder; by default the one that serves MODEL_NAME.')
+@click.option('--epochs', default=20, show_default=True, help='Passes over the images of each training.')
+@click.option('--budget', type=float, help='Seconds after which no further epoch is begun; by default no limit.')
+@click.option('--holdout', default=0.25, show_default=True, help='Share of the images that is tested.')
+@click.option('--pretrained', help="Name of the pretrained weights beside, or none; by default MODEL_NAME's own.")
+@click.option('--seed', default=0, show_default=True, help='Of the tested images and of all that training draws.')
+@click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
+@click.option('--strict', is_flag=True, help='An unreadable image is an error, not a warning.')
+@_data_options('train')
+def compare(
+    model_name: str,
+    images: str,
+    out: Path | None,
+    hypernet: str | None,
+    epochs: int,
+    budget: float | None,
+    holdout: float,
+    pretrained: str | None,
+    seed: int,
+    device: str | None,
+    strict: bool,
+    data_dir: str | None,
+    split: str,
+) -> None:
+    """Compare on IMAGES: MODEL_NAME predicted, fine-tuned, trained from scratch, and with timm's pretrained weights.
+
+    IMAGES is a folder with one subfolder a class, or a timm dataset name. Ctrl-C ends it early; what was measured is
+    kept.
+    """
+    from timm_pudnet import evaluation
+    from timm_pudnet import predict as room
+    from timm_pudnet.hypernet import written_whole
+
+    if out is not None:
+        room.check_output(out)
+
+    def keep(result: dict[str, Any]) -> None:
+        if out is not None:  # after each point, so that nothing is lost however this ends
+            out.mkdir(exist_ok=True)
+            for name, text in (
+                ('compare.json', json.dumps(result, indent=2)),
+                ('compare.txt', evaluation.format_comparison(result)),
+            ):
+                with written_whole(out / name) as beside:
+                    beside.write_text(text + '\n', encoding='utf-8')
+
+    result = evaluation.compare(
+        model_name,
+        images,
+        hypernet=hypernet,
+        epochs=epochs,
+        budget=budget,
+        holdout=holdout,
+        arms=('fine_tuned', 'adam', 'adam_centralised', *([] if pretrained == 'none' else ['pretrained'])),
+        pretrained=None if pretrained == 'none' else pretrained,
+        seed=seed,
+        device=device,
+        strict=strict,
+        data_dir=data_dir,
+        split=split,
+        on_result=keep,
+    )
+    click.echo(
+        f'Compared   {result["tested"]:,} images tested, {result["images"]:,} others learned from, '
+        f'{result["classes"]:,} classes; {result["machine"]}'
+    )
+    if result['ended'] != 'epochs':
+        click.echo(f'Ended early by the {result["ended"]}')
+    click.echo(evaluation.format_comparison(result))
+    if out is None:
+        click.echo('Not saved: add --out FOLDER to keep table, numbers and plot')
+        return
+    evaluation.plot_comparison(result, out / 'compare.png')
+    click.echo(f'Wrote      {", ".join(sorted(str(path) for path in out.iterdir()))}')
+
+
+@main.command()
 @click.argument('model_name')
 @click.option('--generator', default='auto', show_default=True, help='Kind of weight generator.')
 @click.option('--predict-norm', is_flag=True, help="Predict the norms' affine parameters too.")

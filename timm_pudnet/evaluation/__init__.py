@@ -1,5 +1,6 @@
-"""Measuring: groups of unseen classes, controls, training from scratch, what to expect, a report of a prediction."""
+"""Measuring: groups of unseen classes, controls, scratch, own images, what to expect, a report of a prediction."""
 
+from timm_pudnet.evaluation.compare import compare, format_comparison, plot_comparison
 from timm_pudnet.evaluation.expectation import Expectation, fit_expectation, read_traits
 from timm_pudnet.evaluation.holdout import HeldOutTest, held_out_accuracy, measure_held_out, split_held_out
 from timm_pudnet.evaluation.measure import evaluate, format_table, weights_digest
@@ -13,14 +14,17 @@ __all__ = [
     'HeldOutTest',
     'Report',
     'TestGroups',
+    'compare',
     'compare_scratch',
     'evaluate',
     'fit_expectation',
+    'format_comparison',
     'format_table',
     'held_out_accuracy',
     'make_report',
     'mean_interval',
     'measure_held_out',
+    'plot_comparison',
     'rank_correlation',
     'read_traits',
     'share_interval',

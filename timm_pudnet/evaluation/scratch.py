@@ -23,6 +23,7 @@ from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
 from timm_pudnet.hypernet import PudNet
 from timm_pudnet.target import create_feature_model
 from timm_pudnet.training.episodes import ImageBank
+from timm_pudnet.training.finetune import seconds_since
 
 SETTING = (
     "scratch trains on all images of a group's classes in the support split, the predicted network gets the group's "
@@ -88,7 +89,7 @@ def train_from_scratch(
                 if centralise:
                     centralise_gradients(model.parameters())
                 optimizer.step()
-        seconds += _since(started, images.device)
+        seconds += seconds_since(started, images.device)
         with torch.inference_mode():
             model.eval()
             guesses = torch.cat([model(part).argmax(1).cpu() for part in tested.split(256)])
@@ -241,15 +242,9 @@ def _predicted(hypernet: PudNet, model: nn.Module, support: GroupImages, query: 
     for features, labels in support_features(model, weights, support, hypernet.config.prior_images):
         centroids.add(features, labels)
     rows = centroids.result().to(hypernet.device)
-    seconds = _since(started, hypernet.device)
+    seconds = seconds_since(started, hypernet.device)
     tested = torch.cat([model(images) for images, _ in query.batches()])
     return centroid_logits(tested, rows, 1.0, hypernet.whitening).argmax(1).cpu() == query.labels, seconds
-
-
-def _since(started: float, device: torch.device) -> float:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
 
 
 def _seconds_interval(values: list[float]) -> dict[str, float | None]:

@@ -1,7 +1,8 @@
-"""Training a hypernetwork: recipes, groups of images, losses and the loop."""
+"""Training a hypernetwork: recipes, groups of images, losses and the loop; and fine-tuning what it predicted."""
 
 from timm_pudnet.training.conditions import Condition
 from timm_pudnet.training.episodes import Augmentation, Group, Groups, GroupSampler, ImageBank
+from timm_pudnet.training.finetune import FineTuning, Tuning, finetune, finetune_epochs
 from timm_pudnet.training.losses import Losses, group_losses, sketch_loss
 from timm_pudnet.training.meta_train import load_banks, meta_train, train_plain, try_recipe
 from timm_pudnet.training.recipe import Data, LossWeights, Recipe, Schedule
@@ -10,6 +11,7 @@ __all__ = [
     'Augmentation',
     'Condition',
     'Data',
+    'FineTuning',
     'Group',
     'GroupSampler',
     'Groups',
@@ -18,6 +20,9 @@ __all__ = [
     'Losses',
     'Recipe',
     'Schedule',
+    'Tuning',
+    'finetune',
+    'finetune_epochs',
     'group_losses',
     'load_banks',
     'meta_train',

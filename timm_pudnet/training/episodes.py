@@ -18,6 +18,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
 
 from timm_pudnet.config import InputConfig, InputError
 from timm_pudnet.images import ImageSource
@@ -48,17 +49,23 @@ class ImageBank:
         self.members = [(labels == label).nonzero().flatten() for label in range(len(self.class_names))]
 
     @classmethod
-    def from_source(cls, source: ImageSource, classes: Sequence[str] | None = None) -> ImageBank:
+    def from_source(
+        cls, source: ImageSource, classes: Sequence[str] | None = None, *, progress: bool = False
+    ) -> ImageBank:
         """Reads the images of some classes (by default all), in the order of `classes`.
 
-        The source must not normalise: `bank_input` gives the right config to open it with.
+        The source must not normalise: `bank_input` gives the right config to open it with. Classes without names get
+        their numbers. With `progress`, a bar shows what takes longer than two seconds.
 
         Raises:
             InputError: The images have no labels, or a class is not among them.
         """
-        if not source.labelled or source.class_names is None:
+        found = source.class_names
+        if found is None and source.labels is not None:
+            found = tuple(str(label) for label in range(int(source.labels.max()) + 1))
+        if not source.labelled or found is None:
             raise InputError(f'{source.description}: training needs labelled images')
-        names = list(source.class_names)
+        names = list(found)
         chosen = names if classes is None else [str(name) for name in classes]
         for name in chosen:
             if name not in names:
@@ -67,12 +74,18 @@ class ImageBank:
         for label, name in enumerate(chosen):
             number[names.index(name)] = label
         images, labels = [], []
-        for batch, batch_labels in source.batches(1024):
+        for batch, batch_labels in tqdm(
+            source.batches(1024), 'reading', disable=not progress, delay=2, unit=' thousand', leave=False
+        ):
             assert batch_labels is not None
             label = number[batch_labels]
             images.append((batch[label >= 0] * 255).round().to(torch.uint8))
             labels.append(label[label >= 0])
         return cls(torch.cat(images), torch.cat(labels), chosen)
+
+    def part(self, picks: Tensor) -> ImageBank:
+        """The images of these numbers, with the classes of all."""
+        return ImageBank(self.images[picks], self.labels[picks], self.class_names)
 
     def select(self, classes: Sequence[str]) -> ImageBank:
         """The images of some classes, numbered in the order of `classes`."""

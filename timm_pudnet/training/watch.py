@@ -45,7 +45,7 @@ def plot_losses(log: Iterable[Mapping[str, float]], path: str | os.PathLike[str]
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        _warn_missing('matplotlib', f'{path} is not drawn')
+        warn_missing('matplotlib', f'{path} is not drawn')
         return None
 
     # A Figure of its own, not pyplot's: saving it as PNG uses Agg and leaves the global backend alone.
@@ -92,7 +92,7 @@ class Board:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            _warn_missing('tensorboard', f'nothing is written to {folder}')
+            warn_missing('tensorboard', f'nothing is written to {folder}')
             return
         # TensorBoard hides what is at purge_step and after it; the event of `step` itself belongs to the state resumed.
         self._writer = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)
@@ -110,7 +110,8 @@ class Board:
             self._writer = None
 
 
-def _warn_missing(package: str, consequence: str) -> None:
+def warn_missing(package: str, consequence: str) -> None:
+    """Warns the caller's caller that an optional package is not there, and what follows from that."""
     warnings.warn(
         f"{package} cannot be imported, so {consequence}: pip install 'timm-pudnet[train]'",
         PudNetWarning,

@@ -1,0 +1,62 @@
+"""Label budget: how many labelled images a class does a prediction need?
+
+    python examples/label_budget.py examples/fashion --out budget.json
+
+A part of the images is kept aside for the test. Of the others so many a class are drawn, several times, and give
+sketch, statistics and head; the table has the mean accuracy over the draws by both heads.
+"""
+
+import json
+from pathlib import Path
+
+import click
+import torch
+
+import timm_pudnet
+from timm_pudnet.evaluation import mean_interval, split_held_out
+
+
+@click.command(help=__doc__)
+@click.argument('images')
+@click.option('--model', 'model_name', default='resnet18', show_default=True)
+@click.option('--hypernet', help='A name or a folder; by default the one that serves the architecture.')
+@click.option('--labels', multiple=True, type=int, default=(1, 2, 5, 10, 20, 40), show_default=True, help='A class.')
+@click.option('--draws', default=10, show_default=True)
+@click.option('--out', type=click.Path(path_type=Path), help='Where the numbers go, as JSON.')
+def main(
+    images: str, model_name: str, hypernet: str | None, labels: tuple[int, ...], draws: int, out: Path | None
+) -> None:
+    network = timm_pudnet.load_hypernet(hypernet or model_name)
+    pool, tested = split_held_out(timm_pudnet.open_images(images, input=network.config.input), 0.25)
+    shown = list(tested.batches())
+    rows = []
+    print(f'{len(tested)} images tested; accuracy, mean of {draws} draws and 95 % interval over them')
+    for count in labels:
+        if int(pool.labels.bincount().min()) < count:
+            print(f'{count} labels a class: a class has fewer')
+            break
+        found = {'centroid': [], 'ridge': []}
+        for draw in range(draws):
+            generator = torch.Generator().manual_seed(draw)
+            picks = []
+            for label in pool.labels.unique().tolist():
+                members = (pool.labels == label).nonzero().flatten()
+                picks += members[torch.randperm(len(members), generator=generator)[:count]].tolist()
+            for head, shares in found.items():
+                model = timm_pudnet.predict_model(model_name, pool.subset(picks), hypernet=network, head=head)
+                shares.append(100 * accuracy(model, shown))
+        rows.append({'labels': count, **{head: mean_interval(shares) for head, shares in found.items()}})
+        cells = [f'{head} {row["mean"]:5.1f} +- {row["interval"]:.1f}' for head, row in list(rows[-1].items())[1:]]
+        print(f'{count:4} labels a class: {", ".join(cells)}')
+    if out is not None:
+        out.write_text(json.dumps({'images': images, 'tested': len(tested), 'draws': draws, 'rows': rows}, indent=2))
+
+
+@torch.inference_mode()
+def accuracy(model, batches):
+    right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches)
+    return right / sum(len(labels) for _, labels in batches)
+
+
+if __name__ == '__main__':
+    main()

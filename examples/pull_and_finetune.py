@@ -1,0 +1,34 @@
+"""Take a hypernetwork by its name, predict from your images, and fine-tune what was predicted.
+
+    python examples/pull_and_finetune.py resnet18.mixed examples/fashion --out tuned-model
+
+HYPERNET is anything that `timm_pudnet.load_hypernet` takes: one that ships with the package, a folder, or, where this
+version of the package has it, one of the Hugging Face Hub.
+"""
+
+from pathlib import Path
+
+import click
+
+import timm_pudnet
+from timm_pudnet.training import FineTuning
+
+
+@click.command(help=__doc__)
+@click.argument('hypernet')
+@click.argument('images')
+@click.option('--epochs', default=None, type=int, help='At most; by default as many as the number of images asks for.')
+@click.option('--out', type=click.Path(path_type=Path), required=True, help='New folder for the model.')
+def main(hypernet: str, images: str, epochs: int | None, out: Path) -> None:
+    network = timm_pudnet.load_hypernet(hypernet)
+    print(f'{network.name} predicts {network.config.model_name}')
+    # timm_pudnet.finetune(...) does the same in one call; this shows what happened on the way.
+    tuning = FineTuning(network.config.model_name, images, hypernet=network, epochs=epochs)
+    tuning.run()
+    before, best = tuning.before['accuracy'], max(point['accuracy'] for point in tuning.history)
+    print(f'on {len(tuning.held.labels)} images kept aside: predicted {before:.1f} %, fine-tuned {best:.1f} %')
+    print(f'wrote {timm_pudnet.save_model(tuning.result(), out)}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,150 @@
+"""Fine-tuning from predicted weights against random ones by epoch, with intervals over seeds (paper's table VIII).
+
+    python tests/benchmarks/finetuning.py .data/cifar100/train .data/cifar100/test --out FILE.json
+
+The images of all FOLDERS, of those classes that the hypernetwork was not trained on, are drawn anew for each seed:
+`--images` to learn from, `--tested` to test on. Every arm goes through all epochs on the same images, as
+`timm_pudnet.compare` runs them. Seeds that are in the file already are not run again, so it can be stopped and started,
+and several processes can share the seeds (`--seed`). A plot lands beside the file.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import click
+import torch
+
+import timm_pudnet
+from timm_pudnet.hypernet import written_whole
+
+ARMS = ('fine_tuned', 'adam_centralised', 'random')
+SETTING = (
+    'each curve is one run of all its epochs: fine_tuned (whose first epoch fits the head) and random follow a cosine '
+    'to its end, so a shorter budget of their own would serve them better than the point of the long run; '
+    "adam_centralised has a constant rate. intervals are 95 %, Student's t over seeds, gains paired by seed"
+)
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by number of values
+
+
+@click.command(help=__doc__)
+@click.argument('folders', nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option('--model', default='resnet18', show_default=True)
+@click.option('--hypernet', help='A name or a folder; by default the one that serves the architecture.')
+@click.option('--classes', type=click.Choice(['unseen', 'all']), default='unseen', show_default=True)
+@click.option('--images', 'count', default=10_000, show_default=True, help='Images to learn from.')
+@click.option('--tested', default=2_000, show_default=True, help='Images to test on.')
+@click.option('--epochs', default=10, show_default=True)
+@click.option('--seed', 'seeds', multiple=True, type=int, default=range(5), show_default=True)
+@click.option('--out', required=True, type=click.Path(path_type=Path))
+def main(
+    folders: tuple[Path, ...],
+    model: str,
+    hypernet: str | None,
+    classes: str,
+    count: int,
+    tested: int,
+    epochs: int,
+    seeds: tuple[int, ...],
+    out: Path,
+) -> None:
+    network = timm_pudnet.load_hypernet(hypernet or model)
+    seen = set(network.config.class_names) if classes == 'unseen' else set()
+    paths = [
+        path for folder in folders for path in sorted(folder.glob('*/*')) if path.parent.name not in seen
+    ]  # FOLDER/<class>/<image>
+    if len(paths) < count + tested:
+        raise click.UsageError(f'{len(paths)} images of {classes} classes, {count} + {tested} are asked for')
+    for seed in seeds:
+        if str(seed) in read(out):
+            continue
+        picks = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))[: count + tested].tolist()
+        result = timm_pudnet.compare(
+            model,
+            [paths[pick] for pick in picks],
+            [paths[pick].parent.name for pick in picks],
+            hypernet=network,
+            epochs=epochs,
+            holdout=tested / (count + tested),
+            arms=ARMS,
+            seed=seed,
+        )
+        if result['ended'] != 'epochs':
+            sys.exit('interrupted: this seed is not kept')
+        runs = {**read(out), str(seed): result}  # read again: another process may have written meanwhile
+        summary = summarise(runs)
+        with written_whole(out) as beside:
+            text = {'setting': SETTING, 'folders': [str(folder) for folder in folders], 'classes': classes}
+            beside.write_text(json.dumps({**text, 'summary': summary, 'runs': runs}, indent=2) + '\n')
+        plot(summary, out.with_suffix('.png'), f'{model}, {result["images"]:,} images of {result["classes"]} classes')
+        click.echo(json.dumps(summary['after'], indent=2))
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())['runs'] if path.exists() else {}
+
+
+def interval(values: list[float]) -> dict[str, float | None]:
+    """Mean and half-width of the 95 % interval; None for one value."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return {'mean': mean, 'interval': None}
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return {'mean': mean, 'interval': STUDENT.get(len(values), 1.96) * deviation / math.sqrt(len(values))}
+
+
+def summarise(runs: dict) -> dict:
+    """By epoch: accuracy and seconds of each arm, and the gain of `fine_tuned` over each other one."""
+    table = {
+        seed: {name: {point['epoch']: point for point in points} for name, points in run['arms'].items()}
+        for seed, run in runs.items()
+    }
+    epochs = sorted(set.intersection(*({*arms[name]} for arms in table.values() for name in ARMS)))
+    rows = []
+    for epoch in epochs:
+        row = {'epoch': epoch}
+        for name in ARMS:
+            points = [arms[name][epoch] for arms in table.values()]
+            row[name] = interval([point['accuracy'] for point in points])
+            row[name]['seconds'] = sum(point['seconds'] for point in points) / len(points)
+            if name != 'fine_tuned':
+                gains = [
+                    arms['fine_tuned'][epoch]['accuracy'] - arms[name][epoch]['accuracy'] for arms in table.values()
+                ]
+                row[f'gain_over_{name}'] = interval(gains)
+        rows.append(row)
+    least = {key: min(rows, key=lambda row, key=key: row[key]['mean']) for key in rows[0] if key.startswith('gain')}
+    return {
+        'seeds': len(table),
+        'predicted': interval([arms['predicted'][0]['accuracy'] for arms in table.values()]),
+        'curves': rows,
+        'least': {key: {'epoch': row['epoch'], **row[key]} for key, row in least.items()},
+        'after': {key: rows[min(10, len(rows)) - 1][key] for key in ('epoch', *ARMS, *least)},
+    }
+
+
+def plot(summary: dict, path: Path, title: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    axes = figure.add_subplot()
+    for number, name in enumerate(ARMS):
+        rows = [(row['epoch'], row[name]['mean'], row[name]['interval'] or 0) for row in summary['curves']]
+        epochs, means, halves = zip(*rows, strict=True)
+        axes.plot(epochs, means, color=f'C{number}', marker='.', label=name.replace('_', ' '))
+        low, high = ([mean + sign * half for mean, half in zip(means, halves, strict=True)] for sign in (-1, 1))
+        axes.fill_between(epochs, low, high, color=f'C{number}', alpha=0.15, linewidth=0)
+    predicted = summary['predicted']['mean']
+    axes.axhline(predicted, color='grey', linestyle=':', label='predicted, no training')
+    axes.set_xlabel('epochs')
+    axes.set_ylabel(f'accuracy, % (95 % over {summary["seeds"]} seeds)')
+    axes.set_title(title, parse_math=False)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with written_whole(path) as beside:
+        figure.savefig(beside, format='png', dpi=150)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,98 @@
+"""The scripts of examples/ and the benchmark of fine-tuning, each run on small settings."""
+
+import importlib.util
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import timm_pudnet
+
+ROOT = Path(timm_pudnet.__file__).parents[1]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script of this checkout with arguments; gives what it printed."""
+
+    def call(script, *args):
+        monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
+        with pytest.raises(SystemExit) as ended:  # click always ends by it
+            runpy.run_path(str(ROOT / script), run_name='__main__')
+        assert not ended.value.code, ended.value.code
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def photos(tmp_path, pictures, write_folder):
+    """Three classes of eight."""
+    write_folder(tmp_path / 'photos', *pictures(24))
+    return tmp_path / 'photos'
+
+
+@pytest.fixture
+def tiny_model(tiny_folder):
+    return ('--model', 'test_resnet', '--hypernet', tiny_folder)
+
+
+def test_own_photos_become_a_saved_classifier(run, photos, tiny_model, tmp_path):
+    out = run('examples/own_photos.py', photos, '--out', tmp_path / 'model', '--show', 3, *tiny_model)
+    assert '18 of them give the weights' in out
+    assert 'Accuracy' in out
+    answers = [line for line in out.splitlines() if '.png: ' in line]
+    assert len(answers) == 3
+    assert {line.split(': ')[1] for line in answers} <= {'cup', 'jar', 'pan'}
+    assert timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).num_classes == 3
+
+
+def test_a_hypernetwork_by_name_predicts_and_is_fine_tuned(run, photos, tiny_folder, tmp_path):
+    out = run('examples/pull_and_finetune.py', tiny_folder, photos, '--out', tmp_path / 'tuned', '--epochs', 2)
+    assert 'test_resnet.tiny predicts test_resnet' in out
+    assert 'on 6 images kept aside: predicted' in out
+    assert timm.create_model(f'local-dir:{tmp_path / "tuned"}', pretrained=True).num_classes == 3
+
+
+def test_the_label_budget_has_a_row_for_each_number_of_labels(run, photos, tiny_model, tmp_path):
+    line = ('--labels', 1, '--labels', 6, '--labels', 7, '--draws', 2, '--out', tmp_path / 'budget.json')
+    out = run('examples/label_budget.py', photos, *line, *tiny_model)
+    assert '7 labels a class: a class has fewer' in out
+    rows = json.loads((tmp_path / 'budget.json').read_text())['rows']
+    assert [row['labels'] for row in rows] == [1, 6]
+    assert rows[1]['centroid']['interval'] == 0  # all of them, drawn twice
+    assert rows[1]['centroid']['mean'] > 60
+
+
+@pytest.mark.filterwarnings('default')  # the exporters' own
+def test_an_exported_model_gives_the_same_outputs(run, photos, tiny_model, tmp_path):
+    out = run('examples/export.py', photos, '--out', tmp_path / 'exported', *tiny_model)
+    assert 'torch.export: [5, 3], largest difference' in out
+    assert torch.export.load(tmp_path / 'exported' / 'model.pt2').module()(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    if all(importlib.util.find_spec(name) for name in ('onnx', 'onnxscript', 'onnxruntime')):
+        assert 'ONNX: [5, 3], largest difference' in out
+    else:
+        assert 'ONNX left out: pip install' in out
+
+
+def test_the_benchmark_of_fine_tuning_sums_up_its_seeds_and_goes_on(run, photos, tiny_model, tmp_path):
+    pytest.importorskip('matplotlib')
+    line = (photos, '--images', 15, '--tested', 9, '--epochs', 2, '--out', tmp_path / 'found.json', *tiny_model)
+    run('tests/benchmarks/finetuning.py', *line, '--seed', 0)
+    run('tests/benchmarks/finetuning.py', *line, '--seed', 0, '--seed', 1)
+    found = json.loads((tmp_path / 'found.json').read_text())
+    assert list(found['runs']) == ['0', '1']
+    summary = found['summary']
+    assert [row['epoch'] for row in summary['curves']] == [1, 2]
+    last = [run['arms']['fine_tuned'][-1]['accuracy'] for run in found['runs'].values()]
+    assert summary['curves'][-1]['fine_tuned']['mean'] == pytest.approx(sum(last) / 2)
+    rival = [run['arms']['random'][-1]['accuracy'] for run in found['runs'].values()]
+    gains = [a - b for a, b in zip(last, rival, strict=True)]
+    row = summary['curves'][-1]['gain_over_random']
+    assert row['mean'] == pytest.approx(sum(gains) / 2)
+    assert row['interval'] == pytest.approx(12.71 * abs(gains[0] - gains[1]) / 2, abs=1e-6)
+    assert (tmp_path / 'found.png').is_file()

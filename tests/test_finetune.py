@@ -1,0 +1,358 @@
+"""training/finetune.py: the head first, then all; what is kept aside; when it stops; what it refuses."""
+
+import importlib
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import timm_pudnet
+from timm_pudnet import InputError, NotFoundError, PudNetWarning
+from timm_pudnet.target import batch_norms
+from timm_pudnet.training import FineTuning, ImageBank, finetune, finetune_epochs
+from timm_pudnet.training.finetune import MODES, fit_classifier, measured, split_copies, tuning_for
+
+room = importlib.import_module('timm_pudnet.training.finetune')  # the package's name `finetune` is the function
+SIZE = {'input_size': (3, 32, 32), 'mean': (0.5,) * 3, 'std': (0.25,) * 3, 'crop_pct': 1.0}
+
+
+@pytest.fixture
+def model():
+    return timm.create_model('test_resnet', num_classes=7, pretrained_cfg_overlay=SIZE)
+
+
+@pytest.fixture
+def small(pictures):
+    """24 pictures of three classes, and 12 others."""
+    pixels, names = pictures(24)
+    bank = to_bank(pixels, names)
+    return bank, to_bank(*pictures(12, seed=1))
+
+
+def to_bank(pixels, names):
+    classes = sorted(set(names))
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return ImageBank(images, torch.tensor([classes.index(name) for name in names]), classes)
+
+
+def state(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def short(mode='full', **changes):
+    return room.dataclasses.replace(MODES[mode], **{'epochs': 2, 'batch_size': 8, **changes})
+
+
+# finetune
+
+
+def test_a_tuned_model_is_timm_s_and_the_given_one_stays(model, pictures, tmp_path):
+    before = state(model)
+    tuned = finetune(model, *pictures(36), epochs=6, batch_size=9, rate=3e-3, mode='full', progress=False)
+    assert_close(state(model), before, rtol=0, atol=0)
+    assert model.num_classes == 7
+    assert not tuned.training
+    assert tuned.pretrained_cfg['label_names'] == ('cup', 'jar', 'pan')
+    timm_pudnet.save_model(tuned, tmp_path / 'model')
+    loaded = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
+    fresh = to_bank(*pictures(30, seed=2))
+    assert_close(state(loaded), state(tuned), rtol=0, atol=0)
+    assert loaded.pretrained_cfg['label_names'] == ['cup', 'jar', 'pan']
+    assert measured(loaded, fresh)['accuracy'] > 80
+
+
+def test_an_architecture_s_weights_are_predicted_from_the_part_that_is_trained_on(tiny, pictures, monkeypatch):
+    given = []
+    predict = room.predict_model
+    monkeypatch.setattr(
+        room, 'predict_model', lambda *args, **kwargs: given.append(args[1]) or predict(*args, **kwargs)
+    )
+    run = FineTuning('test_resnet', *pictures(24), hypernet=tiny, epochs=2)
+    assert_close(given[0], run.images.images)
+    assert (len(run.images.labels), len(run.held.labels)) == (18, 6)
+    assert run.before is not None
+    assert run.model.pretrained_cfg['label_names'] == ('cup', 'jar', 'pan')
+
+
+def test_the_first_epoch_fits_the_head_alone_and_the_next_all(model, small):
+    bank, tested = small
+    fit_classifier(model, bank.class_names)
+    start = state(model)
+    after = [(point, state(model)) for point in finetune_epochs(model, bank, tested, short())]
+    assert [point['phase'] for point, _ in after] == ['head', 'all']
+    moved = [{key for key in start if not torch.equal(start[key], values[key])} for _, values in after]
+    assert moved[0] == {'fc.weight', 'fc.bias'}
+    assert moved[1] == set(start)
+
+
+def test_lower_layers_move_less_by_the_decay(model, small):
+    bank, _ = small
+    fit_classifier(model, bank.class_names)
+
+    def moved(decay):
+        tuned = timm.create_model('test_resnet', num_classes=3, pretrained_cfg_overlay=SIZE)
+        tuned.load_state_dict(model.state_dict())
+        list(finetune_epochs(tuned, bank, None, short(layer_decay=decay, head_first=False, warmup=0.0)))
+        return [
+            float((tuned.state_dict()[key] - model.state_dict()[key]).abs().mean())
+            for key in ('conv1.0.weight', 'layer4.0.conv1.weight')
+        ]
+
+    (low, high), (even_low, even_high) = moved(0.5), moved(1.0)
+    assert low < 0.1 * even_low
+    assert low / high < 0.2 * even_low / even_high
+    assert moved(1.0) == [even_low, even_high]  # and the same again
+
+
+@pytest.mark.parametrize('mode', ['few', 'full'])
+def test_norm_statistics_stay_with_few_images(mode, model, small):
+    bank, _ = small
+    fit_classifier(model, bank.class_names)
+    start = state(model)
+    list(finetune_epochs(model, bank, None, short(mode)))
+    keys = [f'{name}.running_mean' for name, _ in batch_norms(model)]
+    assert keys
+    assert all(torch.equal(start[key], model.state_dict()[key]) == (mode == 'few') for key in keys)
+
+
+def test_the_mode_follows_the_number_of_images(small):
+    bank, _ = small
+    many = ImageBank(bank.images, bank.labels, bank.class_names)
+    assert tuning_for('auto', many) == ('few', MODES['few'])
+    picks = torch.arange(150) % 24
+    assert tuning_for('auto', many.part(picks)) == ('full', MODES['full'])
+    assert tuning_for('full', many, epochs=4)[1].epochs == 4
+
+
+def test_the_same_seed_gives_the_same_bits_and_the_global_state_stays(model, pictures):
+    def run(seed):
+        return state(finetune(model, *pictures(24), epochs=2, seed=seed, progress=False))
+
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = run(0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_close(run(0), first, rtol=0, atol=0)
+    assert not torch.equal(run(1)['fc.weight'], first['fc.weight'])
+
+
+# the head
+
+
+def test_the_head_is_the_optimum_of_its_objective(model, small):
+    bank, _ = small
+    fit_classifier(model, bank.class_names)
+    device = torch.device('cpu')
+    with torch.no_grad():
+        x = torch.cat(
+            [
+                model.eval().forward_head(model.forward_features(part), pre_logits=True)
+                for part in room._batches(bank, room.input_of(model), device)
+            ]
+        ).double()
+    loss = room._fit_head(model, bank, room.input_of(model), 0.1, device)
+    y, mean = bank.labels, x.mean(0)
+    scale = (x - mean).square().sum(1).mean().sqrt()
+    rows = (x - mean) / scale
+    centroids = F.normalize(torch.stack([x[y == label].mean(0) for label in range(3)]), dim=1)
+    old = rows @ centroids.t()
+    old = old / old.std()
+    logits = x @ model.fc.weight.double().t() + model.fc.bias.double()
+    assert float(F.cross_entropy(logits, y, label_smoothing=0.1).detach()) == pytest.approx(loss, abs=1e-4)
+
+    # The same problem in float64.
+    weight, bias, factor = (torch.zeros(shape, dtype=torch.double) for shape in ((3, x.shape[1]), 3, ()))
+    for tensor in (weight, bias, factor):
+        tensor.requires_grad_()
+    optimizer = torch.optim.LBFGS([weight, bias, factor], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-14)
+
+    def objective():
+        optimizer.zero_grad()
+        error = F.cross_entropy(factor * old + rows @ weight.t() + bias, y, label_smoothing=0.1)
+        (error + room.HEAD_STRENGTH / len(rows) * weight.square().sum()).backward()
+        return error.detach()
+
+    optimizer.step(objective)
+    assert loss == pytest.approx(float(objective()), abs=2e-3)
+
+
+def test_a_head_for_these_classes_is_where_its_fit_begins(small, tiny):
+    bank, tested = small
+    model = timm_pudnet.predict_model('test_resnet', bank.images, bank.labels, hypernet=tiny)
+    assert not fit_classifier(model, bank.class_names)  # these were not named: a new head
+    assert not model.fc.weight.any()
+    names = [bank.class_names[label] for label in bank.labels]
+    model = timm_pudnet.predict_model('test_resnet', bank.images, names, hypernet=tiny)
+    weight = model.fc.weight.clone()
+    assert fit_classifier(model, bank.class_names)
+    assert torch.equal(model.fc.weight, weight)
+    next(finetune_epochs(model, bank, tested, short('few')))
+    cosine = F.cosine_similarity(model.fc.weight - model.fc.weight.mean(0), weight - weight.mean(0))
+    assert cosine.min() > 0.5
+
+
+# what is kept aside, and when it stops
+
+
+def test_copies_stay_in_one_part(small):
+    bank, _ = small
+    doubled = ImageBank(torch.cat([bank.images] * 3), torch.cat([bank.labels] * 3), bank.class_names)
+    used, aside, copies = split_copies(doubled, 0.25)
+    assert copies == 48
+    assert sorted([*used.tolist(), *aside.tolist()]) == list(range(72))
+    assert {int(number) % 24 for number in used}.isdisjoint(int(number) % 24 for number in aside)
+    assert doubled.labels[aside].bincount().tolist() == [6, 6, 6]
+    assert [part.tolist() for part in split_copies(doubled, 0.25)[:2]] == [used.tolist(), aside.tolist()]
+    assert split_copies(doubled, 0.25, seed=1)[1].tolist() != aside.tolist()
+
+
+def test_copies_are_said(model, pictures):
+    pixels, names = pictures(24)
+    pixels[3] = pixels[0]
+    with pytest.warns(PudNetWarning, match='1 image is a copy of others, pixel for pixel at 32x32'):
+        FineTuning(model, pixels, names, epochs=1)
+
+
+def test_a_class_whose_images_are_all_another_s_is_named(small, one_line):
+    bank, _ = small
+    images = torch.where((bank.labels == 2)[:, None, None, None], bank.images[0], bank.images)
+    with pytest.raises(InputError) as error:
+        split_copies(ImageBank(images, bank.labels, bank.class_names), 0.2)
+    one_line(error, "'pan'", 'copy')
+
+
+@pytest.mark.parametrize('count', [2, 3, 6])
+def test_a_handful_of_images_is_tuned_through_all_epochs_and_that_is_said(count, model, pictures):
+    with pytest.warns(PudNetWarning, match='no image is kept aside'):
+        run = FineTuning(model, *pictures(count), epochs=3)
+    run.run(progress=False)
+    assert run.mode == 'few'
+    assert [point['epoch'] for point in run.history] == [1, 2, 3]
+    assert run.best_epoch == 3
+    assert all(math.isfinite(point['loss']) for point in run.history)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Sets what the tests after each epoch (and the one before) find, as numbers of images right."""
+
+    def use(*counts):
+        left = list(counts)
+
+        def give(model, tested):
+            found = left.pop(0)
+            if isinstance(found, BaseException):
+                raise found
+            return {'right': found, 'accuracy': 10.0 * found, 'test_loss': 1.0}
+
+        monkeypatch.setattr(room, 'measured', give)
+
+    return use
+
+
+def test_training_stops_when_nothing_gets_better_and_the_best_model_is_kept(model, pictures, scripted):
+    scripted(2, 4, 3, 4, 1)
+    run = FineTuning(model, *pictures(24), epochs=9, patience=3)
+    run.run(progress=False)
+    assert (len(run.history), run.best_epoch) == (5, 2)
+    assert run.before is None
+    kept = state(run.result())
+    scripted(2, 4)
+    again = FineTuning(model, *pictures(24), epochs=9, patience=3)
+    epochs = finetune_epochs(again.model, again.images, again.held, again.tuning)
+    next(epochs), next(epochs)
+    assert_close(kept, state(again.model), rtol=0, atol=0)
+
+
+def test_a_model_that_was_better_before_stays_as_it_was(tiny, pictures, scripted):
+    scripted(6, 5, 5, 5)
+    run = FineTuning('test_resnet', *pictures(24), hypernet=tiny, epochs=3)
+    start = state(run.model)
+    run.run(progress=False)
+    assert run.best_epoch == 0
+    assert_close(state(run.result()), start, rtol=0, atol=0)
+
+
+def test_an_interrupt_leaves_the_best_so_far(model, pictures, scripted):
+    scripted(2, 5, KeyboardInterrupt())
+    run = FineTuning(model, *pictures(24), epochs=9)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(progress=False)
+    at_three = state(run.model)
+    assert run.best_epoch == 2
+    kept = state(run.result())
+    assert not torch.equal(kept['fc.weight'], at_three['fc.weight'])
+
+
+# what it takes and what it refuses
+
+
+@pytest.mark.parametrize('name', ['test_efficientnet', 'test_convnext', 'test_nfnet', 'test_vit'])
+def test_other_architectures_are_tuned(name, pictures):
+    model = timm.create_model(name)
+    tuned = finetune(model, *pictures(6), epochs=2, holdout=0, progress=False)
+    assert tuned(torch.zeros(1, 3, 160, 160)).shape == (1, 3)
+
+
+def test_numbers_for_classes_and_grey_images(small):
+    bank, _ = small
+    model = timm.create_model(
+        'test_resnet', in_chans=1, pretrained_cfg_overlay={'input_size': (1, 32, 32), 'mean': (0.5,), 'std': (0.2,)}
+    )
+    tuned = finetune(model, bank.images[:, :1], bank.labels, epochs=2, progress=False)
+    assert tuned.pretrained_cfg['label_names'] == ('0', '1', '2')
+
+
+@pytest.mark.parametrize(
+    ('changes', 'needles'),
+    [
+        ({'mode': 'some'}, ['some', 'few', 'full']),
+        ({'holdout': 1.0}, ['holdout', '1.0']),
+        ({'epochs': 0}, ['epochs', '0']),
+        ({'batch_size': 0}, ['batch_size']),
+        ({'rate': -1.0}, ['rate', '-1.0']),
+        ({'rate': math.nan}, ['rate', 'nan']),
+        ({'layer_decay': 1.5}, ['layer_decay', '1.5']),
+        ({'hypernet': 'resnet18'}, ['hypernet', 'has weights']),
+        ({'augmentation': {'hflop': 1}}, ['hflop', 'create_transform']),
+        ({'device': 'tpu'}, ['tpu']),
+    ],
+)
+def test_bad_arguments_are_told_in_one_line(changes, needles, model, pictures, one_line):
+    with pytest.raises(InputError) as error:
+        finetune(model, *pictures(24), **{'epochs': 2, 'progress': False, **changes})
+    one_line(error, *needles)
+
+
+def test_bad_models_and_images_are_told_in_one_line(model, pictures, tiny_folder, tmp_path, one_line):
+    pixels, names = pictures(24)
+    (tmp_path / 'empty').mkdir()
+    for wrong, needles in (
+        (7, ['int', 'timm model']),
+        (torch.nn.Conv2d(3, 3, 1), ['Conv2d']),
+        (tiny_folder, [tiny_folder, 'no timm model']),
+        (tmp_path / 'empty', ['empty', 'no timm model']),
+        ('resnet81', ['resnet81', 'resnet18']),
+    ):
+        with pytest.raises(InputError) as error:
+            finetune(wrong, pixels, names, progress=False)
+        one_line(error, *needles)
+    with pytest.raises(NotFoundError) as missing:
+        finetune(tmp_path / 'nowhere', pixels, names, progress=False)
+    one_line(missing, 'nowhere', 'predict --out')
+    for labels, needles in ((None, ['labelled']), (['cup'] * 24, ['one class', 'cup'])):
+        with pytest.raises(InputError) as error:
+            finetune(model, pixels, labels, progress=False)
+        one_line(error, *needles)
+
+
+def test_a_loss_that_is_not_finite_ends_it(model, pictures, one_line):
+    with torch.no_grad():
+        model.conv1[0].weight.fill_(np.nan)
+    with pytest.raises(FloatingPointError) as error:
+        finetune(model, *pictures(24), epochs=2, progress=False)
+    one_line(error, 'epoch 1', 'features')
