@@ -16,6 +16,7 @@ HUB = Path(__file__).parent
 PAPER = {
     ('resnet18.fashion_set', 'results'): '96.24',
     ('resnet18.mixed', 'results'): '73.33',
+    ('resnet18.mixed', 'results.fashion-set'): '96.24',
 }
 HEAD = """# Hypernetworks
 
@@ -73,7 +74,7 @@ def row(folder: str, protocol: str, result: dict[str, Any]) -> str:
         cell(result.get('conditioning_gain_over_other_domain'), signed=True),
         cell(result.get('gain_over_plain'), signed=True),
         scratch(result),
-        PAPER.get((folder, protocol), '-'),
+        PAPER.get((folder, f'results.{protocol}' if protocol != 'results' else protocol), '-'),
     ]
     return f'| {" | ".join(cells)} |'
 

@@ -73,11 +73,17 @@ def predict(name: str, side: InputConfig | None) -> str:
             if layer.key in found:
                 torch.testing.assert_close(found[layer.key], weights[layer.key], rtol=1e-4, atol=1e-6)
         together = model(images)
-        alone = torch.cat([model(image[None]) for image in images[:2]])
-    assert together.isfinite().all(), 'an output is not finite'
-    scale = float(together.abs().max()) + 1e-6
-    assert float((alone - together[:2]).abs().max()) < 1e-2 * scale, 'the answer for an image depends on its batch'
+        assert together.isfinite().all(), 'an output is not finite'
+        if depends_on_batch(model, images, together):  # deep networks with new weights can blow up mere rounding
+            assert not depends_on_batch(model.double(), images.double()), 'the answer for an image depends on its batch'
     return f'predicted at {size[1]}x{size[2]}'
+
+
+def depends_on_batch(model: nn.Module, images: torch.Tensor, together: torch.Tensor | None = None) -> bool:
+    """Whether the answers for images change, by more than 1 % of the largest, when they are asked one by one."""
+    together = model(images) if together is None else together
+    alone = torch.cat([model(image[None]) for image in images[:2]])
+    return float((alone - together[:2]).abs().max()) > 1e-2 * float(together.abs().max() + 1e-6)
 
 
 def row_of(name: str) -> dict:

@@ -921,3 +921,44 @@ def test_the_first_line_of_the_readme_reaches_85_percent(work):
     assert float(found[1]) > 85, result.stdout
     assert int(found[3]) == 60
     assert timm.create_model('local-dir:fashion-model', pretrained=True).num_classes == 4
+
+
+# Plans and what is known of hypernetworks
+
+
+def test_info_shows_the_plan_of_an_architecture():
+    text = succeeds('info', 'test_resnet', '--generator', 'residual', '--sketch-width', '16').output
+    for needle in (
+        '372,688 weights',
+        '15 predicted',
+        '99.4% predicted',
+        'residual:',
+        'MB of memory',
+        'ms on this machine',
+    ):
+        assert needle in text, (needle, text)
+    text = succeeds('info', 'convnext_atto', '--model-kwargs', 'conv_mlp=true', '--generator', 'residual').output
+    assert '% predicted' in text
+
+
+def test_info_tells_what_a_hypernetwork_is(tiny_folder):
+    text = succeeds('info', tiny_folder).output
+    for needle in ('test_resnet', '3x32x32', 'not measured', 'weights without the classifier'):
+        assert needle in text, (needle, text)
+    assert 'resnet18.fashion_set' in succeeds('info', 'resnet18.fashion_set').output
+
+
+@pytest.mark.parametrize(
+    ('words', 'needles'),
+    [
+        (['resnet81'], ["'resnet81'", 'resnet18']),
+        (['resnet18.nothing'], ['resnet18.nothing']),
+        (['convnext_atto'], ['convnext_atto', 'conv_mlp=True']),
+        (['resnet18', '--model-kwargs', 'depth'], ['depth', 'KEY=VALUE']),
+        (['resnet18', '--model-kwargs', 'depth=3'], ['resnet18', 'depth']),
+        (['resnet18', '--generator', 'papr'], ["'papr'", 'paper']),
+        (['resnet18', '--sketch-width', '0'], ['sketch_width', '0']),
+    ],
+)
+def test_info_says_what_is_wrong_in_one_line(words, needles):
+    fails('info', *words, needles=needles)

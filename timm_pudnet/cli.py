@@ -651,32 +651,45 @@ def compare(
 
 
 @main.command()
-@click.argument('model_name')
+@click.argument('name')
 @click.option('--generator', default='auto', show_default=True, help='Kind of weight generator.')
 @click.option('--predict-norm', is_flag=True, help="Predict the norms' affine parameters too.")
 @click.option('--predict-linear', is_flag=True, help='Predict Linear layers inside blocks too, as 1x1 convs.')
 @click.option('--sketch-width', default=128, show_default=True, help='Width of the dataset sketch.')
 @click.option('--model-kwargs', multiple=True, metavar='KEY=VALUE', help="An argument of timm's, conv_mlp=true say.")
 def info(
-    model_name: str,
+    name: str,
     generator: str,
     predict_norm: bool,
     predict_linear: bool,
     sketch_width: int,
     model_kwargs: tuple[str, ...],
 ) -> None:
-    """Show what a hypernetwork for a timm architecture would be: its plan, nothing is made."""
-    from timm_pudnet.hub import list_hypernets
+    """Show what a hypernetwork for the timm architecture NAME would be, or what the hypernetwork NAME is."""
+    from timm_pudnet.hub import describe_hypernet, list_hypernets
     from timm_pudnet.hypernet import copy_speed, plan_hypernet
 
-    plan = plan_hypernet(
-        model_name,
-        generator=generator,
-        predict_norm=predict_norm,
-        predict_linear=predict_linear,
-        sketch_width=sketch_width,
-        model_kwargs=dict(map(_key_value, model_kwargs)),
-    )
+    if re.search(r'[./:]', name) or Path(name).is_dir():  # no name of an architecture
+        found = describe_hypernet(name)
+        click.echo(f'Hypernet   {found}')
+        if found.config is None:
+            return
+        config, model_name = found.config, found.model_name
+        click.echo(f'Seen       {len(config.class_names)} classes: {_some(config.class_names)}')
+        click.echo(f'Input      {"x".join(map(str, config.input.input_size))}, mean {config.input.mean}')
+        click.echo(f'Training   {", ".join(f"{key} {value}" for key, value in config.training.items()) or "not told"}')
+        values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        plan = plan_hypernet(**values)
+    else:
+        model_name = name
+        plan = plan_hypernet(
+            model_name,
+            generator=generator,
+            predict_norm=predict_norm,
+            predict_linear=predict_linear,
+            sketch_width=sketch_width,
+            model_kwargs=dict(map(_key_value, model_kwargs)),
+        )
     target, weights = plan.target, max(1, plan.weights)
     shares = {role: target.numel(role) / weights for role in ('predicted', 'shared')}
     moved = 4 * (plan.parameters + plan.weights)
@@ -694,7 +707,7 @@ def info(
         f'Predicting about {plan.memory_bytes / 1e6:,.0f} MB of memory beside images and activations; its bytes move '
         f'in {1e3 * moved / copy_speed():.0f} ms on this machine, beside one forward pass over the images'
     )
-    serving = [name for name, config in list_hypernets().items() if config.model_name == model_name]
+    serving = [key for key, known in list_hypernets().items() if known.model_name == model_name]
     click.echo(f'At hand    {", ".join(serving) or "no hypernetwork; timm-pudnet train makes one from a recipe"}')
 
 
