@@ -937,7 +937,7 @@ def test_info_shows_the_plan_of_an_architecture():
         'ms on this machine',
     ):
         assert needle in text, (needle, text)
-    text = succeeds('info', 'convnext_atto', '--model-kwargs', 'conv_mlp=true', '--generator', 'residual').output
+    text = succeeds('info', 'convnext_tiny', '--model-kwargs', 'conv_mlp=true', '--generator', 'residual').output
     assert '% predicted' in text
 
 
@@ -953,7 +953,7 @@ def test_info_tells_what_a_hypernetwork_is(tiny_folder):
     [
         (['resnet81'], ["'resnet81'", 'resnet18']),
         (['resnet18.nothing'], ['resnet18.nothing']),
-        (['convnext_atto'], ['convnext_atto', 'conv_mlp=True']),
+        (['convnext_tiny'], ['convnext_tiny', 'conv_mlp=True']),
         (['resnet18', '--model-kwargs', 'depth'], ['depth', 'KEY=VALUE']),
         (['resnet18', '--model-kwargs', 'depth=3'], ['resnet18', 'depth']),
         (['resnet18', '--generator', 'papr'], ["'papr'", 'paper']),

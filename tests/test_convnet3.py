@@ -62,7 +62,7 @@ def test_all_convs_are_predicted():
     spec = timm_pudnet.describe_target('convnet3')
     assert [layer.key for layer in spec.layers] == [f'block{number}.conv.weight' for number in (1, 2, 3)]
     assert spec.layers[2].shape == (256, 128, 3, 3)
-    assert (spec.classifier, spec.num_features, spec.in_chans) == ('head.fc', 256, 3)
+    assert (spec.classifiers, spec.num_features, spec.in_chans) == (('head.fc',), 256, 3)
     assert spec.predicted_share > 0.99
     assert set(spec.keys('shared')) == {f'block{n}.bn.{name}' for n in (1, 2, 3) for name in ('weight', 'bias')}
     assert timm_pudnet.describe_target('convnet3', in_chans=1, **SMALL).layers[0].shape == (4, 1, 3, 3)

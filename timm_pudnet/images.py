@@ -14,6 +14,7 @@ import operator
 import os
 import re
 import threading
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,7 @@ _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # the weights of PIL'
 _quiet_lock = threading.Lock()
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 _PART = 16  # images that a thread decodes at a time
+_SMALL = 5e-4  # seconds for an image, below which threads only wait for each other
 
 
 class ImageSource:
@@ -266,7 +268,7 @@ class ImageSource:
         return (torch.stack(pixels) if pixels else torch.empty(0)), kept
 
     def _read(self, images: list[Any], names: list[str]) -> list[Tensor | Exception]:
-        """Every image, or what went wrong with it; on all cores, since PIL works without Python's lock."""
+        """Every image, or what went wrong with it; large ones on all cores, since PIL works without Python's lock."""
 
         def read(part: slice) -> list[Tensor | Exception]:
             found: list[Tensor | Exception] = []
@@ -277,12 +279,14 @@ class ImageSource:
                     found.append(error)
             return found
 
-        parts = [slice(start, start + _PART) for start in range(0, len(images), _PART)]
         with _quiet():
-            if len(parts) < 2 or _CORES < 2:
-                return read(slice(None))
+            started = time.perf_counter()
+            found = read(slice(_PART))
+            if time.perf_counter() - started < _PART * _SMALL or _CORES < 2:
+                return found + read(slice(_PART, None))
+            parts = [slice(start, start + _PART) for start in range(_PART, len(images), _PART)]
             with ThreadPoolExecutor(_CORES) as pool:
-                return list(itertools.chain.from_iterable(pool.map(read, parts)))
+                return found + list(itertools.chain.from_iterable(pool.map(read, parts)))
 
     def _labels_of(self, rows: range, read_labels: Any, kept: list[int]) -> Tensor | None:
         if not self.labelled:
