@@ -50,7 +50,7 @@ def median_seconds(function, runs=21):
 def steered(name, model_kwargs):
     """A residual hypernetwork in which nothing is zero, so that no work can be left out."""
     hypernet = timm_pudnet.PudNet.for_target(
-        name, generator='residual', sketch_width=64, model_kwargs=model_kwargs, predict_norm=True
+        name, generator='residual', sketch_width=64, model_kwargs=model_kwargs
     ).eval()
     for parameter in hypernet.parameters():
         if not parameter.any():
