@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from timm_pudnet.config import DamagedFileError, InputConfig, InputError, PudNetWarning
 from timm_pudnet.hypernet import PudNet
 from timm_pudnet.training import Augmentation, Data, ImageBank, LossWeights, meta_train, train_plain
+from timm_pudnet.training import run as engine
 
 loop = importlib.import_module('timm_pudnet.training.meta_train')  # the package's name for it is the function
 
@@ -46,7 +47,7 @@ def run(train, recipe, folder, bank, **kwargs):
 def assert_same_run(folder, weights, other_folder, other_weights):
     assert_close(weights, other_weights, rtol=0, atol=0)
     assert (folder / 'log.jsonl').read_text() == (other_folder / 'log.jsonl').read_text()
-    tensors, others = (safetensors.torch.load_file(path / loop.CHECKPOINT_NAME) for path in (folder, other_folder))
+    tensors, others = (safetensors.torch.load_file(path / engine.CHECKPOINT_NAME) for path in (folder, other_folder))
     assert_close(tensors, others, rtol=0, atol=0)
 
 
@@ -59,7 +60,7 @@ def mean(entries, name):
 
 def test_the_rate_rises_then_falls_to_nearly_zero(make_recipe):
     recipe = make_recipe(schedule={'rate': 1.0, 'warmup': 0.2})
-    rates = [loop.rate_at(step, 100, recipe) for step in range(100)]
+    rates = [engine.rate_at(step, 100, recipe) for step in range(100)]
     assert_close(rates[:20], [(step + 1) / 20 for step in range(20)])
     assert rates[20:] == sorted(rates[20:], reverse=True)
     assert_close(rates[60], 0.5, rtol=0, atol=1e-6)
@@ -270,7 +271,7 @@ def test_sgd_trains_what_ordinary_training_would_and_adamw_the_rest(generator, m
     assert all(p.ndim <= 1 for p in sgd.param_groups[1]['params'])
     assert all(group['nesterov'] and group['momentum'] == 0.9 for group in sgd.param_groups)
     list(run_of.steps(3))
-    share = loop.rate_at(2, 4, recipe)
+    share = engine.rate_at(2, 4, recipe)
     assert [o.param_groups[0]['lr'] for o in run_of.optimizers] == pytest.approx([0.1 * share, 2e-3 * share])
     assert run_of.log[-1]['rate'] == pytest.approx(0.1 * share)
 
@@ -465,12 +466,12 @@ def test_a_run_stopped_at_any_rename_of_a_file_ends_as_if_it_had_not(rename, mak
             run(meta_train, recipe, tmp_path / 'stopped', bank, checkpoint_seconds=0)
     again = run(meta_train, recipe, tmp_path / 'stopped', bank)
     assert_same_run(tmp_path / 'straight', straight, tmp_path / 'stopped', again)
-    assert (tmp_path / 'stopped' / loop.PLOT_NAME).is_file()
+    assert (tmp_path / 'stopped' / engine.PLOT_NAME).is_file()
 
 
 def test_a_checkpoint_is_written_at_its_times_and_at_the_end(make_recipe, bank, tmp_path, monkeypatch):
-    saved, save = [], loop._Run.save
-    monkeypatch.setattr(loop._Run, 'save', lambda self, path: (saved.append(self.step), save(self, path)))
+    saved, save = [], engine.Run.save
+    monkeypatch.setattr(engine.Run, 'save', lambda self, path: (saved.append(self.step), save(self, path)))
     run(meta_train, make_recipe(3), tmp_path / 'seldom', bank, checkpoint_seconds=1000)
     run(meta_train, make_recipe(3), tmp_path / 'often', bank, checkpoint_seconds=0)
     assert saved == [3, 1, 2, 3]
@@ -487,13 +488,13 @@ def test_a_checkpoint_of_another_recipe_or_kind_is_refused(make_recipe, bank, tm
     for train, recipe in others:
         with pytest.raises(InputError) as error:
             run(train, recipe, tmp_path, bank)
-        one_line(error, tmp_path / loop.CHECKPOINT_NAME, 'another recipe')
+        one_line(error, tmp_path / engine.CHECKPOINT_NAME, 'another recipe')
 
 
 @pytest.mark.parametrize('keep', [0.0, 0.5, 0.999])
 def test_a_truncated_checkpoint_is_refused_in_one_line(keep, make_recipe, bank, tmp_path, one_line):
     run(meta_train, make_recipe(), tmp_path, bank, max_steps=1)
-    path = tmp_path / loop.CHECKPOINT_NAME
+    path = tmp_path / engine.CHECKPOINT_NAME
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
     with pytest.raises(DamagedFileError) as error:
         run(meta_train, make_recipe(), tmp_path, bank)
@@ -525,10 +526,10 @@ def test_a_save_that_fails_midway_leaves_the_earlier_checkpoint(make_recipe, ban
 def test_a_full_disk_leaves_the_earlier_checkpoint(make_recipe, bank, tmp_path, full_disk):
     """For native code too: no file can grow past 8 kB."""
     run(meta_train, make_recipe(), tmp_path, bank, max_steps=1)
-    before = (tmp_path / loop.CHECKPOINT_NAME).read_bytes()
-    with full_disk(), pytest.raises(OSError, match=loop.CHECKPOINT_NAME + '|large|written'):
+    before = (tmp_path / engine.CHECKPOINT_NAME).read_bytes()
+    with full_disk(), pytest.raises(OSError, match=engine.CHECKPOINT_NAME + '|large|written'):
         run(meta_train, make_recipe(), tmp_path, bank, max_steps=2)
-    assert (tmp_path / loop.CHECKPOINT_NAME).read_bytes() == before
+    assert (tmp_path / engine.CHECKPOINT_NAME).read_bytes() == before
     run(meta_train, make_recipe(), tmp_path, bank, max_steps=2)
     assert len(log_of(tmp_path)) == 2
 
@@ -586,7 +587,7 @@ def test_a_skipped_step_stands_in_the_log_and_in_the_warnings(how, make_recipe, 
     assert len(caught) == 2
     assert [entry.get('skipped') for entry in log_of(tmp_path)] == [None, 1.0, 1.0, None]
     assert all(value.isfinite().all() for value in weights.values())
-    with Image.open(tmp_path / loop.PLOT_NAME) as image:
+    with Image.open(tmp_path / engine.PLOT_NAME) as image:
         assert image.format == 'PNG'
 
 
@@ -603,13 +604,13 @@ def test_ten_such_steps_in_a_row_stop_the_run_and_nothing_of_them_is_saved(
 ):
     recipe = make_recipe(30)
     run(meta_train, recipe, tmp_path, bank, max_steps=2)
-    before = safetensors.torch.load_file(tmp_path / loop.CHECKPOINT_NAME)
+    before = safetensors.torch.load_file(tmp_path / engine.CHECKPOINT_NAME)
     break_losses(monkeypatch, range(1000), how)
     with pytest.warns(PudNetWarning, match='skipped') as caught:
         with pytest.raises(FloatingPointError, match=r'step 11: .*10 such steps'):
             run(meta_train, recipe, tmp_path, bank, checkpoint_seconds=0)
     assert len(caught) == 9
-    after = safetensors.torch.load_file(tmp_path / loop.CHECKPOINT_NAME)
+    after = safetensors.torch.load_file(tmp_path / engine.CHECKPOINT_NAME)
     assert_close(after, before, rtol=0, atol=0)
 
 
@@ -632,21 +633,26 @@ def test_log_events_and_figure_tell_the_same_run(make_recipe, bank, tmp_path):
     accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
     recipe = make_recipe(5, groups={'sketch_groups': 2, 'sketch_images': 2})
     run(meta_train, recipe, tmp_path, bank, max_steps=3)
-    assert not (tmp_path / loop.PLOT_NAME).exists()  # it is drawn at the end
+    assert not (tmp_path / engine.PLOT_NAME).exists()  # it is drawn at the end
     run(meta_train, recipe, tmp_path, bank)
     log = log_of(tmp_path)
     terms = ['metric', 'full', 'consistency', 'sketch']
     assert [list(entry) for entry in log] == [['step', 'rate', *terms]] * 5
-    assert [entry['rate'] for entry in log] == pytest.approx([2e-3 * loop.rate_at(k, 5, recipe) for k in range(5)])
+    assert [entry['rate'] for entry in log] == pytest.approx([2e-3 * engine.rate_at(k, 5, recipe) for k in range(5)])
     events = accumulator.EventAccumulator(str(tmp_path / 'board')).Reload()
     assert sorted(events.Tags()['scalars']) == sorted(f'loss/{name}' for name in terms)
     for name in terms:
         found = events.Scalars(f'loss/{name}')
         assert [event.step for event in found] == [1, 2, 3, 4, 5]
         assert [event.value for event in found] == pytest.approx([entry[name] for entry in log], rel=1e-5)
-    with Image.open(tmp_path / loop.PLOT_NAME) as image:
+    with Image.open(tmp_path / engine.PLOT_NAME) as image:
         assert image.format == 'PNG'
-    assert {path.name for path in tmp_path.iterdir()} == {loop.CHECKPOINT_NAME, loop.LOG_NAME, loop.PLOT_NAME, 'board'}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        engine.CHECKPOINT_NAME,
+        engine.LOG_NAME,
+        engine.PLOT_NAME,
+        'board',
+    }
 
 
 def test_without_a_folder_nothing_is_written(make_recipe, bank, tmp_path, monkeypatch, nothing_written):

@@ -1,6 +1,7 @@
 """Predicts the weights of timm's convolutional networks for images that they have never seen (PudNet)."""
 
-import timm_pudnet.convnet3  # noqa: F401  (registers the architecture convnet3 with timm)
+import timm_pudnet.convnet3
+import timm_pudnet.denoising.unet  # noqa: F401  (registers blindspot_unet)
 from timm_pudnet.config import (
     DamagedFileError,
     HubError,

@@ -15,15 +15,13 @@ Dimension letters: `n` images, `c` channels, `h w` height and width.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-import timm
 from timm.layers.classifier import ClassifierHead
-from timm.models import build_model_with_cfg, generate_default_cfgs, model_entrypoint, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
-from timm_pudnet.config import PudNetWarning
+from timm_pudnet.target import register_architecture
 
 __all__ = ['ConvNet3']
 
@@ -147,17 +145,4 @@ def convnet3(pretrained: bool = False, **kwargs: Any) -> ConvNet3:
     return build_model_with_cfg(ConvNet3, 'convnet3', pretrained, feature_cfg={'out_indices': (0, 1, 2)}, **kwargs)
 
 
-def _register() -> None:
-    """Adds the architecture to timm once; a network of that name that is not ours stays, with a warning."""
-    if not timm.is_model('convnet3'):
-        register_model(convnet3)
-    elif model_entrypoint('convnet3').__module__ != __name__:
-        warnings.warn(
-            f"timm's convnet3 is that of {model_entrypoint('convnet3').__module__}, not the one of timm-pudnet: "
-            'hypernetworks made for this one will not fit it',
-            PudNetWarning,
-            stacklevel=2,
-        )
-
-
-_register()
+register_architecture(convnet3)

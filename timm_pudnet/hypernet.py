@@ -233,6 +233,13 @@ class PudNet(nn.Module):
         """The buffer that holds a norm statistic of the target, over all groups seen in training."""
         return self.norm_statistics.get_buffer(_slashed(key))
 
+    @torch.no_grad()
+    def take_statistics(self, target: nn.Module) -> None:
+        """Takes over the norm statistics that a model of the target has gathered in training."""
+        buffers = dict(target.named_buffers())
+        for key in self.target.keys('calibrated'):
+            self.statistics(key).copy_(buffers[key])
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""

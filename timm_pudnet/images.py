@@ -372,14 +372,14 @@ def open_images(
         images = _timm_dataset(images, data_dir, split, input.input_size[0])
     elif isinstance(images, (str, os.PathLike)):
         where = os.fspath(images)
-        images, names, found_labels, class_names = _scan_folder(where)
+        images, names, found_labels, class_names = scan_folder(where)
     elif isinstance(images, Image.Image):
         raise InputError('one PIL image: pass a list of images, or the folder that holds them')
     elif isinstance(images, (np.ndarray, Tensor)):
         where = 'array' if isinstance(images, np.ndarray) else 'tensor'
         _refuse_single(images, labels)
         if len(images):
-            _to_bchw(images[:1], where)  # so that a wrong type or shape is an error here, not at the first batch
+            to_bchw(images[:1], where)  # so that a wrong type or shape is an error here, not at the first batch
     elif isinstance(images, (list, tuple)):
         where = 'list'
         for index, image in enumerate(images):
@@ -464,7 +464,7 @@ class _Preprocess:
 
     def arrays(self, value: np.ndarray | Tensor, names: Sequence[str]) -> Tensor:
         """Arrays or tensors of one size as `[b, c, h, w]`: uint8 for uint8, float32 in 0-1 for floats."""
-        x = _to_bchw(value, names[0])
+        x = to_bchw(value, names[0])
         if x.dtype != torch.uint8:
             _check_range(x, names)
             x = self._adapt_channels(x)
@@ -531,7 +531,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
 
 
-def _to_bchw(value: np.ndarray | Tensor, name: str) -> Tensor:
+def to_bchw(value: np.ndarray | Tensor, name: str) -> Tensor:
     """Arrays `[b, h, w]`, `[b, h, w, c]` or tensors `[b, h, w]`, `[b, c, h, w]` as uint8 or float32 `[b, c, h, w]`."""
     is_array = isinstance(value, np.ndarray)
     dtype = value.dtype.name if is_array else str(value.dtype).removeprefix('torch.')
@@ -604,7 +604,7 @@ def _name_some(entries: Sequence[tuple[str, str]]) -> str:
     return ', '.join(f'{name} ({reason})' for name, reason in entries[:3]) + (', ...' if len(entries) > 3 else '')
 
 
-def _scan_folder(root: str) -> tuple[list[str], list[str], Tensor | None, tuple[str, ...] | None]:
+def scan_folder(root: str) -> tuple[list[str], list[str], Tensor | None, tuple[str, ...] | None]:
     """Paths, names relative to the folder, labels and class names; the last two are None for a flat folder."""
     parent, name = os.path.split(os.path.abspath(root))
     if not os.path.exists(root):

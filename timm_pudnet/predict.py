@@ -255,7 +255,7 @@ def _predict(
         weights = network(sketch.result())
     taken_apart = bool(timm_kwargs.get('features_only'))  # timm wraps such a model; it is calibrated whole before
     adapting = {key: value for key, value in timm_kwargs.items() if not (taken_apart and key in _NOT_OF_TARGET)}
-    model = _build(network, spec, weights, num_classes, source.class_names, adapting).to(device)
+    model = build_model(network, spec, weights, num_classes, source.class_names, adapting).to(device)
     classifiers = [model.get_submodule(name) for name in spec.classifiers] if num_classes else []
 
     def features(images: Tensor) -> list[Tensor]:
@@ -308,7 +308,7 @@ def _predict(
                 if classifier.bias is not None:
                     classifier.bias.copy_(bias)
     if taken_apart:
-        model = _build(network, spec, model.state_dict(), 0, None, timm_kwargs).to(device)
+        model = build_model(network, spec, model.state_dict(), 0, None, timm_kwargs).to(device)
     return model.eval()
 
 
@@ -337,7 +337,7 @@ def _rows(classifier: nn.Module, features: Tensor) -> Tensor:
     return features
 
 
-def _build(
+def build_model(
     network: PudNet,
     spec: TargetSpec,
     weights: dict[str, Tensor],

@@ -9,15 +9,17 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, cast
 
 import timm
 import torch
 from timm.layers.cond_conv2d import CondConv2d
+from timm.models import model_entrypoint, register_model
 from torch import nn
 
-from timm_pudnet.config import InputError, UnsupportedTargetError, close_names
+from timm_pudnet.config import InputError, PudNetWarning, UnsupportedTargetError, close_names
 
 Role = Literal['predicted', 'shared', 'calibrated', 'classifier']
 MIN_PREDICTED = 0.5
@@ -335,3 +337,17 @@ def batch_norms(model: nn.Module) -> Iterable[tuple[str, nn.modules.batchnorm._N
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             yield name, module
+
+
+def register_architecture(entrypoint: Callable[..., nn.Module]) -> None:
+    """Adds an architecture to timm once; a network of that name that is not ours stays, with a warning."""
+    name = entrypoint.__name__
+    if not timm.is_model(name):
+        register_model(entrypoint)
+    elif model_entrypoint(name).__module__ != entrypoint.__module__:
+        warnings.warn(
+            f"timm's {name} is that of {model_entrypoint(name).__module__}, not the one of timm-pudnet: "
+            'hypernetworks made for this one will not fit it',
+            PudNetWarning,
+            stacklevel=3,
+        )

@@ -50,6 +50,47 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Denoising:
+    """What a denoiser learns from: groups of noisy patches, each group with noise of its own (paper IV-D).
+
+    Args:
+        kinds: Of noise, one drawn for each group: `gaussian`, `poisson`, or `own` for images that are noisy already.
+        least: Smallest standard deviation of the noise, for pixels in 0-1; levels are drawn evenly on a log scale.
+        most: Largest one. Of Poisson noise it is that of a grey of 0.5.
+        clipped: Share of the groups whose noisy pixels are clipped to 0-1, as a file does it.
+        grey: Share of the groups that are seen in grey, with noise alike in all channels.
+        patch: Side of a patch in pixels; images that are smaller in a direction give smaller ones.
+        per_group: Patches of a group.
+        per_step: Groups in an optimiser step.
+
+    Raises:
+        InputError: A value is out of range.
+    """
+
+    kinds: tuple[str, ...] = ('gaussian', 'poisson')
+    least: float = 0.02
+    most: float = 0.8
+    clipped: float = 0.25
+    grey: float = 0.25
+    patch: int = 64
+    per_group: int = 8
+    per_step: int = 4
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.kinds) - {'gaussian', 'poisson', 'own'})
+        if unknown or not self.kinds:
+            raise InputError(f'kinds must name gaussian, poisson or own, got {", ".join(unknown) or "none"}')
+        if not 0 < self.least <= self.most < math.inf:
+            raise InputError(f'least and most must be above zero and in this order, got {self.least} and {self.most}')
+        for name in ('clipped', 'grey'):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f'{name} must be a share in 0-1, got {getattr(self, name)}')
+        for name, least in (('patch', 8), ('per_group', 1), ('per_step', 1)):
+            if getattr(self, name) < least:
+                raise InputError(f'{name} must be at least {least}, got {getattr(self, name)}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LossWeights:
     """Weights of the terms of the loss; the paper has 1 for its three (eq. 11). 0 leaves a term out (its ablations).
 
@@ -125,6 +166,8 @@ class Recipe:
         augmentation: Random changes of every image.
         losses: Weights of the terms of the loss.
         schedule: How long and how fast.
+        denoising: Where given, the target is a denoiser (`blindspot_unet`): groups are of noisy patches, as this says,
+            and what is above of groups, augmentation and losses is not used.
         start: Folder of a model of the target in timm's format, of a plain training for instance, or the name of timm's
             own pretrained weights (`resnet50.a1_in1k`): what the hypernetwork predicts at first, whatever the images,
             and what the control starts from.
@@ -137,12 +180,19 @@ class Recipe:
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     losses: LossWeights = dataclasses.field(default_factory=LossWeights)
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    denoising: Denoising | None = None
     start: str = ''
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.data:
             raise InputError('data: a recipe needs at least one set of images')
+        if self.denoising is not None:
+            for name, default in (('groups', Groups()), ('augmentation', Augmentation()), ('losses', LossWeights())):
+                if getattr(self, name) != default:
+                    raise InputError(f'[{name}] is not used where there is [denoising]: remove one of them')
+            if self.start:
+                raise InputError('start is not used where there is [denoising]: remove it')
         weigh = self.losses
         if not (weigh.metric or weigh.full or weigh.consistency or self.groups.sketch_groups):
             raise InputError('losses: the sketch alone has a weight, but groups: sketch_groups is 0')
@@ -182,7 +232,13 @@ class Recipe:
             raise InputError(f'{where}: data needs at least one set of images')
         sets = values['data'] if isinstance(values['data'], list | tuple) else [values['data']]
         values['data'] = tuple(_build(Data, one, f'{where}: [data]') for one in sets)
-        tables = {'groups': Groups, 'augmentation': Augmentation, 'losses': LossWeights, 'schedule': Schedule}
+        tables = {
+            'groups': Groups,
+            'augmentation': Augmentation,
+            'losses': LossWeights,
+            'schedule': Schedule,
+            'denoising': Denoising,
+        }
         for name, kind in tables.items():
             if name in values:
                 values[name] = _build(kind, values[name], f'{where}: [{name}]')
@@ -191,6 +247,13 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON can hold it."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that one optimiser step shows the target; patches, of a denoiser."""
+        if self.denoising is not None:
+            return self.denoising.per_group * self.denoising.per_step
+        return self.groups.images_per_step
 
     @property
     def digest(self) -> str:

@@ -1,0 +1,152 @@
+"""A denoiser predicted for noisy images: their sketch in, an ordinary timm model out; no clean image, no training.
+
+Dimension letters: `n` images, `c h w` an image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from timm_pudnet.adapt import calibrate
+from timm_pudnet.config import InputError
+from timm_pudnet.denoising.pictures import list_pictures, read_picture
+from timm_pudnet.hub import resolve_hypernet
+from timm_pudnet.hypernet import PudNet, usable_device
+from timm_pudnet.images import to_bchw
+from timm_pudnet.predict import build_model
+
+MOST_PATCHES = 128  # of all images: enough for sketch and norm statistics, whose means are over all their pixels
+LEAST_SIDE = 8
+
+
+def predict_denoiser(
+    images: Any,
+    *,
+    hypernet: PudNet | str | os.PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+) -> nn.Module:
+    """Predicts a denoiser for noisy images that come without clean ones (paper section IV-D).
+
+    All images should have the same kind and level of noise; one image is enough. They are not resized: patches of at
+    most 128 of them, as they are, give the sketch and calibrate the norm statistics.
+
+    Args:
+        images: A folder (with all its subfolders), a file, a list of paths, PIL images, arrays `[h, w, c]` or tensors
+            `[c, h, w]` of any sizes; an array `[n, h, w, c]` or tensor `[n, c, h, w]`. Pixels are uint8, uint16 (arrays),
+            or floats where black is 0 and white is 1; noisy floats may go beyond. Alpha is left out.
+        hypernet: A `PudNet`, its folder, its name, or `org/name@revision` on the Hub; by default the one that serves
+            `blindspot_unet`.
+        device: Where to predict; by default CUDA where there is one. The model is returned there.
+
+    Returns:
+        A timm model in eval mode: float images `[n, c, h, w]` of any size in, denoised ones out, both with black 0 and
+        white 1. `denoise` runs it over one image of any size in tiles.
+
+    Raises:
+        InputError: The images cannot be read, or there are none.
+        NotFoundError: A file, folder or hypernetwork is not there.
+        UnsupportedTargetError: The hypernetwork was made for another architecture.
+
+    Example:
+        >>> model = predict_denoiser(torch.rand(2, 3, 50, 70))
+        >>> model(torch.rand(1, 3, 33, 20)).shape
+        torch.Size([1, 3, 33, 20])
+    """
+    device = usable_device(device)
+    network = resolve_hypernet('blindspot_unet', hypernet)
+    channels, side, _ = network.config.input.input_size
+    patches = noisy_patches(images, channels, side).to(device)
+    home, modes = network.device, {module: module.training for module in network.modules()}
+    try:
+        stream = network.to(device).eval().streaming_sketch()
+        stream.add(patches)
+        return denoiser_of(network, stream.result(), patches)
+    finally:
+        network.to(home)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def denoiser_of(network: PudNet, sketch: Tensor, patches: Tensor) -> nn.Module:
+    """The denoiser that a sketch `[m]` gives, calibrated on noisy patches `[n, c, h, w]`; in eval mode."""
+    with torch.inference_mode():
+        weights = network(sketch)
+    model = build_model(network, network.target, weights, 0, None, {}).to(patches.device)
+    calibrate(model, patches, weights, prior_images=network.config.prior_images)
+    return model.eval()
+
+
+def noisy_patches(images: Any, channels: int, side: int) -> Tensor:
+    """Patches `[n, channels, s, s]` spread evenly over the images and over each of them, at most `MOST_PATCHES`.
+
+    `s` is `side`, or less where half of the images are smaller; those that are smaller still are mirrored at their
+    borders. Grey images are repeated for three channels; of colour images each channel is an image for one channel.
+    """
+    items = _items(images)
+    if not len(items):
+        raise InputError('no images: a denoiser needs at least one')
+    count = min(len(items), MOST_PATCHES)
+    chosen = [_pixels(items[number * len(items) // count], number * len(items) // count) for number in range(count)]
+    sides = sorted(min(image.shape[1:]) for image in chosen)
+    side = max(LEAST_SIDE, min(side, sides[len(sides) // 2]))
+    patches = [patch for image in chosen for patch in _patches_of(image, side, MOST_PATCHES // count)]
+    if channels == 1:
+        return torch.cat([patch[:, None] for patch in patches])[:MOST_PATCHES]
+    return torch.stack([patch.expand(channels, -1, -1) for patch in patches])
+
+
+def _items(images: Any) -> Any:
+    """Something with a length whose items are images or paths."""
+    if isinstance(images, (str, os.PathLike)):
+        return list(list_pictures(images).values())
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, (np.ndarray, Tensor)):
+        if images.ndim != 4:
+            layout = '[n, h, w, c]' if isinstance(images, np.ndarray) else '[n, c, h, w]'
+            raise InputError(f'shape {tuple(images.shape)}: pass {layout}, or a list of images')
+        return images
+    if isinstance(images, Iterable):
+        return list(images)
+    raise InputError(f'images: a {type(images).__name__}; pass a folder, a list of paths or images, an array or a tensor')
+
+
+def _pixels(image: Any, number: int) -> Tensor:
+    """One image as float32 `[c, h, w]`, 1 or 3 channels."""
+    if isinstance(image, (str, os.PathLike)):
+        return read_picture(image).pixels
+    if isinstance(image, Image.Image):
+        image = np.array(image.convert('L' if image.mode in ('1', 'L', 'LA') else 'RGB'))
+    if not isinstance(image, (np.ndarray, Tensor)):
+        raise InputError(f'images[{number}] is a {type(image).__name__}, not a path, image, array or tensor')
+    if isinstance(image, np.ndarray) and image.dtype == np.uint16:
+        image = (image / np.float32(65535)).astype(np.float32)
+    pixels = to_bchw(image[None], f'images[{number}]')[0]
+    pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+    if not pixels.isfinite().all():
+        raise InputError(f'images[{number}] has pixels that are NaN or infinite')
+    return pixels[: 1 if len(pixels) == 1 else 3]
+
+
+def _patches_of(image: Tensor, side: int, most: int) -> list[Tensor]:
+    """At most so many patches `[c, side, side]` of an image, on a grid over it."""
+    short = [max(0, side - size) for size in image.shape[1:]]
+    if any(short):
+        widths = [(0, 0)] + [(missing // 2, missing - missing // 2) for missing in short]
+        image = torch.from_numpy(np.pad(image.numpy(), widths, mode='symmetric'))
+    height, width = image.shape[1:]
+    corners = [
+        (top, left) for top in range(0, height - side + 1, side) for left in range(0, width - side + 1, side)
+    ]
+    kept = min(most, len(corners))
+    return [
+        image[:, top : top + side, left : left + side]
+        for top, left in (corners[number * len(corners) // kept] for number in range(kept))
+    ]

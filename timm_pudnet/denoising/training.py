@@ -1,0 +1,251 @@
+"""Training of denoisers: groups of noisy patches, and a hypernetwork that learns from them without a clean image.
+
+Dimension letters: `n` images, `c h w` an image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from timm_pudnet.config import InputError
+from timm_pudnet.denoising.noise import add_noise, blind_spot_loss, blind_spots
+from timm_pudnet.hypernet import PudNet
+from timm_pudnet.images import scan_folder
+from timm_pudnet.training.recipe import Data, Denoising, Recipe
+from timm_pudnet.training.run import Run, config_fields, go
+
+
+class PatchBank:
+    """Images held in memory as 8-bit pixels at their own sizes, to cut patches from.
+
+    Args:
+        images: uint8 `[c, h, w]`, all with the same channels.
+
+    Raises:
+        InputError: There are no images.
+    """
+
+    def __init__(self, images: Sequence[Tensor]) -> None:
+        if not images:
+            raise InputError('no images to cut patches from')
+        self.images = list(images)
+
+    @classmethod
+    def from_folder(cls, data: Data, channels: int) -> PatchBank:
+        """Reads the images of a folder, of the classes that a recipe names where it names any.
+
+        Raises:
+            InputError: The folder cannot be read, has no images, or lacks a class that is named.
+        """
+        paths, _, labels, names = scan_folder(data.images)
+        absent = [name for name in (*data.classes, *data.unseen) if name not in (names or ())]
+        if absent:
+            raise InputError(f'{data.images}: no class {absent[0]!r}, which the recipe names')
+        if names and labels is not None:
+            chosen = data.classes or [name for name in names if name not in data.unseen]
+            paths = [path for path, label in zip(paths, labels.tolist(), strict=True) if names[label] in chosen]
+        images = []
+        for path in paths:
+            with Image.open(path) as image:
+                pixels = np.array(image.convert('L' if channels == 1 else 'RGB'))
+            images.append(torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1).contiguous())
+        return cls(images)
+
+    def draw(self, count: int, side: int, generator: torch.Generator) -> Tensor:
+        """Patches `[n, c, side, side]` of so many images, floats in 0-1, each mirrored and turned by chance.
+
+        They are smaller where one of the images is.
+        """
+        picks = torch.randint(len(self.images), (count,), generator=generator).tolist()
+        side = min(side, *(min(self.images[pick].shape[1:]) for pick in picks))
+        patches = []
+        for pick in picks:
+            image = self.images[pick]
+            top, left = (int(torch.randint(size - side + 1, (), generator=generator)) for size in image.shape[1:])
+            turn, mirror = int(torch.randint(4, (), generator=generator)), torch.rand((), generator=generator) < 0.5
+            patch = image[:, top : top + side, left : left + side].rot90(turn, (1, 2))
+            patches.append(patch.flip(2) if mirror else patch)
+        return torch.stack(patches).float().div_(255)
+
+
+class PatchSampler:
+    """Draws groups of noisy patches; each group has a number, and is the same whenever and wherever it is drawn.
+
+    Args:
+        banks: The images, a bank for each data set.
+        how: What a group is.
+        shares: How often groups come from each bank, in any unit.
+        seed: Of all draws.
+    """
+
+    def __init__(self, banks: Sequence[PatchBank], how: Denoising, shares: Sequence[float], seed: int) -> None:
+        self.banks, self.how, self.seed = list(banks), how, seed
+        self.shares = torch.tensor(shares, dtype=torch.float64)
+
+    def draw(self, number: int) -> tuple[Tensor, torch.Generator]:
+        """Group `number`: noisy patches `[n, c, h, w]`, and the generator that goes on with it."""
+        how = self.how
+        generator = torch.Generator().manual_seed(zlib.crc32(f'{self.seed} patches {number}'.encode()))
+
+        def chance() -> float:
+            return float(torch.rand((), generator=generator))
+
+        bank = self.banks[int(torch.multinomial(self.shares, 1, generator=generator))]
+        patches = bank.draw(how.per_group, how.patch, generator)
+        kind = how.kinds[int(chance() * len(how.kinds))]
+        sigma = how.least * math.exp(chance() * math.log(how.most / how.least))
+        if chance() < how.grey:
+            noisy = add_noise(patches.mean(1, keepdim=True), kind, sigma, generator).expand_as(patches)
+        else:
+            noisy = add_noise(patches, kind, sigma, generator)
+        return (noisy.clamp(0, 1) if chance() < how.clipped else noisy), generator
+
+
+def meta_train_denoiser(
+    recipe: Recipe | str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    banks: Sequence[PatchBank] | None = None,
+    device: str | torch.device | None = None,
+    checkpoint_seconds: float = 120.0,
+    max_steps: int | None = None,
+    progress: bool = True,
+) -> PudNet:
+    """Trains a hypernetwork of denoisers by a recipe with a table `[denoising]`, from noisy images alone.
+
+    Each group of patches has noise of its own. Its sketch is that of the noisy patches, the target predicted from it
+    guesses hidden pixels (`noise.blind_spot_loss`); no clean pixel is ever compared with.
+
+    Args:
+        recipe: A recipe or the path of its file.
+        folder: As in `meta_train`.
+        banks: The images, one bank a data set of the recipe, if they are in memory already.
+        device: As in `meta_train`.
+        checkpoint_seconds: As in `meta_train`.
+        max_steps: As in `meta_train`.
+        progress: As in `meta_train`.
+
+    Returns:
+        The trained hypernetwork, in eval mode, on the CPU.
+
+    Raises:
+        InputError: The recipe, its data, or a checkpoint of another recipe.
+        FloatingPointError: As in `meta_train`.
+    """
+    run = _HypernetRun(*_read(recipe, banks), device)
+    go(run, folder, checkpoint_seconds, max_steps, progress)
+    return run.finished()
+
+
+def train_plain_denoiser(
+    recipe: Recipe | str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    banks: Sequence[PatchBank] | None = None,
+    device: str | torch.device | None = None,
+    checkpoint_seconds: float = 120.0,
+    max_steps: int | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Trains the control *plain*: the target itself, one denoiser for all noise, on the same groups of patches.
+
+    Arguments and errors as `meta_train_denoiser`.
+
+    Returns:
+        The denoiser, in eval mode, on the CPU.
+    """
+    run = _PlainRun(*_read(recipe, banks), device)
+    go(run, folder, checkpoint_seconds, max_steps, progress)
+    run.settle()
+    return run.target.cpu().eval()
+
+
+def load_patches(recipe: Recipe) -> list[PatchBank]:
+    """Reads the images of a recipe into memory, a bank a data set."""
+    channels = recipe.hypernet.input.input_size[0]
+    return [PatchBank.from_folder(data, channels) for data in recipe.data]
+
+
+def _read(
+    recipe: Recipe | str | os.PathLike[str], banks: Sequence[PatchBank] | None
+) -> tuple[Recipe, Sequence[PatchBank]]:
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    if recipe.denoising is None:
+        raise InputError('the recipe has no table [denoising]: meta_train takes recipes of classifiers')
+    return recipe, banks or load_patches(recipe)
+
+
+class _DenoiserRun(Run):
+    """A training on groups of noisy patches."""
+
+    def __init__(self, recipe: Recipe, banks: Sequence[PatchBank], device: str | torch.device | None) -> None:
+        assert recipe.denoising is not None
+        self.sampler = PatchSampler(banks, recipe.denoising, [data.share for data in recipe.data], recipe.seed)
+        super().__init__(recipe, device)
+
+    @property
+    def parts(self) -> int:
+        return self.sampler.how.per_step
+
+    def losses(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The blind-spot loss of one group."""
+        noisy, generator = self.sampler.draw(number)
+        masked, places = blind_spots(noisy, generator)
+        noisy, masked, places = (tensor.to(self.device) for tensor in (noisy, masked, places))
+        masked = masked.contiguous(memory_format=torch.channels_last)
+        weights = self.weights_of(noisy)
+        with self.mixed_precision():
+            guesses = torch.func.functional_call(self.target, weights, (masked,))
+        loss = blind_spot_loss(guesses.float(), noisy, masked, places)
+        return loss, {'blind_spot': loss}
+
+    def weights_of(self, noisy: Tensor) -> dict[str, Tensor]:
+        """The target's weights for a noisy group; none where its own are meant."""
+        return {}
+
+
+class _HypernetRun(_DenoiserRun):
+    """The target lends its forward pass and its norm statistics; its weights are those that the sketch gives."""
+
+    def build(self) -> dict[str, nn.Module]:
+        self.hypernet = PudNet.for_target(**config_fields(self.recipe.hypernet))
+        self.target.requires_grad_(False)
+        return {'hypernet': self.hypernet, 'target': self.target}
+
+    def is_ordinary(self, name: str) -> bool:
+        return name.startswith('hypernet.shared.') or name.endswith('.base')
+
+    def weights_of(self, noisy: Tensor) -> dict[str, Tensor]:
+        """Those that the sketch of the noisy patches gives."""
+        with self.mixed_precision():
+            rows = self.hypernet.encoder(noisy)
+        weights = self.hypernet(rows.mean(0))
+        for key in self.hypernet.target.keys('calibrated'):
+            del weights[key]  # batch statistics in training
+        return weights
+
+    def finished(self) -> PudNet:
+        """The hypernetwork, with the norm statistics that the target gathered over the groups."""
+        self.settle()
+        self.hypernet.take_statistics(self.target)
+        self.hypernet.config = dataclasses.replace(self.hypernet.config, training=self.cost())
+        return self.hypernet.cpu().eval()
+
+
+class _PlainRun(_DenoiserRun):
+    """The control: one target for all groups."""
+
+    def build(self) -> dict[str, nn.Module]:
+        return {'target': self.target}
+
+    def is_ordinary(self, name: str) -> bool:
+        return True

@@ -1,0 +1,141 @@
+"""The denoiser of Noise2Void, a small UNet, as the timm architecture `blindspot_unet`.
+
+Importing this module (the package does) registers it, so `timm.create_model('blindspot_unet')` and `local-dir:` folders
+of it work. It is written the way timm's own models are.
+
+The paper (section IV-D) says "a well-established convolutional blind-spot network, which is built upon the UNet
+architecture" and no more. Settled here, after Noise2Void and UNet: at each of four sizes two blocks of conv 3x3,
+BatchNorm, ReLU; max pool 2x2 between them on the way down; on the way up a block that halves the channels, nearest
+upsampling (or a transposed conv in place of both), the maps of the same size beside it, two blocks; a 1x1 conv to the
+channels of the image. The blind spot is in the training (`denoising.noise`), not in the network.
+
+Dimension letters: `n` images, `c` channels, `h w` height and width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers.conv_bn_act import ConvNormAct
+from timm.models import build_model_with_cfg, generate_default_cfgs
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timm_pudnet.target import register_architecture
+
+
+def _blocks(before: int, after: int) -> nn.Sequential:
+    return nn.Sequential(ConvNormAct(before, after, 3), ConvNormAct(after, after, 3))
+
+
+class BlindSpotUNet(nn.Module):
+    """A UNet from noisy images to clean ones of the same size.
+
+    Args:
+        num_classes: Taken for timm's sake and not used: it gives images, not classes.
+        in_chans: Channels of the images, in and out.
+        width: Channels at full size; doubled at each smaller one.
+        depth: How often the size is halved.
+        transposed: Whether a transposed conv makes maps larger, in place of a block and nearest upsampling.
+    """
+
+    def __init__(
+        self, num_classes: int = 0, in_chans: int = 3, width: int = 64, depth: int = 3, transposed: bool = False
+    ) -> None:
+        super().__init__()
+        if min(in_chans, width, depth) < 1:
+            raise ValueError(f'in_chans, width and depth must be at least 1, got {in_chans}, {width}, {depth}')
+        self.num_classes = 0
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = width
+        widths = [width * 2**level for level in range(depth + 1)]
+        self.encoder = nn.ModuleList(
+            _blocks(before, after) for before, after in zip([in_chans, *widths], widths, strict=False)
+        )
+        self.enlarge = nn.ModuleList(
+            nn.ConvTranspose2d(2 * after, after, 2, stride=2)
+            if transposed
+            else nn.Sequential(ConvNormAct(2 * after, after, 3), nn.Upsample(scale_factor=2))
+            for after in reversed(widths[:-1])
+        )
+        self.decoder = nn.ModuleList(_blocks(2 * after, after) for after in reversed(widths[:-1]))
+        self.output = nn.Conv2d(width, in_chans, 1)
+        self.multiple = 2**depth  # sizes inside are those of images padded to a multiple of it
+        # An output depends on so many pixels in each direction, at most: convs, and where a pooled pixel came from.
+        self.receptive_field = 9 * self.multiple - 7
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_in', nonlinearity='relu')
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters form a layer, for timm's layer-wise rates."""
+        return {'stem': r'^encoder\.0', 'blocks': [(r'^encoder\.(\d+)', None), (r'^(?:enlarge|decoder)\.(\d+)', (99,))]}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Part of timm's interface."""
+        assert not enable, 'gradient checkpointing is not supported'
+
+    def get_classifier(self) -> nn.Module:
+        """An `Identity`: there is no classifier."""
+        return nn.Identity()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Part of timm's interface: there is no classifier to reset."""
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The decoder's maps `[n, width, h', w']`, with sizes padded to multiples of `multiple`."""
+        height, width = x.shape[-2:]
+        x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode='replicate')
+        kept = []
+        for blocks in self.encoder:
+            x = blocks(F.max_pool2d(x, 2) if kept else x)
+            kept.append(x)
+        kept.pop()
+        for enlarge, blocks in zip(self.enlarge, self.decoder, strict=True):
+            x = blocks(torch.cat([enlarge(x), kept.pop()], 1))
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Images `[n, c, h', w']` of the decoder's maps; the maps themselves with `pre_logits`."""
+        return x if pre_logits else self.output(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Denoised images `[n, c, h, w]` of noisy ones, of any size, both with pixels of about 0-1."""
+        return self.forward_head(self.forward_features(x))[..., : x.shape[-2], : x.shape[-1]]
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'blindspot_unet': {
+            'url': '',
+            'num_classes': 0,
+            'input_size': (3, 64, 64),
+            'pool_size': None,
+            'crop_pct': 1.0,
+            'interpolation': 'bicubic',
+            'mean': (0.0, 0.0, 0.0),
+            'std': (1.0, 1.0, 1.0),
+            'first_conv': 'encoder.0.0.conv',
+            'classifier': None,
+        }
+    }
+)
+
+
+def blindspot_unet(pretrained: bool = False, **kwargs: Any) -> BlindSpotUNet:
+    """The blind-spot UNet for `timm.create_model`; `kwargs` are those of `BlindSpotUNet`.
+
+    Example:
+        >>> import timm
+        >>> timm.create_model('blindspot_unet', width=8)(torch.zeros(1, 3, 37, 50)).shape
+        torch.Size([1, 3, 37, 50])
+    """
+    if kwargs.get('features_only'):
+        raise RuntimeError('features_only is not there for blindspot_unet: forward_features gives its last maps')
+    return build_model_with_cfg(BlindSpotUNet, 'blindspot_unet', pretrained, **kwargs)
+
+
+register_architecture(blindspot_unet)

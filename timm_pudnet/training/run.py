@@ -1,0 +1,330 @@
+"""The loop of a training: steps, checkpoints that a run resumes from, log, plot; over one or several processes.
+
+A checkpoint is one safetensors file that holds the whole state of the run, so that a resumed run goes on as if it had
+never stopped. It is written beside its place and renamed, so it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import time
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from timm_pudnet.config import DamagedFileError, InputError, PudNetConfig, PudNetWarning
+from timm_pudnet.hypernet import save_tensors, target_of, usable_device, written_whole
+from timm_pudnet.target import create_feature_model
+from timm_pudnet.training.processes import Processes
+from timm_pudnet.training.recipe import Recipe
+from timm_pudnet.training.watch import Board, plot_losses
+
+CHECKPOINT_NAME = 'checkpoint.safetensors'
+LOG_NAME = 'log.jsonl'
+PLOT_NAME = 'losses.png'
+MOST_SKIPPED = 10  # steps in a row
+
+
+def go(
+    run: Run,
+    folder: str | os.PathLike[str] | None,
+    checkpoint_seconds: float,
+    max_steps: int | None,
+    progress: bool,
+) -> None:
+    """Trains a run to its end, or to `max_steps`; from the checkpoint in `folder` on, where there is one."""
+    checkpoint = Path(folder) / CHECKPOINT_NAME if folder is not None else None
+    if checkpoint is not None:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        if checkpoint.exists():
+            run.load(checkpoint)
+    main = run.processes.rank == 0
+    if checkpoint is not None and main:
+        # What a run killed while it wrote has left: our own files beside, and those of safetensors.
+        for pattern in (f'.{CHECKPOINT_NAME}.*', f'.{LOG_NAME}.*', f'.{PLOT_NAME}.*', '.tmp??????'):
+            for left in checkpoint.parent.glob(pattern):
+                left.unlink(missing_ok=True)
+    last = min(run.num_steps, max_steps or run.num_steps)
+    each = run.recipe.images_per_step
+    board = (
+        Board(checkpoint.parent / 'board', run.step) if checkpoint is not None and main and run.step < last else None
+    )
+    saved = time.monotonic()
+    bar = tqdm(
+        total=last * each, initial=run.step * each, disable=not (progress and main), unit='image', unit_scale=True
+    )
+    with bar, contextlib.ExitStack() as stack:
+        if board is not None:
+            stack.callback(board.close)
+        for losses in run.steps(last):
+            bar.update(each)
+            bar.set_postfix({name: f'{value:.3f}' for name, value in losses.items()}, refresh=False)
+            if board is not None:
+                board.add(run.step, {f'loss/{name}': value for name, value in losses.items()})
+            due = run.step == last or time.monotonic() - saved > checkpoint_seconds
+            if checkpoint is not None and due and main:
+                run.save(checkpoint)
+            if due:
+                saved = time.monotonic()
+    if checkpoint is not None and main and run.step == run.num_steps and any('skipped' not in e for e in run.log):
+        plot_losses(run.log, checkpoint.with_name(PLOT_NAME), title=run.recipe.hypernet.model_name)
+    run.processes.wait()
+
+
+def rate_at(step: int, num_steps: int, recipe: Recipe) -> float:
+    """Share of the largest rate: a linear warm-up, then a cosine down to zero."""
+    warm = max(1, round(recipe.schedule.warmup * num_steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, num_steps - warm)))
+
+
+class Run:
+    """The whole state of a training run: modules, optimisers, sampler, step, log."""
+
+    modules: dict[str, nn.Module]  # what is saved; `target` holds norm statistics, the rest is trained
+
+    def __init__(self, recipe: Recipe, device: str | torch.device | None) -> None:
+        self.recipe, self.step, self.seconds, self.skipped = recipe, 0, 0.0, 0
+        self.processes = Processes(device)
+        self.device = self.processes.device or usable_device(device)
+        self.num_steps = -(-recipe.schedule.images // recipe.images_per_step)
+        self.log: list[dict[str, float]] = []
+        if self.parts < self.processes.count:
+            raise InputError(
+                f'{self.processes.count} processes, but per_step is {self.parts}: raise it to their number or more'
+            )
+        config = recipe.hypernet
+        spec = target_of(config)  # clear errors before any work
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.seed)
+            self.target = create_feature_model(spec)
+            self.modules = {name: module.to(device=self.device).train() for name, module in self.build().items()}
+            self.target.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        named = [
+            (f'{name}.{key}', value)
+            for name, module in self.modules.items()
+            for key, value in module.named_parameters()
+            if value.requires_grad
+        ]
+        self.parameters = [value for _, value in named]
+        # Statistics of norm layers: of the target over groups, and of the sketch encoder.
+        self.statistics = [
+            buffer
+            for module in self.modules.values()
+            for part in module.modules()
+            if isinstance(part, nn.modules.batchnorm._NormBase)
+            for buffer in part.buffers()
+        ]
+        self.optimizers = self._make_optimizers(named)
+        self.average = ModelEmaV3(nn.ModuleDict(self.modules), recipe.schedule.ema) if recipe.schedule.ema else None
+
+    def _make_optimizers(self, named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
+        schedule = self.recipe.schedule
+        ordinary = [value for name, value in named if schedule.optimizer == 'adamw' or self.is_ordinary(name)]
+        chosen = {id(value) for value in ordinary}
+        others = [value for _, value in named if id(value) not in chosen]
+        groups = [
+            {'params': [p for p in ordinary if p.ndim > 1], 'weight_decay': schedule.weight_decay},
+            {'params': [p for p in ordinary if p.ndim <= 1], 'weight_decay': 0.0},
+        ]
+        if schedule.optimizer == 'adamw':
+            return [torch.optim.AdamW(groups, lr=schedule.rate, fused=True)]
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.SGD(groups, lr=schedule.rate, momentum=0.9, nesterov=True, fused=True)
+        ]
+        if others:
+            optimizers.append(torch.optim.AdamW(others, lr=schedule.sketch_rate, weight_decay=0.0, fused=True))
+        return optimizers
+
+    def is_ordinary(self, name: str) -> bool:
+        """Whether an ordinary training of the target would train this parameter."""
+        raise NotImplementedError
+
+    def build(self) -> dict[str, nn.Module]:
+        """The modules of the run by name."""
+        raise NotImplementedError
+
+    def losses(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a part of a step, and its terms by name; parts are numbered through the run."""
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> int:
+        """Parts of a step, each with a backward pass of its own."""
+        raise NotImplementedError
+
+    def steps(self, last: int) -> Iterator[dict[str, float]]:
+        """Trains up to step `last`, and gives the mean terms of the loss of every step."""
+        schedule = self.recipe.schedule
+        while self.step < last:
+            started = time.monotonic()
+            rate = rate_at(self.step, self.num_steps, self.recipe)
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group['lr'] = rate * optimizer.defaults['lr']
+            before = [buffer.clone() for buffer in self.statistics]
+            sums = self._gradients(before)
+            norm = float(nn.utils.clip_grad_norm_(self.parameters, schedule.clip))
+            entry = {'step': self.step + 1, 'rate': rate * schedule.rate, **sums}
+            if all(map(math.isfinite, [norm, *sums.values()])):
+                self.skipped = 0
+                for optimizer in self.optimizers:
+                    optimizer.step()
+            else:
+                self._skip(sums, norm, before)
+                entry = {'step': self.step + 1, 'rate': rate * schedule.rate, 'skipped': 1.0}
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            self.step += 1
+            if self.average is not None:
+                self.average.update(nn.ModuleDict(self.modules), self.step)
+            self.seconds += time.monotonic() - started
+            self.log.append(entry)
+            yield sums
+
+    def _gradients(self, before: list[Tensor]) -> dict[str, float]:
+        """Gradients of one step, and the mean terms of its loss.
+
+        Every part starts from the norm statistics `before` the step, and the mean of what they become is kept: so it
+        does not matter in which order the parts run, or in which process.
+        """
+        totals = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in self.statistics]
+        values: dict[str, Tensor] = {}
+        for part in range(self.processes.rank, self.parts, self.processes.count):
+            number = self.step * self.parts + part
+            for buffer, start in zip(self.statistics, before, strict=True):
+                buffer.copy_(start)
+            with torch.random.fork_rng([self.device] if self.device.type == 'cuda' else []):
+                # Dropout and drop path in the target draw from torch itself.
+                torch.manual_seed(zlib.crc32(f'{self.recipe.seed} target {number}'.encode()))
+                loss, terms = self.losses(number)
+                (loss / self.parts).backward()
+            for total, buffer in zip(totals, self.statistics, strict=True):
+                total.add_(buffer)
+            for name, value in terms.items():
+                values[name] = values.get(name, 0.0) + value.detach() / self.parts
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        self.processes.sum_([*gradients, *totals, *values.values()])
+        with torch.no_grad():
+            for total, buffer in zip(totals, self.statistics, strict=True):
+                buffer.copy_(total / self.parts)
+        return {name: float(value) for name, value in values.items()}
+
+    def _skip(self, sums: dict[str, float], norm: float, before: list[Tensor]) -> None:
+        """Leaves a step out whose loss or gradient is not finite; too many in a row stop the run."""
+        for buffer, start in zip(self.statistics, before, strict=True):
+            buffer.copy_(start)
+        self.skipped += 1
+        reason = f'step {self.step}: the loss is {sums}, the norm of its gradient {norm}'
+        if self.skipped >= MOST_SKIPPED:
+            raise FloatingPointError(
+                f'{reason}; {self.skipped} such steps in a row: lower the rate of the recipe. '
+                'The last checkpoint is as it was'
+            )
+        warnings.warn(f'{reason}; skipped', PudNetWarning, stacklevel=2)
+
+    def settle(self) -> None:
+        """Puts the moving average, where the recipe asks for one, in place of the weights."""
+        if self.average is not None:
+            for name, module in self.modules.items():
+                module.load_state_dict(self.average.module[name].state_dict())  # type: ignore[index, union-attr]
+
+    def mixed_precision(self) -> torch.autocast:
+        """The context of forward passes, as the recipe's precision says."""
+        half = self.recipe.schedule.precision == 'bfloat16'
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {
+            f'{name}.{key}': value
+            for name, module in self.modules.items()
+            for key, value in module.state_dict().items()
+        }
+        for number, parameter in enumerate(self.parameters):
+            for optimizer in self.optimizers:
+                for name, value in optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor):
+                        tensors[f'optimizer.{number}.{name}'] = value
+        if self.average is not None:
+            tensors.update({f'average.{key}': value for key, value in self.average.module.state_dict().items()})
+        return tensors
+
+    def save(self, path: Path) -> None:
+        """Writes the checkpoint and the log beside it, each whole or not at all."""
+        about = {
+            'kind': type(self).__name__,
+            'recipe': self.recipe.digest,
+            'step': str(self.step),
+            'seconds': str(self.seconds),
+            'skipped': str(self.skipped),
+            'log': json.dumps(self.log),
+        }
+        tensors = {
+            key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for key, value in self._tensors().items()
+        }
+        # The log takes its place first: a run stopped between the two writes it again, one at its end would not.
+        with written_whole(path) as beside, written_whole(path.with_name(LOG_NAME)) as log:
+            save_tensors(tensors, beside, about)
+            log.write_text(''.join(json.dumps(entry) + '\n' for entry in self.log), encoding='utf-8')
+
+    def load(self, path: Path) -> None:
+        """Goes back to the state of a checkpoint."""
+        try:
+            with safe_open(path, 'pt') as file:
+                about = file.metadata() or {}
+            tensors = safetensors.torch.load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise DamagedFileError(f'{path} is damaged ({error}): remove it to start anew') from error
+        if (about.get('recipe'), about.get('kind')) != (self.recipe.digest, type(self).__name__):
+            raise InputError(f'{path} belongs to another recipe: choose another folder, or remove it to start anew')
+        home = {id(p): o for o in self.optimizers for group in o.param_groups for p in group['params']}
+        for number, parameter in enumerate(self.parameters):
+            state = _taken(tensors, f'optimizer.{number}.')
+            if state:
+                home[id(parameter)].state[parameter] = {
+                    # In the memory format of the parameter, which fused steps want.
+                    name: value.to(self.device) if name == 'step' else torch.empty_like(parameter).copy_(value)
+                    for name, value in state.items()
+                }
+        if self.average is not None:
+            self.average.module.load_state_dict(_taken(tensors, 'average.'))
+        for name, module in self.modules.items():
+            module.load_state_dict(_taken(tensors, f'{name}.'))
+        self.step, self.seconds, self.skipped = int(about['step']), float(about['seconds']), int(about['skipped'])
+        self.log = json.loads(about['log'])
+
+    def cost(self) -> dict[str, Any]:
+        """What the training cost, as the config of a hypernetwork states it."""
+        return {
+            'images': self.step * self.recipe.images_per_step,
+            'seconds': round(self.seconds),
+            'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {self.device.type}, '
+            f'{self.processes.count} process{"es" if self.processes.count > 1 else ""}',
+            'recipe_digest': self.recipe.digest,
+        }
+
+
+def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Removes the tensors of a prefix and gives them without it."""
+    return {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+
+
+def config_fields(config: PudNetConfig, **changes: Any) -> dict[str, Any]:
+    """The fields of a config as arguments, nested configs left whole."""
+    return {**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)}, **changes}
