@@ -260,9 +260,9 @@ class ImageSource:
             elif isinstance(found, PudNetError):
                 raise found
             elif self._strict:
-                raise InputError(f'{name}: cannot be read ({_reason(found)})') from found
+                raise InputError(f'{name}: cannot be read ({reason_of(found)})') from found
             else:
-                skipped.append((name, _reason(found)))
+                skipped.append((name, reason_of(found)))
         if len({image.dtype for image in pixels}) > 1:
             pixels = [image.float() / 255 if image.dtype == torch.uint8 else image for image in pixels]
         return (torch.stack(pixels) if pixels else torch.empty(0)), kept
@@ -279,7 +279,7 @@ class ImageSource:
                     found.append(error)
             return found
 
-        with _quiet():
+        with quiet_pillow():
             started = time.perf_counter()
             found = read(slice(_PART))
             if time.perf_counter() - started < _PART * _SMALL or _CORES < 2:
@@ -306,14 +306,14 @@ class ImageSource:
         if not read:
             if not skipped:
                 raise InputError(f'{self._where} gave no images on this pass; it must be possible to read it again')
-            raise InputError(f'none of the {total:,} images of {self._where} could be read: {_name_some(skipped)}')
+            raise InputError(f'none of the {total:,} images of {self._where} could be read: {name_some(skipped)}')
         if self._is_stream and self.labels is not None and len(self.labels) != total:
             raise InputError(f'{len(self.labels)} labels for {total} images of {self._where}')
         fresh = [entry for entry in skipped if entry not in self._reported]
         if fresh:
             self._reported.update(fresh)
             warnings.warn(
-                f'skipped {len(fresh):,} of {total:,} images that could not be read: {_name_some(fresh)}',
+                f'skipped {len(fresh):,} of {total:,} images that could not be read: {name_some(fresh)}',
                 PudNetWarning,
                 stacklevel=3,
             )
@@ -445,7 +445,7 @@ class _Preprocess:
         if isinstance(image, Exception):
             raise image
         if isinstance(image, (str, os.PathLike)):
-            with _open_file(image) as opened:
+            with open_file(image) as opened:
                 return self.picture(opened)
         if isinstance(image, Image.Image):
             return self.picture(image)
@@ -507,7 +507,7 @@ class _Preprocess:
             raise ValueError(f'{width} x {height} pixels are too long and thin to be resized')
 
 
-def _open_file(path: str | os.PathLike[str]) -> Image.Image:
+def open_file(path: str | os.PathLike[str]) -> Image.Image:
     Image.preinit()
     try:
         image = Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
@@ -582,14 +582,14 @@ def _refuse_single(images: np.ndarray | Tensor, labels: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_pillow() -> Iterator[None]:
     """PIL's remarks on metadata, transparency and sizes stay inside; the lock keeps our threads' filters apart."""
     with _quiet_lock, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         yield
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return 'empty or not an image'
     if isinstance(error, Image.DecompressionBombError):
@@ -600,7 +600,7 @@ def _reason(error: Exception) -> str:
     return 'truncated' if 'truncated' in text.lower() else text or type(error).__name__
 
 
-def _name_some(entries: Sequence[tuple[str, str]]) -> str:
+def name_some(entries: Sequence[tuple[str, str]]) -> str:
     return ', '.join(f'{name} ({reason})' for name, reason in entries[:3]) + (', ...' if len(entries) > 3 else '')
 
 
@@ -617,7 +617,7 @@ def _scan_folder(root: str) -> tuple[list[str], list[str], Tensor | None, tuple[
     others: collections.Counter[str] = collections.Counter()
     for name in _visible_names(root):
         path = os.path.join(root, name)
-        files = list(_walk(path, {os.path.realpath(root)})) if os.path.isdir(path) else [path]
+        files = list(walk_files(path, {os.path.realpath(root)})) if os.path.isdir(path) else [path]
         pictures = [file for file in files if file.lower().endswith(IMAGE_EXTENSIONS)]
         others.update(os.path.splitext(file)[1] or 'no extension' for file in set(files).difference(pictures))
         if os.path.isdir(path):
@@ -659,7 +659,7 @@ def _natural_key(name: str) -> tuple[list[str | int], str]:
     return [int(part) if part.isdecimal() else part for part in parts], name
 
 
-def _walk(folder: str, seen: set[str]) -> Iterator[str]:
+def walk_files(folder: str, seen: set[str]) -> Iterator[str]:
     """Every visible file below; a folder that links lead to twice is read once."""
     real = os.path.realpath(folder)
     if real in seen:
@@ -668,7 +668,7 @@ def _walk(folder: str, seen: set[str]) -> Iterator[str]:
     for name in _visible_names(folder):
         path = os.path.join(folder, name)
         if os.path.isdir(path):
-            yield from _walk(path, seen)
+            yield from walk_files(path, seen)
         else:
             yield path
 

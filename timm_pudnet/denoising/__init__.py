@@ -1,0 +1,1 @@
+"""Denoising with a blind-spot network whose weights were predicted."""
