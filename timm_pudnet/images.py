@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from timm.data.dataset_factory import create_dataset
 from timm.data.transforms import center_crop_or_pad
 from timm.data.transforms_factory import create_transform
@@ -306,14 +306,14 @@ class ImageSource:
         if not read:
             if not skipped:
                 raise InputError(f'{self._where} gave no images on this pass; it must be possible to read it again')
-            raise InputError(f'none of the {total:,} images of {self._where} could be read: {name_some(skipped)}')
+            raise InputError(f'none of the {total:,} images of {self._where} could be read: {_name_some(skipped)}')
         if self._is_stream and self.labels is not None and len(self.labels) != total:
             raise InputError(f'{len(self.labels)} labels for {total} images of {self._where}')
         fresh = [entry for entry in skipped if entry not in self._reported]
         if fresh:
             self._reported.update(fresh)
             warnings.warn(
-                f'skipped {len(fresh):,} of {total:,} images that could not be read: {name_some(fresh)}',
+                f'skipped {len(fresh):,} of {total:,} images that could not be read: {_name_some(fresh)}',
                 PudNetWarning,
                 stacklevel=3,
             )
@@ -507,7 +507,8 @@ class _Preprocess:
             raise ValueError(f'{width} x {height} pixels are too long and thin to be resized')
 
 
-def open_file(path: str | os.PathLike[str]) -> Image.Image:
+def open_file(path: str | os.PathLike[str]) -> ImageFile.ImageFile:
+    """Opens an image file of a format that images come in, by its content; raises what PIL raises."""
     Image.preinit()
     try:
         image = Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
@@ -590,6 +591,7 @@ def quiet_pillow() -> Iterator[None]:
 
 
 def reason_of(error: Exception) -> str:
+    """Why an image could not be read, in a few words for a warning or an error line."""
     if isinstance(error, UnidentifiedImageError):
         return 'empty or not an image'
     if isinstance(error, Image.DecompressionBombError):
@@ -600,7 +602,7 @@ def reason_of(error: Exception) -> str:
     return 'truncated' if 'truncated' in text.lower() else text or type(error).__name__
 
 
-def name_some(entries: Sequence[tuple[str, str]]) -> str:
+def _name_some(entries: Sequence[tuple[str, str]]) -> str:
     return ', '.join(f'{name} ({reason})' for name, reason in entries[:3]) + (', ...' if len(entries) > 3 else '')
 
 

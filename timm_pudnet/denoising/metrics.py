@@ -57,7 +57,7 @@ def ssim(image: Tensor, clean: Tensor, data_range: float = 1.0) -> Tensor:
     Example:
         >>> image = torch.arange(256.0).view(1, 16, 16) / 255
         >>> ssim(image, image).item(), round(ssim(image, image.flip(1)).item(), 4)
-        (1.0, 0.0304)
+        (1.0, -0.8197)
     """
     image, clean = _checked(image, clean)
     height, width = image.shape[-2:]

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from torch import Tensor
 
@@ -88,8 +88,45 @@ def list_pictures(path: str | os.PathLike[str]) -> dict[str, Path]:
     return found
 
 
+def pair_pictures(paths: dict[str, Path], clean: str | os.PathLike[str]) -> dict[str, Path]:
+    """The clean image of each noisy one: of the same name in its folder, or but for the extension.
+
+    Args:
+        paths: The noisy images by name, of `list_pictures`.
+        clean: Folder of the clean ones; or, for a single noisy image, its clean one.
+
+    Raises:
+        NotFoundError: There is no such folder, or no clean image of that name.
+        InputError: Two clean images have the name but for the extension.
+    """
+    others = list_pictures(clean)
+    if len(paths) == 1 and Path(clean).is_file():
+        return dict.fromkeys(paths, Path(clean))
+    by_stem: dict[str, list[str]] = {}
+    for name in others:
+        by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
+    pairs = {}
+    for name, path in paths.items():
+        near = [name] if name in others else by_stem.get(os.path.splitext(name)[0], [])
+        if not near:
+            raise NotFoundError(f'{path} has no clean image: {clean} has no {name}, nor one of another extension')
+        if len(near) > 1:
+            raise InputError(f'{path}: which of {", ".join(near)} in {clean} is its clean image? Keep one of them')
+        pairs[name] = others[near[0]]
+    return pairs
+
+
+def check_pair(path: Path, noisy: Picture, other: Path, clean: Picture) -> None:
+    """Raises InputError unless the two have the same size and as many channels."""
+    if noisy.pixels.shape != clean.pixels.shape:
+        sizes = [
+            f'{p.shape[2]}x{p.shape[1]} {"in colour" if len(p) == 3 else "grey"}' for p in (noisy.pixels, clean.pixels)
+        ]
+        raise InputError(f'{path} is {sizes[0]}, but its clean image {other} is {sizes[1]}: they must be alike')
+
+
 def read_picture(path: str | os.PathLike[str]) -> Picture:
-    """Reads a PNG, TIFF, JPEG, WebP, BMP or PPM (PBM, PGM, PFM) file, grey or in colour, of 1, 8, 16 or 32 (float) bits.
+    """Reads a PNG, TIFF, JPEG, WebP, BMP or PPM (PBM, PGM, PFM) file, grey or in colour, 1, 8, 16 or 32 (float) bits.
 
     A palette becomes colours, and one colour that stands for transparent becomes an alpha channel; grey of 2 or 4 bits
     becomes 8. Float files come in three ranges: white is 1, 255 or 65535, whichever is nearest to the largest value.
@@ -111,36 +148,37 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
         raise InputError(f'{path}: cannot be read ({reason_of(error)})') from error
 
 
-def _read(image: Image.Image, path: Path) -> Picture:
-    format = 'JPEG' if image.format == 'MPO' else str(image.format)  # phones': a JPEG, with extras behind it
+def _read(file: ImageFile.ImageFile, path: Path) -> Picture:
+    format = 'JPEG' if file.format == 'MPO' else str(file.format)  # phones': a JPEG, with extras behind it
     if format not in FORMATS:
         raise ValueError(f'{format} cannot be written back as it was: convert it to PNG')
-    pages = 1 if format == 'JPEG' else getattr(image, 'n_frames', 1)
+    pages = 1 if format == 'JPEG' else getattr(file, 'n_frames', 1)
     if pages > 1:
         raise ValueError(f'{pages} pages or frames: split them into one file each')
-    metadata = {name: image.info[name] for name in ('icc_profile', 'exif') if image.info.get(name)}
-    deep = image.mode in ('RGB', 'RGBA') and ';16' in str(image.tile)  # of which PIL would keep 8 bits
-    grey = 'LA;16' in str(image.tile)
-    if isinstance(image, TiffImageFile):
-        bits, white_is_zero = {*image.tag_v2.get(258, (1,))}, image.tag_v2.get(262) == 0
-        deep = image.mode in ('RGB', 'RGBA') and 16 in bits
+    metadata = {name: file.info[name] for name in ('icc_profile', 'exif') if file.info.get(name)}
+    deep = file.mode in ('RGB', 'RGBA') and ';16' in str(file.tile)  # of which PIL would keep 8 bits
+    grey = 'LA;16' in str(file.tile)
+    if isinstance(file, TiffImageFile):
+        bits, white_is_zero = {*file.tag_v2.get(258, (1,))}, file.tag_v2.get(262) == 0
+        deep = file.mode in ('RGB', 'RGBA') and 16 in bits
         if not bits <= {1, 2, 4, 8, 16, 32}:
             raise ValueError(f'samples of {", ".join(map(str, sorted(bits)))} bits: convert it to 8 or 16')
-        if image.mode.startswith('I;16') and white_is_zero:
+        if file.mode.startswith('I;16') and white_is_zero:
             raise ValueError('16 bits with white as zero: invert it')
         metadata.pop('exif', None)  # PIL and opencv have turned the pixels already
-    elif format == 'PPM' and image.mode == 'RGB' and image.tile[0].codec_name != 'raw':
+    elif format == 'PPM' and file.mode == 'RGB' and str(file.tile[0].args) not in ('RGB', "('RGB', 255)"):
         raise ValueError('colours with a maximum other than 255 in PPM: convert it to PNG')
-    if image.mode == 'I' and format == 'PPM':  # PGM of more than 8 bits
-        samples = np.array(image).astype(np.uint16)
+    if file.mode == 'I' and format == 'PPM':  # PGM of more than 8 bits
+        samples = np.array(file).astype(np.uint16)
     elif deep:
-        image.load()  # raises where the file is truncated, of which opencv may not tell
+        file.load()  # raises where the file is truncated, of which opencv may not tell
         samples = _decode_deep(path, grey=grey)
     else:
-        if image.mode in ('P', 'PA'):
-            image = image.convert('RGBA' if image.has_transparency_data else 'RGB')
-        elif image.mode in ('1', 'L', 'RGB') and image.has_transparency_data:
-            image = image.convert('RGBA' if image.mode == 'RGB' else 'LA')
+        image: Image.Image = file
+        if file.mode in ('P', 'PA'):
+            image = file.convert('RGBA' if file.has_transparency_data else 'RGB')
+        elif file.mode in ('1', 'L', 'RGB') and file.has_transparency_data:
+            image = file.convert('RGBA' if file.mode == 'RGB' else 'LA')
         if image.mode not in _MODES:
             what = 'integers of 32 bits or with a sign' if image.mode == 'I' else f'colour mode {image.mode}'
             raise ValueError(f'{what}: convert it to RGB or grey')
@@ -168,7 +206,7 @@ def _picture(samples: np.ndarray, format: str, metadata: dict[str, bytes]) -> Pi
 
 
 def write_picture(picture: Picture, pixels: Tensor, path: str | os.PathLike[str]) -> None:
-    """Writes other pixels as `picture` was: its format, depth, alpha, colour profile and EXIF, nothing else of its file.
+    """Writes other pixels as `picture` was: its format, depth, alpha, colour profile and EXIF, nothing else of it.
 
     JPEG is written at quality 95, WebP without loss. The file appears whole or not at all.
 
