@@ -1,7 +1,6 @@
 """Predicts the weights of timm's convolutional networks for images that they have never seen (PudNet)."""
 
-import timm_pudnet.convnet3
-import timm_pudnet.denoising.unet  # noqa: F401  (registers blindspot_unet)
+import timm_pudnet.convnet3  # noqa: F401  (registers the architecture convnet3 with timm)
 from timm_pudnet.config import (
     DamagedFileError,
     HubError,
@@ -15,6 +14,7 @@ from timm_pudnet.config import (
     UnsupportedTargetError,
     __version__,
 )
+from timm_pudnet.denoising import denoise, meta_train_denoiser, predict_denoiser
 from timm_pudnet.evaluation import compare, evaluate
 from timm_pudnet.hub import describe_hypernet, list_hypernets, load_hypernet, pull, push
 from timm_pudnet.hypernet import Plan, PudNet, plan_hypernet
@@ -41,6 +41,7 @@ __all__ = [
     '__version__',
     'compare',
     'create_model',
+    'denoise',
     'describe_hypernet',
     'describe_target',
     'evaluate',
@@ -48,8 +49,10 @@ __all__ = [
     'list_hypernets',
     'load_hypernet',
     'meta_train',
+    'meta_train_denoiser',
     'open_images',
     'plan_hypernet',
+    'predict_denoiser',
     'predict_model',
     'predict_state_dict',
     'pull',

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -248,11 +249,14 @@ def _expect(expectation: Any, network: Any, model: Any, used: Any, head: str) ->
 @click.option('--data-dir', help="Root of a timm dataset, in place of the recipe's.")
 def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str | None, data_dir: str | None) -> None:
     """Train a hypernetwork by a RECIPE file; goes on where an earlier run in --out stopped."""
-    from timm_pudnet import training
+    from timm_pudnet import denoising, training
     from timm_pudnet.hypernet import save_tensors
     from timm_pudnet.predict import save_model
 
     loaded = training.Recipe.load(recipe)
+    if loaded.denoising is not None and (short or data_dir):
+        option = '--short' if short else '--data-dir'
+        raise InputError(f'{recipe}: {option} is not for recipes of denoisers: leave it out')
     if short:
         _try_recipe(loaded, training.load_banks(loaded, data_dir), device)
         return
@@ -262,7 +266,8 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
     for path in [result] if plain else [result, out / 'config.json']:
         if path.exists():
             raise OutputExistsError(f'{path} exists: choose another --out, or remove it first')
-    banks = training.load_banks(loaded, data_dir)
+    banks: Any
+    banks = training.load_banks(loaded, data_dir) if loaded.denoising is None else denoising.load_patches(loaded)
     first = os.environ.get('RANK', '0') == '0'  # of several processes the first one speaks and writes
     if first:
         _say_found(banks)
@@ -270,13 +275,19 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
             f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} images; stop and resume at will'
         )
     if plain:
-        model, whitening = training.train_plain(loaded, out / 'run-plain', banks=banks, device=device)
+        whitening = None
+        if loaded.denoising is None:
+            model, whitening = training.train_plain(loaded, out / 'run-plain', banks=banks, device=device)
+        else:
+            model = denoising.train_plain_denoiser(loaded, out / 'run-plain', banks=banks, device=device)
         if not first:
             return
-        save_tensors({'whitening': whitening}, _whitening_path(result), {})
+        if whitening is not None:
+            save_tensors({'whitening': whitening}, _whitening_path(result), {})
         save_model(model, result)
     else:
-        hypernet = training.meta_train(loaded, out / 'run', banks=banks, device=device)
+        trainer = training.meta_train if loaded.denoising is None else denoising.meta_train_denoiser
+        hypernet = trainer(loaded, out / 'run', banks=banks, device=device)
         if not first:
             return
         hypernet.save_pretrained(out, half=True)
@@ -286,6 +297,8 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
     root = data_dir or loaded.data[0].data_dir
     words += ['--data-dir', root] if root else []
     words += ['--control', str(result)] if plain else []
+    if loaded.denoising is not None:
+        words = ['timm-pudnet', 'denoise', 'NOISY', '--hypernet', str(out), '--out', 'denoised']
     then = 'Next, where the hypernetwork is trained too' if plain else 'Next'
     click.echo(f'Wrote      {result}. {then}:')
     click.echo(f'\n    {shlex.join(words)}\n')
@@ -293,7 +306,10 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
 
 def _say_found(banks: Any) -> None:
     for bank in banks:
-        names = bank.class_names
+        names = getattr(bank, 'class_names', None)
+        if names is None:  # of a denoiser
+            click.echo(f'Found      {len(bank.images):,} images')
+            continue
         click.echo(f'Found      {len(bank.labels):,} images in {len(names)} classes: {_some(names)}')
 
 
@@ -648,6 +664,178 @@ def compare(
         return
     evaluation.plot_comparison(result, out / 'compare.png')
     click.echo(f'Wrote      {", ".join(sorted(str(path) for path in out.iterdir()))}')
+
+
+@main.command()
+@click.argument('images', type=click.Path(path_type=Path))
+@click.option('--out', required=True, type=click.Path(path_type=Path), help='New folder for the denoised images.')
+@click.option('--hypernet', help='Hypernetwork: name, folder or org/name on the Hub; by default the one for denoising.')
+@click.option(
+    '--clean', type=click.Path(path_type=Path), help='Folder of the same images without noise, for PSNR and SSIM.'
+)
+@click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
+@click.option('--strict', is_flag=True, help='An unreadable image is an error, not a warning.')
+@click.pass_context
+def denoise(
+    context: click.Context,
+    images: Path,
+    out: Path,
+    hypernet: str | None,
+    clean: Path | None,
+    device: str | None,
+    strict: bool,
+) -> None:
+    """Denoise IMAGES, a folder (its subfolders are kept) or a file, by one network predicted for all of them.
+
+    Every image is written under its name, in its format and bit depth, with its alpha channel as it was.
+    """
+    from tqdm import tqdm
+
+    from timm_pudnet import predict as room
+    from timm_pudnet.denoising import pictures
+    from timm_pudnet.denoising.predict import predict_denoiser  # type: ignore[import-not-found]
+    from timm_pudnet.denoising.tiles import denoise
+    from timm_pudnet.hypernet import usable_device
+
+    for given, folder in (('IMAGES', images), ('--clean', clean)):
+        if folder is not None and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f'--out {out} is {given} or lies in it ({folder}): choose a folder outside')
+    if clean is not None and clean.resolve().is_relative_to(images.resolve()):
+        raise InputError(f'--clean {clean} is IMAGES or lies in it ({images}): keep clean images apart')
+    room.check_output(out)
+    where = usable_device(device)
+    paths = pictures.list_pictures(images)
+    partners = {} if clean is None else pictures.pair_pictures(paths, clean)
+
+    # A first look at all of them, so that what is wrong with one is said before the work.
+    found: dict[str, dict[str, Any]] = {}
+    skipped: list[str] = []
+    for name, path in tqdm(paths.items(), desc='Reading', unit='image', delay=2):
+        try:
+            picture = pictures.read_picture(path)
+        except InputError as error:
+            if strict:
+                raise
+            skipped.append(str(error))
+            continue
+        if partners:
+            pictures.check_pair(path, picture, partners[name], pictures.read_picture(partners[name]))
+        chans, height, width = picture.pixels.shape
+        found[name] = {'size': (height, width), 'channels': chans, 'depth': picture.depth, 'format': picture.format}
+    some = '; '.join(skipped[:3]) + ('; ...' if len(skipped) > 3 else '')
+    if not found:
+        raise InputError(f'none of the {len(paths):,} images of {images} can be denoised: {some}')
+    if skipped:
+        warnings.warn(f'skipped {len(skipped):,} of {len(paths):,} images: {some}', PudNetWarning, stacklevel=2)
+    click.echo(f'Found      {_of_kinds(found)} in {images}{"" if clean is None else f", clean ones in {clean}"}')
+
+    started = time.perf_counter()
+    model = predict_denoiser([str(paths[name]) for name in found], hypernet=hypernet, device=where)
+    seconds = time.perf_counter() - started
+    count = sum(parameter.numel() for parameter in model.parameters())
+    click.echo(f'Predicted  {count / 1e6:.2f}M weights for all of them on {where} in {seconds:.2f} s')
+    taken = {name.split('/')[0].lower() for name in found}
+    sheet_name, json_name = _free_name('side-by-side.png', taken), _free_name('denoised.json', taken)
+    rows = []
+    with room.new_folder(out) as beside:
+        started = time.perf_counter()
+        for name, facts in tqdm(found.items(), desc='Denoising', unit='image', delay=2):
+            picture = pictures.read_picture(paths[name])
+            pixels = picture.rounded(denoise(model, picture.pixels))
+            (beside / name).parent.mkdir(parents=True, exist_ok=True)
+            pictures.write_picture(picture, pixels, beside / name)
+            versions = [picture.pixels, pixels]
+            if partners:
+                versions.append(pictures.read_picture(partners[name]).pixels)
+                facts.update(_measured(*versions))
+            if len(rows) < 4:
+                rows.append([pictures.middle(version) for version in versions])
+        seconds = time.perf_counter() - started
+        pictures.side_by_side(rows, ('noisy', 'denoised', 'clean')[: len(rows[0])]).save(beside / sheet_name)
+        means = _mean_gains(list(found.values())) if partners else {}
+        if partners:
+            result = {'command': context.meta['command'], 'seconds': seconds, 'device': str(where), 'mean': means}
+            result |= {'images': found, 'skipped': skipped}
+            (beside / json_name).write_text(json.dumps(result, indent=2, allow_nan=False) + '\n', encoding='utf-8')
+    for measure, unit in (('psnr', ' dB'), ('ssim', '')) if partners else ():
+        click.echo(_in_words(measure, unit, means[measure]))
+    click.echo(f'Denoised   {len(found):,} images in {seconds:.1f} s')
+    click.echo(f'Wrote      {out}; noisy and denoised ones side by side: {out / sheet_name}')
+    if partners:
+        click.echo(f'           PSNR and SSIM of each image: {out / json_name}')
+    click.echo('Next, in Python, to keep this denoiser:')
+    more = '' if hypernet is None else f', hypernet={hypernet!r}'
+    click.echo(
+        f'\n    import timm_pudnet\n    model = timm_pudnet.predict_denoiser({str(images)!r}{more})\n'
+        "    timm_pudnet.save_model(model, 'denoiser')\n"
+    )
+
+
+def _of_kinds(found: dict[str, dict[str, Any]]) -> str:
+    """Images, sizes, channels, depths and formats in words."""
+    sizes = sorted({facts['size'] for facts in found.values()}, key=lambda size: size[0] * size[1])
+    shown = [f'{width}x{height}' for height, width in dict.fromkeys([sizes[0], sizes[-1]])]
+    channels = [facts['channels'] for facts in found.values()]
+    kinds = [f'{channels.count(c):,} {what}' for c, what in ((3, 'in colour'), (1, 'grey')) if c in channels]
+    depths = ' and '.join(str(depth) for depth in sorted({facts['depth'] for facts in found.values()}))
+    formats = ', '.join(sorted({facts['format'] for facts in found.values()}))
+    plural = 'image' if len(found) == 1 else 'images'
+    return f'{len(found):,} {plural} ({", ".join(kinds)}; {" to ".join(shown)} pixels; {depths} bit; {formats})'
+
+
+def _measured(noisy: Any, denoised: Any, clean: Any) -> dict[str, Any]:
+    """PSNR and SSIM of one image before and after; None where infinite or not defined."""
+    from timm_pudnet.denoising import metrics
+
+    found: dict[str, Any] = {'psnr': {}, 'ssim': {}}
+    for what, image in (('noisy', noisy), ('denoised', denoised)):
+        decibel = metrics.psnr(image, clean).item()
+        found['psnr'][what] = decibel if math.isfinite(decibel) else None
+        small = min(clean.shape[1:]) < metrics.SSIM_WINDOW
+        found['ssim'][what] = None if small else metrics.ssim(image, clean).item()
+    return found
+
+
+def _mean_gains(images: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means, with 95 % intervals, of each measure over the images that have it before and after."""
+    from timm_pudnet.evaluation.metrics import mean_interval
+
+    means: dict[str, Any] = {}
+    for measure in ('psnr', 'ssim'):
+        pairs = [(facts[measure]['noisy'], facts[measure]['denoised']) for facts in images]
+        pairs = [(before, after) for before, after in pairs if before is not None and after is not None]
+        means[measure] = {'images': len(pairs)}
+        if pairs:
+            values = {'noisy': [a for a, _ in pairs], 'denoised': [b for _, b in pairs]}
+            values['gain'] = [after - before for before, after in pairs]
+            for what, numbers in values.items():
+                mean = mean_interval(numbers)
+                means[measure][what] = mean if len(pairs) > 1 else {**mean, 'interval': None}
+    return means
+
+
+def _in_words(measure: str, unit: str, mean: dict[str, Any]) -> str:
+    if not mean['images']:
+        return f'{measure.upper():10} not defined for any image'
+    digits = 2 if unit else 4
+
+    def show(what: str, sign: str = '') -> str:
+        found = mean[what]
+        interval = '' if found['interval'] is None else f' ± {found["interval"]:.{digits}f}'
+        return f'{found["mean"]:{sign}.{digits}f}{interval}{unit}'
+
+    return f'{measure.upper():10} noisy {show("noisy")}, denoised {show("denoised")}: {show("gain", "+")} ' + (
+        f'(means of {mean["images"]:,} with 95 % intervals)' if mean['images'] > 1 else '(1 image)'
+    )
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """`name`, or name-2, name-3, ..., which none of the images has."""
+    stem, suffix = Path(name).stem, Path(name).suffix
+    number = 2
+    while name in taken:
+        name, number = f'{stem}-{number}{suffix}', number + 1
+    return name
 
 
 @main.command()

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from timm.data.dataset_factory import create_dataset
 from timm.data.transforms import center_crop_or_pad
 from timm.data.transforms_factory import create_transform
@@ -260,9 +260,9 @@ class ImageSource:
             elif isinstance(found, PudNetError):
                 raise found
             elif self._strict:
-                raise InputError(f'{name}: cannot be read ({_reason(found)})') from found
+                raise InputError(f'{name}: cannot be read ({reason_of(found)})') from found
             else:
-                skipped.append((name, _reason(found)))
+                skipped.append((name, reason_of(found)))
         if len({image.dtype for image in pixels}) > 1:
             pixels = [image.float() / 255 if image.dtype == torch.uint8 else image for image in pixels]
         return (torch.stack(pixels) if pixels else torch.empty(0)), kept
@@ -279,7 +279,7 @@ class ImageSource:
                     found.append(error)
             return found
 
-        with _quiet():
+        with quiet_pillow():
             started = time.perf_counter()
             found = read(slice(_PART))
             if time.perf_counter() - started < _PART * _SMALL or _CORES < 2:
@@ -445,7 +445,7 @@ class _Preprocess:
         if isinstance(image, Exception):
             raise image
         if isinstance(image, (str, os.PathLike)):
-            with _open_file(image) as opened:
+            with open_file(image) as opened:
                 return self.picture(opened)
         if isinstance(image, Image.Image):
             return self.picture(image)
@@ -507,7 +507,8 @@ class _Preprocess:
             raise ValueError(f'{width} x {height} pixels are too long and thin to be resized')
 
 
-def _open_file(path: str | os.PathLike[str]) -> Image.Image:
+def open_file(path: str | os.PathLike[str]) -> ImageFile.ImageFile:
+    """Opens an image file of a format that images come in, by its content; raises what PIL raises."""
     Image.preinit()
     try:
         image = Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
@@ -582,14 +583,15 @@ def _refuse_single(images: np.ndarray | Tensor, labels: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_pillow() -> Iterator[None]:
     """PIL's remarks on metadata, transparency and sizes stay inside; the lock keeps our threads' filters apart."""
     with _quiet_lock, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         yield
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why an image could not be read, in a few words for a warning or an error line."""
     if isinstance(error, UnidentifiedImageError):
         return 'empty or not an image'
     if isinstance(error, Image.DecompressionBombError):
@@ -617,7 +619,7 @@ def scan_folder(root: str) -> tuple[list[str], list[str], Tensor | None, tuple[s
     others: collections.Counter[str] = collections.Counter()
     for name in _visible_names(root):
         path = os.path.join(root, name)
-        files = list(_walk(path, {os.path.realpath(root)})) if os.path.isdir(path) else [path]
+        files = list(walk_files(path, {os.path.realpath(root)})) if os.path.isdir(path) else [path]
         pictures = [file for file in files if file.lower().endswith(IMAGE_EXTENSIONS)]
         others.update(os.path.splitext(file)[1] or 'no extension' for file in set(files).difference(pictures))
         if os.path.isdir(path):
@@ -659,7 +661,7 @@ def _natural_key(name: str) -> tuple[list[str | int], str]:
     return [int(part) if part.isdecimal() else part for part in parts], name
 
 
-def _walk(folder: str, seen: set[str]) -> Iterator[str]:
+def walk_files(folder: str, seen: set[str]) -> Iterator[str]:
     """Every visible file below; a folder that links lead to twice is read once."""
     real = os.path.realpath(folder)
     if real in seen:
@@ -668,7 +670,7 @@ def _walk(folder: str, seen: set[str]) -> Iterator[str]:
     for name in _visible_names(folder):
         path = os.path.join(folder, name)
         if os.path.isdir(path):
-            yield from _walk(path, seen)
+            yield from walk_files(path, seen)
         else:
             yield path
 

@@ -5,12 +5,13 @@ Dimension letters: `n` images, `c h w` an image, `m` width of the sketch, `d` fe
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,6 +98,10 @@ def predict_model(
             raise InputError(f'{name}: the weights come from the images; leave it out')
     if timm_kwargs.get('num_classes') == 0 or timm_kwargs.get('features_only'):
         head = 'none'
+    if model_name == 'blindspot_unet':
+        raise InputError(
+            f'{model_name} gives images, not classes: predict_denoiser takes noisy images (timm-pudnet denoise)'
+        )
     device = usable_device(device)
     network = resolve_hypernet(model_name, hypernet)
     spec = _target_asked_for(network, model_name, timm_kwargs)
@@ -167,16 +172,11 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         model = copy.deepcopy(model)
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.contiguous()
-    beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
-    try:
+    with new_folder(folder) as beside:
         try:
             timm.models.save_for_hf(model, str(beside), safe_serialization=True)
         except SafetensorError as error:
             raise OSError(f'{folder} cannot be written: {error}') from error
-        beside.chmod(0o755)
-        os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return folder
 
 
@@ -203,6 +203,18 @@ def check_output(folder: Path) -> None:
         raise OutputExistsError(f'{folder} exists: choose another output folder, or remove it first')
     if not folder.parent.is_dir():
         raise NotFoundError(f'{folder.parent} is not there: make it first, or choose another output folder')
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder beside `folder` to fill, renamed when the block ends well; nothing is left when it fails."""
+    beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
+    try:
+        yield beside
+        beside.chmod(0o755)
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _target_asked_for(network: PudNet, model_name: str, timm_kwargs: dict[str, Any]) -> TargetSpec:

@@ -1,1 +1,25 @@
 """Denoising: a blind-spot UNet whose weights are predicted for noisy images, its training, PSNR and SSIM."""
+
+from timm_pudnet.denoising.metrics import psnr, ssim
+from timm_pudnet.denoising.noise import add_noise, blind_spot_loss, blind_spots
+from timm_pudnet.denoising.predict import denoiser_of, noisy_patches, predict_denoiser
+from timm_pudnet.denoising.tiles import denoise
+from timm_pudnet.denoising.training import PatchBank, load_patches, meta_train_denoiser, train_plain_denoiser
+from timm_pudnet.denoising.unet import BlindSpotUNet
+
+__all__ = [
+    'BlindSpotUNet',
+    'PatchBank',
+    'add_noise',
+    'blind_spot_loss',
+    'blind_spots',
+    'denoise',
+    'denoiser_of',
+    'load_patches',
+    'meta_train_denoiser',
+    'noisy_patches',
+    'predict_denoiser',
+    'psnr',
+    'ssim',
+    'train_plain_denoiser',
+]

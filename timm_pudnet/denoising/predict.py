@@ -39,8 +39,8 @@ def predict_denoiser(
 
     Args:
         images: A folder (with all its subfolders), a file, a list of paths, PIL images, arrays `[h, w, c]` or tensors
-            `[c, h, w]` of any sizes; an array `[n, h, w, c]` or tensor `[n, c, h, w]`. Pixels are uint8, uint16 (arrays),
-            or floats where black is 0 and white is 1; noisy floats may go beyond. Alpha is left out.
+            `[c, h, w]` of any sizes; an array `[n, h, w, c]` or tensor `[n, c, h, w]`. Pixels are uint8, uint16 or
+            floats where black is 0 and white is 1; noisy floats may go beyond. Alpha is left out.
         hypernet: A `PudNet`, its folder, its name, or `org/name@revision` on the Hub; by default the one that serves
             `blindspot_unet`.
         device: Where to predict; by default CUDA where there is one. The model is returned there.
@@ -115,7 +115,7 @@ def _items(images: Any) -> Any:
         return images
     if isinstance(images, Iterable):
         return list(images)
-    raise InputError(f'images: a {type(images).__name__}; pass a folder, a list of paths or images, an array or a tensor')
+    raise InputError(f'images: a {type(images).__name__}; pass a folder, a list of paths or images, or an array')
 
 
 def _pixels(image: Any, number: int) -> Tensor:
@@ -126,8 +126,8 @@ def _pixels(image: Any, number: int) -> Tensor:
         image = np.array(image.convert('L' if image.mode in ('1', 'L', 'LA') else 'RGB'))
     if not isinstance(image, (np.ndarray, Tensor)):
         raise InputError(f'images[{number}] is a {type(image).__name__}, not a path, image, array or tensor')
-    if isinstance(image, np.ndarray) and image.dtype == np.uint16:
-        image = (image / np.float32(65535)).astype(np.float32)
+    if str(image.dtype).endswith('uint16'):
+        image = image.astype(np.float32) / 65535 if isinstance(image, np.ndarray) else image.float() / 65535
     pixels = to_bchw(image[None], f'images[{number}]')[0]
     pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
     if not pixels.isfinite().all():
@@ -142,9 +142,7 @@ def _patches_of(image: Tensor, side: int, most: int) -> list[Tensor]:
         widths = [(0, 0)] + [(missing // 2, missing - missing // 2) for missing in short]
         image = torch.from_numpy(np.pad(image.numpy(), widths, mode='symmetric'))
     height, width = image.shape[1:]
-    corners = [
-        (top, left) for top in range(0, height - side + 1, side) for left in range(0, width - side + 1, side)
-    ]
+    corners = [(top, left) for top in range(0, height - side + 1, side) for left in range(0, width - side + 1, side)]
     kept = min(most, len(corners))
     return [
         image[:, top : top + side, left : left + side]

@@ -56,8 +56,7 @@ def meta_train(
         InputError: The recipe, its data, or a checkpoint of another recipe.
         FloatingPointError: The loss was not finite for ten steps in a row; the last checkpoint remains.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    run = _MetaRun(recipe, banks or load_banks(recipe), device)
+    run = _MetaRun(*_read(recipe, banks), device)
     go(run, folder, checkpoint_seconds, max_steps, progress)
     return run.finished()
 
@@ -79,8 +78,7 @@ def train_plain(
     Returns:
         The target as a feature model (`num_classes=0`), in eval mode, and the whitening of its features, on the CPU.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    run = _PlainRun(recipe, banks or load_banks(recipe), device)
+    run = _PlainRun(*_read(recipe, banks), device)
     go(run, folder, checkpoint_seconds, max_steps, progress)
     run.settle()
     whitening = run.whitening()
@@ -109,8 +107,7 @@ def try_recipe(
         measure of quality), `chance`, `images` and `seconds` of the squeezed training, and `images_per_second`, from
         which the time of the whole recipe follows.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    banks = banks or load_banks(recipe)
+    recipe, banks = _read(recipe, banks)
     run = _MetaRun(recipe, banks, device)
     each, chance = recipe.images_per_step, run.accuracy()[1]
     for _ in run.steps(1):  # the first step is slower
@@ -133,6 +130,15 @@ def try_recipe(
         'seconds': run.seconds,
         'images_per_second': speed,
     }
+
+
+def _read(
+    recipe: Recipe | str | os.PathLike[str], banks: Sequence[ImageBank] | None
+) -> tuple[Recipe, Sequence[ImageBank]]:
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    if recipe.denoising is not None:
+        raise InputError('the recipe has a table [denoising]: meta_train_denoiser takes recipes of denoisers')
+    return recipe, banks or load_banks(recipe)
 
 
 def load_banks(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) -> list[ImageBank]:

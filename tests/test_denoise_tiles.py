@@ -1,0 +1,120 @@
+"""denoising/tiles.py: an image in tiles is the image at once."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.testing import assert_close
+
+from timm_pudnet import InputError
+from timm_pudnet.denoising.tiles import denoise
+
+
+class Stand(nn.Module):
+    """A small UNet with all that makes tiles differ: zero padding, three poolings, a padded size, a skip, a norm."""
+
+    multiple = 8
+    receptive_field = 23  # convs at 1, 1/2, 1/4, 1/8 and 1: 1 + 2 + 4 + 8 + 1, and 7 within a pooled pixel
+
+    def __init__(self, in_chans=1):
+        super().__init__()
+        self.in_chans = in_chans
+        self.first = nn.Conv2d(in_chans, 4, 3, padding=1)
+        self.down = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.norm = nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(4, in_chans, 3, padding=1)
+        for conv in (self.first, *self.down, self.last):
+            nn.init.normal_(conv.weight, 0.1, 0.3)  # so that what is far away counts too
+            nn.init.constant_(conv.bias, 0.1)  # so that zero padding is no harmless value
+        nn.init.uniform_(self.norm.running_mean)
+        self.seen = []
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        self.seen.append(tuple(x.shape))
+        x = functional.pad(x, (0, -width % 8, 0, -height % 8), mode='replicate')
+        y = first = self.first(x)
+        for conv in self.down:
+            y = conv(functional.max_pool2d(y, 2))
+        y = self.last(self.norm(first + functional.interpolate(y, scale_factor=8)))
+        return y[..., :height, :width]
+
+
+def noise(*shape, dtype=torch.float64):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(3), dtype=dtype)
+
+
+def largest_difference(model, image, tile):
+    """Over the largest value that the model gives for the image at once."""
+    whole = model(image[None])[0].detach()
+    return ((denoise(model, image, tile=tile) - whole).abs().max() / whole.abs().max()).item()
+
+
+SIZES = [(37, 50), (64, 64), (65, 63), (129, 257), (1, 5000), (700, 1), (7, 3), (8, 130), (200, 71), (1, 1)]
+
+
+@pytest.mark.parametrize(('height', 'width'), SIZES)
+@pytest.mark.parametrize('tile', [8, 61, 512])
+def test_tiles_give_what_the_whole_image_gives(height, width, tile):
+    model = Stand().double().eval()
+    assert largest_difference(model, noise(1, height, width), tile) < 1e-10
+
+
+def test_in_float32_too_as_near_as_it_rounds():
+    model = Stand(3).eval()
+    assert largest_difference(model, noise(3, 150, 91, dtype=torch.float32), 32) < 1e-5
+
+
+@pytest.mark.parametrize('wrong', [{'receptive_field': 7}, {'receptive_field': 15}, {'multiple': 1}, {'multiple': 4}])
+def test_a_margin_or_grid_too_small_would_show(wrong):
+    """That the tests above can fail: without the full margin, or off the pooling grid, there are seams."""
+    model = Stand().double().eval()
+    for name, value in wrong.items():
+        setattr(model, name, value)
+    assert largest_difference(model, noise(1, 130, 130), 36) > 1e-4
+
+
+def test_the_receptive_field_of_the_stand_in_is_what_it_says():
+    model = Stand().double().eval()
+    image = noise(1, 1, 96, 96).requires_grad_()
+    reach = 0
+    for at in range(40, 48):
+        (gradient,) = torch.autograd.grad(model(image)[0, 0, at, at], image)
+        rows = gradient[0, 0].abs().sum(1).nonzero()
+        reach = max(reach, at - int(rows.min()), int(rows.max()) - at)
+    assert 16 < reach <= model.receptive_field  # so the next smaller margin on the grid would be too small
+
+
+def test_memory_is_that_of_a_tile_whatever_the_size():
+    model = Stand().eval()
+    denoise(model, noise(1, 20, 3000, dtype=torch.float32), tile=64)
+    denoise(model, noise(1, 300, 300, dtype=torch.float32), tile=64)
+    assert len(model.seen) == 47 + 25
+    assert all(count * chans == 1 and max(size) <= 64 + 2 * 24 for count, chans, *size in model.seen)
+
+
+def test_grey_through_three_channels_is_the_mean_and_colour_through_one_is_each_apart():
+    three, one = Stand(3).double().eval(), Stand(1).double().eval()
+    image = noise(3, 40, 51)
+    grey = three(image[:1].expand(3, -1, -1)[None])[0].mean(0, keepdim=True)
+    assert_close(denoise(three, image[:1], tile=16), grey)
+    assert_close(denoise(one, image, tile=16), torch.cat([one(plane[None, None])[0] for plane in image]))
+
+
+def test_the_result_has_the_images_type_and_can_be_used_in_training():
+    model = Stand().eval()
+    found = denoise(model, noise(1, 9, 9))
+    assert found.dtype == torch.float64
+    assert not found.is_inference()
+    assert denoise(model, noise(1, 9, 9, dtype=torch.float32).half()).dtype == torch.float16
+
+
+def test_what_is_no_image_is_refused_in_one_line(one_line):
+    model = Stand().eval()
+    for wrong in (noise(1, 1, 9, 9), noise(2, 9, 9), noise(1, 0, 9), torch.zeros(1, 9, 9, dtype=torch.uint8)):
+        with pytest.raises(InputError) as error:
+            denoise(model, wrong)
+        one_line(error, tuple(wrong.shape), '[c, h, w]')
+    with pytest.raises(InputError) as error:
+        denoise(model, noise(1, 9, 9), tile=0)
+    one_line(error, 'tile', 0)

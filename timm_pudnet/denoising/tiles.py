@@ -1,0 +1,72 @@
+"""A denoiser over an image of any size, tile by tile, without seams.
+
+Letters: `c h w` channels, height and width of an image.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from timm_pudnet.config import InputError
+
+
+def denoise(model: nn.Module, image: Tensor, *, tile: int = 512) -> Tensor:
+    """What `model` makes of an image, in overlapping tiles: the same as of the whole image at once, in little memory.
+
+    A tile begins on the model's pooling grid and is read with a margin that its outermost pixels depend on; only where
+    it touches the image's border does the network see a border. Beyond image and result the memory needed is that of
+    one tile, whatever the image's size.
+
+    A grey image goes through a model of three channels as three equal ones, and comes back as their mean; the channels
+    of a colour image go through a model of one channel apart.
+
+    Args:
+        model: A denoiser in eval mode, with `in_chans` (1 or 3), `multiple` (pixels, its pooling grid; it pads images
+            to that at the right and at the bottom) and `receptive_field` (pixels in each direction that an output
+            depends on at most).
+        image: Float `[c, h, w]` in 0-1, noise may go beyond; 1 or 3 channels.
+        tile: Height and width of a tile in pixels, without its margin; rounded up to the pooling grid.
+
+    Returns:
+        `[c, h, w]`, of the image's type and on its device.
+
+    Raises:
+        InputError: The image's shape or type is another one, or `tile` is below 1.
+
+    Example:
+        >>> class Halve(nn.Conv2d):
+        ...     in_chans, multiple, receptive_field = 1, 8, 0
+        >>> model = Halve(1, 1, 1, bias=False).eval()
+        >>> _ = nn.init.constant_(model.weight, 0.5)
+        >>> denoise(model, torch.ones(3, 1, 50), tile=8).unique()
+        tensor([0.5000])
+    """
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or not image.numel() or not image.is_floating_point():
+        raise InputError(
+            f'an image of shape {tuple(image.shape)} and {image.dtype} cannot be denoised: float [c, h, w], 1 or 3 '
+            'channels'
+        )
+    if tile < 1:
+        raise InputError(f'tile must be at least 1 pixel, got {tile}')
+    in_chans, grid, reach = (int(getattr(model, name)) for name in ('in_chans', 'multiple', 'receptive_field'))
+    step = -(-tile // grid) * grid
+    # At least one step of the grid, so that every tile at the far border has the rows that the model's padding mirrors.
+    margin = max(-(-reach // grid), 1) * grid
+    like = next(model.parameters())
+    _, height, width = image.shape
+    result = torch.empty_like(image)
+    with torch.inference_mode():
+        for top, left in product(range(0, height, step), range(0, width, step)):
+            first_row, first_column = max(top - margin, 0), max(left - margin, 0)
+            part = image[:, first_row : top + step + margin, first_column : left + step + margin].to(like)
+            if in_chans == 3:
+                denoised = model(part.expand(3, -1, -1)[None])[0]
+                denoised = denoised.mean(0, keepdim=True) if len(image) == 1 else denoised
+            else:
+                denoised = model(part[:, None])[:, 0]
+            core = denoised[:, top - first_row :, left - first_column :][:, :step, :step]
+            result[:, top : top + step, left : left + step] = core.to(result)
+    return result
