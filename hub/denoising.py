@@ -1,0 +1,263 @@
+"""Measures a hypernetwork of denoisers on one set of clean photographs, and writes results.NAME.json into its folder.
+
+    python hub/denoising.py hub/blindspot_unet.mixed_noise .data/bsds500/test --protocol bsds500 \
+        --plain hub/blindspot_unet.mixed_noise/plain --other .data/cifar10/test --scratch 100
+
+Gaussian noise is added to the images; denoisers get the noisy ones alone. Two readings of the paper's sigma are
+measured: `unit`, of pixels in 0-1, and `standard`, in units of the set's own standard deviation, as where images are
+standardised first. PSNR and SSIM are of results clipped to 0-1, means over images, with 95 % intervals; gains are paired
+by image. Needs scikit-image (`pip install -e '.[test]'`).
+
+Beside the predicted denoiser (`predicted`) stand: the noisy images; a Gaussian filter and non-local means that are told
+sigma, with the strength that is best for the clean images of the first eight (so a bound from above); weights of the
+sketch of the same images with another sigma and of another set, calibrated on the images (`sketch of ...`); all of the
+denoiser, norm statistics too, from the images with another sigma (`predicted for ...`); the control *plain*, one denoiser
+of the same training images for all noise, with its own statistics and calibrated; and `scratch`: the same UNet trained on
+these very noisy images by the same loss, Adam with and without centralised gradients. One epoch of it sees one crop of
+each image, of at most 128 pixels.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import timm
+import torch
+from skimage.restoration import denoise_nl_means
+from torch import Tensor, nn
+from torchvision.transforms.functional import gaussian_blur
+from tqdm import tqdm
+
+from timm_pudnet import PudNet, denoise, load_hypernet
+from timm_pudnet.adapt import calibrate
+from timm_pudnet.denoising import add_noise, blind_spot_loss, blind_spots, denoiser_of, noisy_patches, psnr, ssim
+from timm_pudnet.denoising.pictures import list_pictures, read_picture
+from timm_pudnet.evaluation import mean_interval, weights_digest
+from timm_pudnet.evaluation.scratch import centralise_gradients
+from timm_pudnet.hypernet import library_versions, written_whole
+
+EPOCHS = (1, 3, 10, 30, 50, 100, 300)  # of scratch, after which it is tested
+CROP = 128
+STRENGTHS = {'gaussian filter': (0.5, 0.8, 1.2, 1.8, 2.6, 3.6), 'non-local means': (0.4, 0.6, 0.8, 1.0)}
+
+
+@click.command(help=__doc__)
+@click.argument('hypernet', type=click.Path(path_type=Path))
+@click.argument('folder')
+@click.option('--protocol', required=True, help='Name of the results file.')
+@click.option('--plain', type=click.Path(path_type=Path), help='Folder of the control.')
+@click.option('--other', help='Folder of another set, for its sketch.')
+@click.option('--images', 'count', default=100, show_default=True, help='Images, spread evenly over the folder.')
+@click.option('--sigma', 'sigmas', multiple=True, type=float, default=(0.25, 0.5, 0.75), show_default=True)
+@click.option('--reading', 'readings', multiple=True, default=('unit', 'standard'), show_default=True)
+@click.option('--scratch', default=0, show_default=True, help='Epochs of training from scratch.')
+@click.option('--scratch-reading', default='standard', show_default=True, help='The reading that scratch is run for.')
+@click.option('--out', type=click.Path(path_type=Path), help='Where the results go, in place of the folder.')
+def main(
+    hypernet: Path,
+    folder: str,
+    protocol: str,
+    plain: Path | None,
+    other: str | None,
+    count: int,
+    sigmas: tuple[float, ...],
+    readings: tuple[str, ...],
+    scratch: int,
+    scratch_reading: str,
+    out: Path | None,
+) -> None:
+    """What the module's docstring says."""
+    network = load_hypernet(hypernet).eval()
+    control = None if plain is None else timm.create_model(f'local-dir:{plain}', pretrained=True).eval()
+    clean, elsewhere = pictures(folder, count), pictures(other, count) if other else []
+    spread = float(torch.cat([image.flatten() for image in clean]).std())
+    result: dict[str, Any] = {
+        'protocol': protocol,
+        'weights_sha256': weights_digest(network),
+        'folder': folder,
+        'images': len(clean),
+        'standard_deviation': spread,
+        'training': network.config.training,
+        'library_versions': library_versions(),
+        'threads': torch.get_num_threads(),
+        'conditions': [],
+    }
+    path = (out or hypernet) / f'results.{protocol}.json'
+    for reading in readings:
+        unit = spread if reading == 'standard' else 1.0
+        for sigma in sigmas:
+            away = 0.75 if sigma < 0.5 else 0.25
+            noisy, noisier = made_noisy(clean, sigma * unit), made_noisy(clean, away * unit)
+            measured = measure(
+                network, control, clean, noisy, noisier, made_noisy(elsewhere, sigma * unit), sigma * unit
+            )
+            condition = {'reading': reading, 'sigma': sigma, 'absolute': sigma * unit, 'other_sigma': away, **measured}
+            if scratch and reading == scratch_reading:
+                condition['scratch'] = {
+                    name: from_scratch(network, clean, noisy, scratch, centralise=name == 'adam_centralised')
+                    for name in ('adam', 'adam_centralised')
+                }
+            result['conditions'].append(condition)
+            with written_whole(path) as beside:
+                beside.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
+            click.echo(f'{reading} sigma {sigma} ({sigma * unit:.3f} of 0-1), predicted in {measured["seconds"]:.2f} s')
+            for name, row in measured['psnr'].items():
+                found = measured['ssim'][name]
+                click.echo(f'  {name:34} {row["mean"]:6.2f} +- {row["interval"]:.2f} dB  {found["mean"]:.3f}')
+            for name, row in measured['gain'].items():
+                click.echo(f'  over {name:29} {row["mean"]:+6.2f} +- {row["interval"]:.2f} dB')
+            for name, points in condition.get('scratch', {}).items():
+                for point in points:
+                    click.echo(
+                        f'  {name}, epoch {point["epoch"]:3} {point["psnr"]:6.2f} dB in {point["seconds"]:.0f} s'
+                    )
+
+
+def pictures(folder: str, count: int) -> list[Tensor]:
+    """So many images of a folder, spread evenly over it, each `[c, h, w]` in 0-1."""
+    paths = list(list_pictures(folder).values())
+    count = min(count, len(paths))
+    return [read_picture(paths[number * len(paths) // count]).pixels for number in range(count)]
+
+
+def made_noisy(images: Sequence[Tensor], sigma: float) -> list[Tensor]:
+    """The images with Gaussian noise, each with a seed of its own."""
+    return [
+        add_noise(image, 'gaussian', sigma, torch.Generator().manual_seed(number))
+        for number, image in enumerate(images)
+    ]
+
+
+def measure(
+    network: PudNet,
+    control: nn.Module | None,
+    clean: list[Tensor],
+    noisy: list[Tensor],
+    noisier: list[Tensor],
+    elsewhere: list[Tensor],
+    sigma: float,
+) -> dict[str, Any]:
+    """PSNR and SSIM of every arm, means over images, and gains of the predicted denoiser over the others."""
+    channels, side, _ = network.config.input.input_size
+    started = time.perf_counter()
+    patches = noisy_patches(noisy, channels, side)
+    predicted = denoiser_of(network, sketch(network, patches), patches)
+    seconds = time.perf_counter() - started
+    other_patches = noisy_patches(noisier, channels, side)
+    other_sketch = sketch(network, other_patches)
+    models = {
+        'predicted': predicted,
+        'sketch of another sigma': denoiser_of(network, other_sketch, patches),
+        'predicted for another sigma': denoiser_of(network, other_sketch, other_patches),
+    }
+    if elsewhere:
+        its_patches = noisy_patches(elsewhere, channels, side)
+        models['sketch of another set'] = denoiser_of(network, sketch(network, its_patches), patches)
+    arms: dict[str, Callable[[Tensor], Tensor]] = {'noisy': lambda image: image}
+    for name, how in (('gaussian filter', blurred), ('non-local means', non_local_means)):
+        chosen = best_strength(name, how, clean, noisy, sigma)
+        arms[name] = lambda image, how=how, chosen=chosen: how(image, sigma, chosen)
+    arms |= {name: lambda image, model=model: denoise(model, image) for name, model in models.items()}
+    if control is not None:
+        arms['plain, its own statistics'] = lambda image: denoise(control, image)
+    table: dict[str, dict[str, list[float]]] = {'psnr': {}, 'ssim': {}}
+
+    def add(name: str, arm: Callable[[Tensor], Tensor]) -> None:
+        found = [arm(image).clamp(0, 1) for image in tqdm(noisy, name, delay=5, leave=False)]
+        pairs = list(zip(found, clean, strict=True))
+        table['psnr'][name] = [float(psnr(one, other)) for one, other in pairs]
+        table['ssim'][name] = [float(ssim(one, other)) for one, other in pairs]
+
+    for name, arm in arms.items():
+        add(name, arm)
+    if control is not None:
+        own = {key: value.clone() for key, value in control.state_dict().items()}
+        calibrate(control, patches, own, prior_images=network.config.prior_images)
+        add('plain, calibrated', lambda image: denoise(control, image))
+        control.load_state_dict(own)
+    gains = {
+        name: mean_interval([a - b for a, b in zip(table['psnr']['predicted'], values, strict=True)])
+        for name, values in table['psnr'].items()
+        if name not in ('predicted', 'noisy')
+    }
+    means = {kind: {name: mean_interval(values) for name, values in rows.items()} for kind, rows in table.items()}
+    return {**means, 'gain': gains, 'seconds': seconds}
+
+
+@torch.inference_mode()
+def sketch(network: PudNet, patches: Tensor) -> Tensor:
+    """The sketch `[m]` of noisy patches."""
+    stream = network.streaming_sketch()
+    stream.add(patches)
+    return stream.result()
+
+
+def blurred(image: Tensor, sigma: float, strength: float) -> Tensor:
+    """A Gaussian filter, `strength` its width in pixels; `sigma` is not used."""
+    reach = 2 * round(3 * strength) + 1
+    return gaussian_blur(image, [min(reach, 2 * ((side - 1) // 2) + 1) for side in image.shape[:0:-1]], strength)
+
+
+def non_local_means(image: Tensor, sigma: float, strength: float) -> Tensor:
+    """Non-local means of scikit-image, with a cut-off of `strength` times sigma."""
+    pixels = image.permute(1, 2, 0).double().numpy()
+    found = denoise_nl_means(
+        pixels, patch_size=5, patch_distance=6, h=strength * sigma, sigma=sigma, fast_mode=True, channel_axis=2
+    )
+    return torch.from_numpy(np.ascontiguousarray(found)).permute(2, 0, 1).float()
+
+
+def best_strength(name: str, how: Callable, clean: list[Tensor], noisy: list[Tensor], sigma: float) -> float:
+    """The strength that brings the first eight images nearest to the clean ones."""
+
+    def quality(strength: float) -> float:
+        return sum(
+            float(psnr(how(n, sigma, strength).clamp(0, 1), c)) for c, n in zip(clean[:8], noisy[:8], strict=True)
+        )
+
+    return max(STRENGTHS[name], key=quality)
+
+
+def from_scratch(
+    network: PudNet, clean: list[Tensor], noisy: list[Tensor], epochs: int, *, centralise: bool
+) -> list[dict[str, float]]:
+    """Trains the target on the noisy images alone; PSNR on them, and seconds of training, after some epochs."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(network.config.model_name, **network.config.model_kwargs)
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    side = min(CROP, *(min(image.shape[1:]) for image in noisy))
+    seconds, points = 0.0, []
+    for epoch in range(1, epochs + 1):
+        started = time.perf_counter()
+        model.train()
+        for picks in torch.randperm(len(noisy), generator=generator).split(8):
+            crops = []
+            for image in (noisy[pick] for pick in picks.tolist()):
+                top, left = (int(torch.randint(size - side + 1, (), generator=generator)) for size in image.shape[1:])
+                crops.append(image[:, top : top + side, left : left + side].expand(model.in_chans, -1, -1))
+            batch = torch.stack(crops)
+            masked, places = blind_spots(batch, generator)
+            guesses = model(masked.contiguous(memory_format=torch.channels_last))
+            loss = blind_spot_loss(guesses, batch, masked, places)
+            optimizer.zero_grad()
+            loss.backward()
+            if centralise:
+                centralise_gradients(model.parameters())
+            optimizer.step()
+        seconds += time.perf_counter() - started
+        if epoch in EPOCHS:
+            model.eval()
+            found = [float(psnr(denoise(model, n).clamp(0, 1), c)) for n, c in zip(noisy, clean, strict=True)]
+            points.append({'epoch': epoch, 'seconds': seconds, 'psnr': sum(found) / len(found)})
+    return points
+
+
+if __name__ == '__main__':
+    main()
