@@ -23,7 +23,6 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from timm_pudnet import remote
@@ -51,7 +50,7 @@ from timm_pudnet.files import (
 from timm_pudnet.generators import create_generator
 from timm_pudnet.images import open_images
 from timm_pudnet.sketch import Balance, SketchEncoder, StreamingSketch
-from timm_pudnet.target import TargetSpec, create_feature_model, describe_target
+from timm_pudnet.target import TargetSpec, create_feature_model, describe_target, input_of
 
 MAX_SHARD_BYTES = 4_000_000_000  # weights above this size are saved as several files and an index
 MOST_PARAMETERS = 15_000_000  # of a hypernetwork with the paper's generators: 30 MB in half precision
@@ -146,9 +145,7 @@ class PudNet(nn.Module):
         spec = target_of(wanted)  # clear errors first
         model = pretrained_model(model_name, pretrained, model_kwargs) if pretrained else create_feature_model(spec)
         if 'input' not in config:
-            data = resolve_model_data_config(model)
-            names = [field.name for field in dataclasses.fields(InputConfig)]
-            config['input'] = InputConfig(**{name: data[name] for name in names})
+            config['input'] = input_of(model)
         if tag and pretrained is True:
             config.setdefault('tag', tag)
         wanted = PudNetConfig(model_name=name if pretrained else model_name, **config)

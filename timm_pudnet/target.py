@@ -14,10 +14,11 @@ from typing import Any, Literal, cast
 
 import timm
 import torch
+from timm.data.config import resolve_model_data_config
 from timm.layers.cond_conv2d import CondConv2d
 from torch import nn
 
-from timm_pudnet.config import InputError, UnsupportedTargetError, close_names
+from timm_pudnet.config import InputConfig, InputError, UnsupportedTargetError, close_names
 
 Role = Literal['predicted', 'shared', 'calibrated', 'classifier']
 MIN_PREDICTED = 0.5
@@ -315,6 +316,13 @@ def is_norm(module: nn.Module) -> bool:
     """Whether a module normalises its input and may carry an affine weight and bias."""
     kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     return isinstance(module, kinds) or 'norm' in type(module).__name__.lower()
+
+
+def input_of(model: nn.Module) -> InputConfig:
+    """How a timm model sees images, by its own config."""
+    found = resolve_model_data_config(model)
+    names = [field.name for field in dataclasses.fields(InputConfig)]
+    return InputConfig(**{name: found[name] for name in names})
 
 
 def _in_chans(model: nn.Module, model_kwargs: dict[str, Any]) -> int:

@@ -29,13 +29,13 @@ from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, library_versions, usable_device, written_whole
 from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.predict import predict_model
+from timm_pudnet.target import input_of
 from timm_pudnet.training.episodes import ImageBank, bank_input
 from timm_pudnet.training.finetune import (
     MODES,
     copies_line,
     finetune_epochs,
     fit_classifier,
-    input_of,
     measured,
     normalised,
     seconds_since,
