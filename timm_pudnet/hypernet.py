@@ -36,6 +36,7 @@ from timm_pudnet.config import (
     PudNetConfig,
     PudNetWarning,
     __version__,
+    first_line,
     shown,
 )
 from timm_pudnet.files import (
@@ -322,8 +323,7 @@ class PudNet(nn.Module):
             with torch.device('meta'), _at_most_modules(most):
                 hypernet = cls(config)
         except Exception as error:  # whatever a stranger's config makes timm or torch raise
-            reason = (str(error) or repr(error)).splitlines()[0]
-            raise DamagedFileError(f'{folder / CONFIG_NAME}: {shown(reason, 300)}') from error
+            raise DamagedFileError(f'{folder / CONFIG_NAME}: {shown(first_line(error), 300)}') from error
         hypernet.load_state_dict(as_tensors(stored, hypernet.state_dict()), assign=True)
         hypernet.folder = folder
         return hypernet.requires_grad_(True).eval()
@@ -453,8 +453,7 @@ def pretrained_model(model_name: str, source: bool | str, model_kwargs: Mapping[
     try:
         return timm.create_model(name, pretrained=True, **model_kwargs)
     except Exception as error:  # whatever transports and formats raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NotFoundError(f'the pretrained weights of {name} cannot be had: {reason}') from error
+        raise NotFoundError(f'the pretrained weights of {name} cannot be had: {first_line(error)}') from error
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:

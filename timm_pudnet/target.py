@@ -18,7 +18,7 @@ from timm.data.config import resolve_model_data_config
 from timm.layers.cond_conv2d import CondConv2d
 from torch import nn
 
-from timm_pudnet.config import InputConfig, InputError, UnsupportedTargetError, close_names
+from timm_pudnet.config import InputConfig, InputError, UnsupportedTargetError, close_names, first_line
 
 Role = Literal['predicted', 'shared', 'calibrated', 'classifier']
 MIN_PREDICTED = 0.5
@@ -248,8 +248,7 @@ def _meta_model(model_name: str, model_kwargs: dict[str, Any], num_classes: int)
         with torch.device('meta'):
             return timm.create_model(model_name, **{**model_kwargs, 'num_classes': num_classes, 'pretrained': False})
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f'timm.create_model({model_name!r}) refused {model_kwargs}: {reason}') from error
+        raise InputError(f'timm.create_model({model_name!r}) refused {model_kwargs}: {first_line(error)}') from error
 
 
 def _check_classifier(model_name: str, name: str, module: nn.Module) -> None:
