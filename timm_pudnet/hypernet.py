@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import math
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -521,6 +522,18 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """Gives a folder beside `folder` to fill, renamed when the block ends well; nothing is left when it fails."""
+    beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
+    try:
+        yield beside
+        beside.chmod(0o755)
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from timm_pudnet.adapt import HEADS, calibrate
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, OutputExistsError, PudNetWarning
 from timm_pudnet.hub import Pushed, push, resolve_hypernet
-from timm_pudnet.hypernet import PudNet, target_of, usable_device
+from timm_pudnet.hypernet import PudNet, folder_written_whole, target_of, usable_device
 from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.sketch import Balance, ImageSample
 from timm_pudnet.target import TargetSpec
@@ -167,16 +166,11 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         model = copy.deepcopy(model)
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.contiguous()
-    beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
-    try:
+    with folder_written_whole(folder) as beside:
         try:
             timm.models.save_for_hf(model, str(beside), safe_serialization=True)
         except SafetensorError as error:
             raise OSError(f'{folder} cannot be written: {error}') from error
-        beside.chmod(0o755)
-        os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return folder
 
 
