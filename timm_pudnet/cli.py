@@ -550,7 +550,7 @@ def finetune(
     if run.held is not None:
         from timm_pudnet.evaluation import share_interval
 
-        best = run.history[run.best_epoch - 1] if run.best_epoch else run.before
+        best = run.best
         assert best is not None
         low, high = share_interval(best['right'], kept)
         was = '' if run.before is None else f'; {run.before["accuracy"]:.1f}% before'

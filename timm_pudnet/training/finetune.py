@@ -273,6 +273,11 @@ class FineTuning:
             self.model.load_state_dict(self._kept)
         return self.model.eval()
 
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The entry of `history` whose model is kept; `before` where none was better."""
+        return self.history[self.best_epoch - 1] if self.best_epoch else self.before
+
     def _keep(self) -> None:
         self._kept = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
 
