@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import os
@@ -104,6 +103,7 @@ def predict(
 
     from timm_pudnet import evaluation
     from timm_pudnet import predict as room
+    from timm_pudnet.files import sha256
     from timm_pudnet.hub import resolve_hypernet
     from timm_pudnet.hypernet import library_versions
     from timm_pudnet.images import open_images
@@ -181,7 +181,7 @@ def predict(
             'Head': head,
             'Input': f'{chans}x{height}x{width}',
             'Model': f'{count:,} weights, {size:.1f} MB on disk',
-            'sha256 of model.safetensors': hashlib.sha256(files['model.safetensors'].read_bytes()).hexdigest(),
+            'sha256 of model.safetensors': sha256(files['model.safetensors']),
             'Seconds of predicting': f'{seconds:.2f}, reading the images included',
             **({'Milliseconds an image': f'{1000 * test.seconds / len(test.labels):.2f}, on {where}'} if test else {}),
             'Machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {where}',
@@ -672,14 +672,12 @@ def info(
     if re.search(r'[./:]', name) or Path(name).is_dir():  # no name of an architecture
         found = describe_hypernet(name)
         click.echo(f'Hypernet   {found}')
-        if found.config is None:
-            return
+        assert found.config is not None  # as of all but those listed by the Hub
         config, model_name = found.config, found.model_name
         click.echo(f'Seen       {len(config.class_names)} classes: {_some(config.class_names)}')
         click.echo(f'Input      {"x".join(map(str, config.input.input_size))}, mean {config.input.mean}')
         click.echo(f'Training   {", ".join(f"{key} {value}" for key, value in config.training.items()) or "not told"}')
-        values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-        plan = plan_hypernet(**values)
+        plan = plan_hypernet(**vars(config))
     else:
         model_name = name
         plan = plan_hypernet(
