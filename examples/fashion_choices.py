@@ -54,10 +54,10 @@ def main():
         seen = [name for label, name in enumerate(names) if label not in unseen]
         recipe = dataclasses.replace(
             base,
-            data=dataclasses.replace(base.data, classes=tuple(seen)),
+            data=(dataclasses.replace(base.data[0], classes=tuple(seen)),),
             schedule=dataclasses.replace(base.schedule, images=arguments.images),
         )
-        hypernet = meta_train(recipe, bank=banks['train'].select(seen), progress=False)
+        hypernet = meta_train(recipe, banks=[banks['train'].select(seen)], progress=False)
         test = banks['test'].select([names[label] for label in unseen])
         groups = TestGroups.draw(test, count=arguments.groups, n_way=4, seed=number)
         result = timm_pudnet.evaluate(hypernet, test, groups, progress=False)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import timm_pudnet
-from timm_pudnet.evaluation import held_out_accuracy, split_held_out
+from timm_pudnet.evaluation import measure_held_out, split_held_out
 
 
 @click.command(help=__doc__)
@@ -29,7 +29,7 @@ def main(photos: Path, model_name: str, hypernet: str | None, out: Path, show: i
     used, tested = split_held_out(source, 0.25)
     print(f'{source.description}; {len(used)} of them give the weights')
     model = timm_pudnet.predict_model(model_name, used, hypernet=network)
-    for line in held_out_accuracy(model, used, tested):
+    for line in measure_held_out(model, used, tested).lines():
         print(line)
     timm_pudnet.save_model(model, out)
 

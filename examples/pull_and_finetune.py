@@ -2,8 +2,8 @@
 
     python examples/pull_and_finetune.py resnet18.mixed examples/fashion --out tuned-model
 
-HYPERNET is anything that `timm_pudnet.load_hypernet` takes: one that ships with the package, a folder, or, where this
-version of the package has it, one of the Hugging Face Hub.
+HYPERNET is anything that `timm_pudnet.load_hypernet` takes: one that ships with the package, a folder, or org/name on
+the Hugging Face Hub.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ def main(hypernet: str, images: str, epochs: int | None, out: Path) -> None:
     # timm_pudnet.finetune(...) does the same in one call; this shows what happened on the way.
     tuning = FineTuning(network.config.model_name, images, hypernet=network, epochs=epochs)
     tuning.run()
-    before, best = tuning.before['accuracy'], max(point['accuracy'] for point in tuning.history)
+    before, best = tuning.before['accuracy'], tuning.best['accuracy']
     print(f'on {len(tuning.held.labels)} images kept aside: predicted {before:.1f} %, fine-tuned {best:.1f} %')
     print(f'wrote {timm_pudnet.save_model(tuning.result(), out)}')
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from timm_pudnet import InputConfig, PudNet, PudNetError, plan_hypernet, predict_model
+from timm_pudnet.config import first_line
 
 TABLE = Path(__file__).with_suffix('.jsonl')
 SMALL = 64  # side of the images, where the architecture takes them; else its own input size
@@ -93,8 +94,7 @@ def row_of(name: str) -> dict:
     except PudNetError as error:
         return {'name': name, 'result': f'refused: {error}'}
     except Exception as error:  # a bug of ours, or a model that cannot run on this machine: looked into one by one
-        reason = str(error).splitlines()[0] if str(error) else ''
-        return {'name': name, 'result': f'failed: {type(error).__name__}: {reason}'}
+        return {'name': name, 'result': f'failed: {type(error).__name__}: {first_line(error)}'}
 
 
 def main() -> None:

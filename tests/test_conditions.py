@@ -191,17 +191,26 @@ def test_the_halves_of_a_group_share_a_condition_and_other_groups_have_others():
 
 
 def test_only_the_condition_tells_the_halves_of_groups_apart():
-    images = torch.arange(1, 25, dtype=torch.uint8).mul(10)[:, None, None, None].expand(24, 3, 8, 8)
-    bank = ImageBank(images.clone(), torch.arange(24) % 6, [f'class {label}' for label in range(6)])
+    # Four square rings: which of the inner three are brighter tells the class, how bright the outer one is the image.
+    near = torch.minimum(torch.arange(8), torch.arange(8).flip(0))
+    ring, numbers = torch.minimum(near[:, None], near), torch.arange(24)
+    marked = (numbers % 6 + 1)[:, None, None] * 2 >> ring & 1
+    images = (40 + 2 * numbers)[:, None, None] + 120 * marked
+    bank = ImageBank(images[:, None].repeat(1, 3, 1, 1).byte(), numbers % 6, [f'class {label}' for label in range(6)])
     groups = Groups(n_way=2, n_shot=2, n_query=2, conditions=0.5, sketch_groups=3, sketch_images=50)
     halves = GroupSampler([bank], PIXELS, groups).draw_halves(0)
-    # Under whatever condition but noise, the images of four classes are told apart by their levels.
-    plain = (halves[0, :, :, 0, 0, 0] * 255).round().long()
-    first, second = ({int(level) // 10 % 6 for level in half} for half in plain)
+    plain = ((halves[0, :, :, 0, 0, 0] * 255).round().long() - 40) // 2
+    first, second = ({number % 6 for number in half} for half in plain.tolist())
     assert len(first) == len(second) == 2
     assert not first & second
-    assert len({level for half in halves[0, :, :, 0, 0, 0].tolist() for level in half}) == 16
-    assert not torch.equal(halves[0].mean((1, 2, 3, 4)), halves[1].mean((1, 2, 3, 4)))
+    assert len(plain.unique()) == 16
+
+    def classes(half):
+        levels = torch.stack([half.mean(1)[:, ring == number].mean(1) for number in range(4)], 1)
+        seen = (levels[:, 1:] - levels[:, :1]).abs() > 0.15  # under any condition
+        return {int(code) - 1 for code in seen.long() @ torch.tensor([1, 2, 4])}
+
+    assert [[classes(half) for half in pair] for pair in halves] == 3 * [[first, second]]
 
 
 def test_a_batch_is_of_several_conditions():

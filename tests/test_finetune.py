@@ -259,6 +259,7 @@ def test_training_stops_when_nothing_gets_better_and_the_best_model_is_kept(mode
     run = FineTuning(model, *pictures(24), epochs=9, patience=3)
     run.run(progress=False)
     assert (len(run.history), run.best_epoch) == (5, 2)
+    assert run.best is run.history[1]
     assert run.before is None
     kept = state(run.result())
     scripted(2, 4)
@@ -274,6 +275,7 @@ def test_a_model_that_was_better_before_stays_as_it_was(tiny, pictures, scripted
     start = state(run.model)
     run.run(progress=False)
     assert run.best_epoch == 0
+    assert run.best is run.before
     assert_close(state(run.result()), start, rtol=0, atol=0)
 
 

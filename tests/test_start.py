@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from timm_pudnet import save_model
 from timm_pudnet.config import InputError, NotFoundError
-from timm_pudnet.training import meta_train, train_plain, try_recipe
+from timm_pudnet.training import ImageBank, meta_train, train_plain, try_recipe
 
 RESIDUAL = {'generator': 'residual', 'predict_norm': True}
 SLOW = {'rate': 1e-9, 'sketch_rate': 1e-9, 'optimizer': 'sgd', 'weight_decay': 0.0}
@@ -74,10 +74,14 @@ def test_a_start_that_does_not_fit_is_one_line(start, make_recipe, bank, tmp_pat
 
 
 def test_a_short_try_tells_whether_a_recipe_learns(make_recipe, bank):
-    found = try_recipe(make_recipe(400), banks=[bank], device='cpu', seconds=6, progress=False)
+    noise = ImageBank(torch.randint(0, 256, bank.images.shape, dtype=torch.uint8), bank.labels, bank.class_names)
+    found, hopeless = (
+        try_recipe(make_recipe(400), banks=[one], device='cpu', seconds=2, progress=False) for one in (bank, noise)
+    )
     assert found['chance'] == pytest.approx(1 / 3)
-    assert 0 <= found['before'] <= 1
-    assert 0 <= found['after'] <= 1
-    assert found['images'] > 0
-    assert found['seconds'] > 0
-    assert found['images_per_second'] > 0
+    assert 0.9 < found['after'] <= 1
+    assert 0 <= hopeless['before'] < 0.6
+    for one in (found, hopeless):
+        assert one['images'] > 0
+        assert one['seconds'] > 0
+        assert one['images_per_second'] > 0

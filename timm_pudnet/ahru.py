@@ -50,7 +50,7 @@ class AHRU(nn.Module):
         return torch.lerp(torch.stack(codes, -2), sketch.unsqueeze(-2), self.eta)
 
     def _walk(self, sketch: Tensor) -> Tensor:
-        """The same in place, twice as fast: a hundred small layers are a hundred steps of small operations."""
+        """The same in place, which is faster: a hundred small layers are a hundred steps of small operations."""
         width = len(sketch)
         codes = sketch.new_empty(self.num_layers, width)
         joined, gates = torch.cat([sketch, self.start]), sketch.new_empty(2 * width)  # [d, a]; r above z

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import math
@@ -105,6 +104,7 @@ def predict(
 
     from timm_pudnet import evaluation
     from timm_pudnet import predict as room
+    from timm_pudnet.files import sha256
     from timm_pudnet.hub import resolve_hypernet
     from timm_pudnet.hypernet import library_versions
     from timm_pudnet.images import open_images
@@ -182,7 +182,7 @@ def predict(
             'Head': head,
             'Input': f'{chans}x{height}x{width}',
             'Model': f'{count:,} weights, {size:.1f} MB on disk',
-            'sha256 of model.safetensors': hashlib.sha256(files['model.safetensors'].read_bytes()).hexdigest(),
+            'sha256 of model.safetensors': sha256(files['model.safetensors']),
             'Seconds of predicting': f'{seconds:.2f}, reading the images included',
             **({'Milliseconds an image': f'{1000 * test.seconds / len(test.labels):.2f}, on {where}'} if test else {}),
             'Machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {where}',
@@ -566,7 +566,7 @@ def finetune(
     if run.held is not None:
         from timm_pudnet.evaluation import share_interval
 
-        best = run.history[run.best_epoch - 1] if run.best_epoch else run.before
+        best = run.best
         assert best is not None
         low, high = share_interval(best['right'], kept)
         was = '' if run.before is None else f'; {run.before["accuracy"]:.1f}% before'
@@ -695,7 +695,7 @@ def denoise(
     from timm_pudnet.denoising import pictures
     from timm_pudnet.denoising.predict import predict_denoiser  # type: ignore[import-not-found]
     from timm_pudnet.denoising.tiles import denoise
-    from timm_pudnet.hypernet import usable_device
+    from timm_pudnet.hypernet import folder_written_whole, usable_device
 
     for given, folder in (('IMAGES', images), ('--clean', clean)):
         if folder is not None and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
@@ -737,7 +737,7 @@ def denoise(
     taken = {name.split('/')[0].lower() for name in found}
     sheet_name, json_name = _free_name('side-by-side.png', taken), _free_name('denoised.json', taken)
     rows = []
-    with room.new_folder(out) as beside:
+    with folder_written_whole(out) as beside:
         started = time.perf_counter()
         for name, facts in tqdm(found.items(), desc='Denoising', unit='image', delay=2):
             picture = pictures.read_picture(paths[name])
@@ -860,14 +860,12 @@ def info(
     if re.search(r'[./:]', name) or Path(name).is_dir():  # no name of an architecture
         found = describe_hypernet(name)
         click.echo(f'Hypernet   {found}')
-        if found.config is None:
-            return
+        assert found.config is not None  # as of all but those listed by the Hub
         config, model_name = found.config, found.model_name
         click.echo(f'Seen       {len(config.class_names)} classes: {_some(config.class_names)}')
         click.echo(f'Input      {"x".join(map(str, config.input.input_size))}, mean {config.input.mean}')
         click.echo(f'Training   {", ".join(f"{key} {value}" for key, value in config.training.items()) or "not told"}')
-        values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-        plan = plan_hypernet(**values)
+        plan = plan_hypernet(**vars(config))
     else:
         model_name = name
         plan = plan_hypernet(

@@ -71,6 +71,16 @@ def shown(name: object, most: int = 80) -> str:
     return text if len(text) <= most else f'{text[:most]}...'
 
 
+def first_line(error: BaseException) -> str:
+    r"""The first line of what another library raised; the name of the error where it says nothing.
+
+    Example:
+        >>> first_line(OSError('no network\nat all')), first_line(MemoryError())
+        ('no network', 'MemoryError')
+    """
+    return (str(error).splitlines() or [''])[0] or type(error).__name__
+
+
 def reject_unknown_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
     """Raises InputError for the first key that is not known, naming the close ones."""
     known = list(known)

@@ -178,13 +178,17 @@ def _describe(name: str, where: str, folder: Path) -> HypernetInfo:
 
 def _accuracy(folder: Path) -> dict[str, Any] | None:
     """The accuracy of the first results file, results.json where there is one."""
-    paths = sorted(folder.glob('results*.json'), key=lambda path: (path.name != 'results.json', path.name))
-    for path in paths:
+    for path in _results_of(folder):
         with contextlib.suppress(DamagedFileError, KeyError, TypeError, ValueError):
             found = read_json(path)
             row = {name: float(found['accuracy']['predicted'][name]) for name in ('mean', 'interval')}
-            return {**row, **{name: shown(found[name]) for name in ('n_way', 'n_shot', 'groups')}, 'file': path.name}
+            return {**row, **{name: shown(found[name]) for name in ('n_way', 'n_shot', 'groups')}}
     return None
+
+
+def _results_of(folder: Path) -> list[Path]:
+    """Its results files, results.json first."""
+    return sorted(folder.glob('results*.json'), key=lambda path: (path.name != 'results.json', path.name))
 
 
 def _license(card: Path) -> str | None:
@@ -396,7 +400,7 @@ def hypernet_files(folder: Path, repo: str, license: str | None = None) -> dict[
         raise InputError(f'{folder} has no recipe.toml: put the recipe there that it was trained by')
     results: dict[str, dict[str, Any]] = {}
     hashes = weights_sha256(folder)
-    for path in sorted(folder.glob('results*.json'), key=lambda path: (path.name != 'results.json', path.name)):
+    for path in _results_of(folder):
         found = read_json(path)
         if not isinstance(found, dict) or not _measured(found):
             raise InputError(f'{path} is no results file of timm-pudnet evaluate: {again} again')

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import math
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -23,7 +24,6 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from timm_pudnet import remote
@@ -37,6 +37,7 @@ from timm_pudnet.config import (
     PudNetConfig,
     PudNetWarning,
     __version__,
+    first_line,
     shown,
 )
 from timm_pudnet.files import (
@@ -51,7 +52,7 @@ from timm_pudnet.files import (
 from timm_pudnet.generators import create_generator
 from timm_pudnet.images import open_images
 from timm_pudnet.sketch import Balance, SketchEncoder, StreamingSketch
-from timm_pudnet.target import TargetSpec, create_feature_model, describe_target
+from timm_pudnet.target import TargetSpec, create_feature_model, describe_target, input_of
 
 MAX_SHARD_BYTES = 4_000_000_000  # weights above this size are saved as several files and an index
 MOST_PARAMETERS = 15_000_000  # of a hypernetwork with the paper's generators: 30 MB in half precision
@@ -146,9 +147,7 @@ class PudNet(nn.Module):
         spec = target_of(wanted)  # clear errors first
         model = pretrained_model(model_name, pretrained, model_kwargs) if pretrained else create_feature_model(spec)
         if 'input' not in config:
-            data = resolve_model_data_config(model)
-            names = [field.name for field in dataclasses.fields(InputConfig)]
-            config['input'] = InputConfig(**{name: data[name] for name in names})
+            config['input'] = input_of(model)
         if tag and pretrained is True:
             config.setdefault('tag', tag)
         wanted = PudNetConfig(model_name=name if pretrained else model_name, **config)
@@ -332,8 +331,7 @@ class PudNet(nn.Module):
             with torch.device('meta'), _at_most_modules(most):
                 hypernet = cls(config)
         except Exception as error:  # whatever a stranger's config makes timm or torch raise
-            reason = (str(error) or repr(error)).splitlines()[0]
-            raise DamagedFileError(f'{folder / CONFIG_NAME}: {shown(reason, 300)}') from error
+            raise DamagedFileError(f'{folder / CONFIG_NAME}: {shown(first_line(error), 300)}') from error
         hypernet.load_state_dict(as_tensors(stored, hypernet.state_dict()), assign=True)
         hypernet.folder = folder
         return hypernet.requires_grad_(True).eval()
@@ -463,8 +461,7 @@ def pretrained_model(model_name: str, source: bool | str, model_kwargs: Mapping[
     try:
         return timm.create_model(name, pretrained=True, **model_kwargs)
     except Exception as error:  # whatever transports and formats raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NotFoundError(f'the pretrained weights of {name} cannot be had: {reason}') from error
+        raise NotFoundError(f'the pretrained weights of {name} cannot be had: {first_line(error)}') from error
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
@@ -532,6 +529,18 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """Gives a folder beside `folder` to fill, renamed when the block ends well; nothing is left when it fails."""
+    beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
+    try:
+        yield beside
+        beside.chmod(0o755)
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -30,7 +30,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset
 from torchvision.transforms.functional import pil_to_tensor
 
-from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetError, PudNetWarning, close_names
+from timm_pudnet.config import (
+    InputConfig,
+    InputError,
+    NotFoundError,
+    PudNetError,
+    PudNetWarning,
+    close_names,
+    first_line,
+)
 
 IMAGE_EXTENSIONS = (
     *('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif', '.jfif', '.jpe', '.apng', '.dib'),
@@ -598,8 +606,8 @@ def reason_of(error: Exception) -> str:
         return f'more than {Image.MAX_IMAGE_PIXELS:,} pixels'
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    text = (str(error).splitlines() or [''])[0]
-    return 'truncated' if 'truncated' in text.lower() else text or type(error).__name__
+    text = first_line(error)
+    return 'truncated' if 'truncated' in text.lower() else text
 
 
 def _name_some(entries: Sequence[tuple[str, str]]) -> str:
@@ -773,6 +781,6 @@ def _timm_dataset(name: str, data_dir: str | os.PathLike[str] | None, split: str
     try:
         return create_dataset(name, root=root, split=split, download=False, input_img_mode=mode)
     except Exception as error:
-        reason = (str(error).splitlines() or [''])[0] or type(error).__name__
+        reason = first_line(error)
         kind = NotFoundError if 'not found' in reason.lower() else InputError
         raise kind(f'{name}: not in data_dir={root!r} for split {split!r} ({reason}); nothing is downloaded') from error

@@ -5,13 +5,11 @@ Dimension letters: `n` images, `c h w` an image, `m` width of the sketch, `d` fe
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
-import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from timm_pudnet.adapt import HEADS, calibrate
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, OutputExistsError, PudNetWarning
 from timm_pudnet.hub import Pushed, push, resolve_hypernet
-from timm_pudnet.hypernet import PudNet, target_of, usable_device
+from timm_pudnet.hypernet import PudNet, folder_written_whole, target_of, usable_device
 from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.sketch import Balance, ImageSample
 from timm_pudnet.target import TargetSpec
@@ -172,7 +170,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         model = copy.deepcopy(model)
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.contiguous()
-    with new_folder(folder) as beside:
+    with folder_written_whole(folder) as beside:
         try:
             timm.models.save_for_hf(model, str(beside), safe_serialization=True)
         except SafetensorError as error:
@@ -203,18 +201,6 @@ def check_output(folder: Path) -> None:
         raise OutputExistsError(f'{folder} exists: choose another output folder, or remove it first')
     if not folder.parent.is_dir():
         raise NotFoundError(f'{folder.parent} is not there: make it first, or choose another output folder')
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder beside `folder` to fill, renamed when the block ends well; nothing is left when it fails."""
-    beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
-    try:
-        yield beside
-        beside.chmod(0o755)
-        os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _target_asked_for(network: PudNet, model_name: str, timm_kwargs: dict[str, Any]) -> TargetSpec:

@@ -15,11 +15,19 @@ from typing import Any, Literal, cast
 
 import timm
 import torch
+from timm.data.config import resolve_model_data_config
 from timm.layers.cond_conv2d import CondConv2d
 from timm.models import model_entrypoint, register_model
 from torch import nn
 
-from timm_pudnet.config import InputError, PudNetWarning, UnsupportedTargetError, close_names
+from timm_pudnet.config import (
+    InputConfig,
+    InputError,
+    PudNetWarning,
+    UnsupportedTargetError,
+    close_names,
+    first_line,
+)
 
 Role = Literal['predicted', 'shared', 'calibrated', 'classifier']
 MIN_PREDICTED = 0.5
@@ -249,8 +257,7 @@ def _meta_model(model_name: str, model_kwargs: dict[str, Any], num_classes: int)
         with torch.device('meta'):
             return timm.create_model(model_name, **{**model_kwargs, 'num_classes': num_classes, 'pretrained': False})
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f'timm.create_model({model_name!r}) refused {model_kwargs}: {reason}') from error
+        raise InputError(f'timm.create_model({model_name!r}) refused {model_kwargs}: {first_line(error)}') from error
 
 
 def _check_classifier(model_name: str, name: str, module: nn.Module) -> None:
@@ -317,6 +324,13 @@ def is_norm(module: nn.Module) -> bool:
     """Whether a module normalises its input and may carry an affine weight and bias."""
     kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
     return isinstance(module, kinds) or 'norm' in type(module).__name__.lower()
+
+
+def input_of(model: nn.Module) -> InputConfig:
+    """How a timm model sees images, by its own config."""
+    found = resolve_model_data_config(model)
+    names = [field.name for field in dataclasses.fields(InputConfig)]
+    return InputConfig(**{name: found[name] for name in names})
 
 
 def _in_chans(model: nn.Module, model_kwargs: dict[str, Any]) -> int:

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import platform
-import re
-import statistics
 import time
 import warnings
 from pathlib import Path
 
 import torch
+from prediction import in_its_own_process, median_seconds, moves_its_bytes, peak_mb
 
 import timm_pudnet
 from timm_pudnet.hypernet import library_versions
@@ -35,16 +33,6 @@ TARGETS = {
     'resnet152': {},
     'convnext_large': {'conv_mlp': True},
 }
-
-
-def median_seconds(function, runs=21):
-    function()
-    times = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 def steered(name, model_kwargs):
@@ -86,20 +74,11 @@ def generation(name, model_kwargs):
     hypernet = steered(name, model_kwargs)
     model = create_feature_model(hypernet.target).eval()
     sketch = torch.randn(hypernet.config.sketch_width)
-    tensors = [value for value in hypernet.state_dict().values() if value.is_floating_point()]
-    target = [torch.empty(shape) for shape in hypernet.target.shapes.values()]
-
-    def floor():
-        for tensor in tensors:
-            tensor.sum()
-        for tensor in target:
-            tensor.fill_(1.0)
-
     found, expected = hypernet(sketch), one_by_one(hypernet, sketch)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4)
     runs = 41 if hypernet.target.numel('predicted') < 5e7 else 9
-    floor_seconds = median_seconds(floor, runs)
+    floor_seconds = median_seconds(moves_its_bytes(hypernet), runs)
     seconds = {
         'generation': median_seconds(lambda: hypernet(sketch), runs),
         'generation_and_loading': median_seconds(lambda: model.load_state_dict(hypernet(sketch)), runs),
@@ -146,9 +125,7 @@ def streamed(count, queue):
             model(batch)
             forward += time.perf_counter() - marked
             marked = time.perf_counter()
-    status = Path('/proc/self/status').read_text()  # not ru_maxrss, which a child inherits from its parent
-    peak = int(re.search(r'VmHWM:\s+(\d+)', status)[1]) / 1024
-    queue.put({'predict_s': predicted, 'read_s': read, 'forward_s': forward, 'peak_mb': peak})
+    queue.put({'predict_s': predicted, 'read_s': read, 'forward_s': forward, 'peak_mb': peak_mb()})
 
 
 def predicted(name, queue):
@@ -164,8 +141,6 @@ def predicted(name, queue):
     with torch.inference_mode():
         assert model(images).isfinite().all()
         forward = time.perf_counter() - done
-    status = Path('/proc/self/status').read_text()
-    peak = int(re.search(r'VmHWM:\s+(\d+)', status)[1]) / 1024
     queue.put(
         {
             'name': name,
@@ -173,19 +148,9 @@ def predicted(name, queue):
             'make_s': made - started,
             'predict_s': done - made,
             'forward_s': forward,
-            'peak_mb': peak,
+            'peak_mb': peak_mb(),
         }
     )
-
-
-def in_its_own_process(function, *arguments):
-    context = multiprocessing.get_context('spawn')
-    queue = context.Queue()
-    process = context.Process(target=function, args=(*arguments, queue))
-    process.start()
-    result = queue.get(timeout=3600)
-    process.join()
-    return result
 
 
 def plot(result, path):

@@ -50,10 +50,8 @@ def naive_generation(hypernet, sketch):
     return weights
 
 
-@torch.inference_mode()
-def generation(hypernet):
-    """Weight generation against reading the hypernetwork's bytes once and writing the target's once."""
-    sketch = torch.randn(hypernet.config.sketch_width)
+def moves_its_bytes(hypernet):
+    """A function that reads the hypernetwork's bytes once and writes the target's once: the floor of generation."""
     tensors = [value for value in hypernet.state_dict().values() if value.is_floating_point()]
     target = [torch.empty(shape) for shape in hypernet.target.shapes.values()]
 
@@ -63,10 +61,17 @@ def generation(hypernet):
         for tensor in target:
             tensor.fill_(1.0)
 
+    return floor
+
+
+@torch.inference_mode()
+def generation(hypernet):
+    """Weight generation against reading the hypernetwork's bytes once and writing the target's once."""
+    sketch = torch.randn(hypernet.config.sketch_width)
     found, expected = hypernet(sketch), naive_generation(hypernet, sketch)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
-    floor_seconds = median_seconds(floor, 41)
+    floor_seconds = median_seconds(moves_its_bytes(hypernet), 41)
     seconds = {
         'generation': median_seconds(lambda: hypernet(sketch), 41),
         'naive_loop': median_seconds(lambda: naive_generation(hypernet, sketch), 41),
@@ -114,23 +119,30 @@ class Noise(torch.utils.data.Dataset):
         return pixels, index % 4
 
 
+def peak_mb():
+    """The most memory that this process had; not ru_maxrss, which a child inherits from its parent."""
+    return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1]) / 1024
+
+
+def in_its_own_process(function, *arguments):
+    """What a function puts into the queue that it gets as its last argument."""
+    context = multiprocessing.get_context('spawn')
+    queue = context.Queue()
+    process = context.Process(target=function, args=(*arguments, queue))
+    process.start()
+    result = queue.get(timeout=3600)
+    process.join()
+    return result
+
+
 def peak_of(name, count, queue):
     timm_pudnet.predict_model(name, Noise(count))
-    # Not ru_maxrss, which a child inherits from its parent.
-    status = Path('/proc/self/status').read_text()
-    queue.put(int(re.search(r'VmHWM:\s+(\d+)', status)[1]) / 1024)
+    queue.put(peak_mb())
 
 
 def memory(name, counts=(1_000, 100_000)):
     """Peak resident memory of predictions over few and many images, each in a process of its own."""
-    context = multiprocessing.get_context('spawn')
-    peaks = {}
-    for count in counts:
-        queue = context.Queue()
-        process = context.Process(target=peak_of, args=(name, count, queue))
-        process.start()
-        peaks[count] = queue.get(timeout=1800)
-        process.join()
+    peaks = {count: in_its_own_process(peak_of, name, count) for count in counts}
     first, *_, last = peaks.values()
     return {'peak_mb': {f'{count}_images': peak for count, peak in peaks.items()}, 'last_over_first': last / first}
 

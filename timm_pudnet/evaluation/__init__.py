@@ -2,7 +2,7 @@
 
 from timm_pudnet.evaluation.compare import compare, format_comparison, plot_comparison
 from timm_pudnet.evaluation.expectation import Expectation, fit_expectation, read_traits
-from timm_pudnet.evaluation.holdout import HeldOutTest, held_out_accuracy, measure_held_out, split_held_out
+from timm_pudnet.evaluation.holdout import HeldOutTest, measure_held_out, split_held_out
 from timm_pudnet.evaluation.measure import evaluate, format_table, weights_digest
 from timm_pudnet.evaluation.metrics import mean_interval, rank_correlation, share_interval
 from timm_pudnet.evaluation.protocols import TestGroups
@@ -20,7 +20,6 @@ __all__ = [
     'fit_expectation',
     'format_comparison',
     'format_table',
-    'held_out_accuracy',
     'make_report',
     'mean_interval',
     'measure_held_out',

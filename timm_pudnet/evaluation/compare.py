@@ -22,20 +22,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from timm_pudnet.adapt import centroid_logits, class_centroids
-from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetWarning, close_names
+from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetWarning, close_names, first_line
 from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.evaluation.scratch import train_from_scratch
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, library_versions, usable_device, written_whole
 from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.predict import predict_model
+from timm_pudnet.target import input_of
 from timm_pudnet.training.episodes import ImageBank, bank_input
 from timm_pudnet.training.finetune import (
     MODES,
     copies_line,
     finetune_epochs,
     fit_classifier,
-    input_of,
     measured,
     normalised,
     seconds_since,
@@ -336,15 +336,11 @@ def _downloaded(name: str) -> torch.nn.Module:
                 try:
                     huggingface_hub.HfApi().model_info(config.hf_hub_id, timeout=10)
                 except Exception as error:
-                    raise _NotToBeHad(f'{config.hf_hub_id} cannot be had ({_first_line(error)})') from error
+                    raise _NotToBeHad(f'{config.hf_hub_id} cannot be had ({first_line(error)})') from error
     try:
         return timm.create_model(name, pretrained=True, num_classes=0, **overlay)
     except Exception as error:
-        raise _NotToBeHad(f'{name} cannot be loaded ({_first_line(error)})') from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [''])[0] or type(error).__name__
+        raise _NotToBeHad(f'{name} cannot be loaded ({first_line(error)})') from error
 
 
 def _break_even(arms: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float | None]]:

@@ -82,9 +82,11 @@ class HeldOutTest:
     def lines(self) -> Iterator[str]:
         """The accuracy beside raw pixels and chance, with 95 % intervals, and what is wrong with the test."""
         total = len(self.labels)
-        for name, count in (('Accuracy  ', self.right), ('Raw pixels', self.right_raw)):
+        for name, what, count in (
+            ('Accuracy  ', 'on the images kept aside', self.right),
+            ('Raw pixels', 'by nearest class mean', self.right_raw),
+        ):
             low, high = share_interval(count, total)
-            what = 'on the images kept aside' if name.startswith('Acc') else 'by nearest class mean'
             yield f'{name} {count / total:6.1%} {what} ({count} of {total}; 95 % interval {low:.1%} to {high:.1%})'
         yield f'Chance     {1 / self.num_classes:6.1%}'
         if self.repeated:
@@ -141,11 +143,6 @@ def measure_held_out(model: nn.Module, used: ImageSource, tested: ImageSource) -
         repeated=repeated,
         seconds=seconds,
     )
-
-
-def held_out_accuracy(model: nn.Module, used: ImageSource, tested: ImageSource) -> Iterator[str]:
-    """Lines that give the accuracy on the images kept aside, beside raw pixels and chance, with 95 % intervals."""
-    return measure_held_out(model, used, tested).lines()
 
 
 def as_pixels(image: Tensor, source: ImageSource) -> Tensor:

@@ -14,8 +14,6 @@ import dataclasses
 import html
 import io
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +29,7 @@ from timm_pudnet.config import NotFoundError, OutputExistsError
 from timm_pudnet.evaluation.expectation import IN_WORDS, Familiarity
 from timm_pudnet.evaluation.holdout import MOST_ON_A_MAP, REPEATED, HeldOutTest, as_pixels
 from timm_pudnet.evaluation.metrics import share_interval
+from timm_pudnet.hypernet import folder_written_whole
 from timm_pudnet.images import ImageSource
 
 PAGE_NAME = 'index.html'
@@ -127,14 +126,9 @@ class Report:
         if not folder.parent.is_dir():
             raise NotFoundError(f'{folder.parent} is not there: make it first, or choose another folder for the report')
         files = {PAGE_NAME: self.page().encode(), **self.plots()}
-        beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
-        try:
+        with folder_written_whole(folder) as beside:
             for name, content in files.items():
                 (beside / name).write_bytes(content)
-            beside.chmod(0o755)
-            os.replace(beside, folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
         return folder / PAGE_NAME
 
     # Numbers

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.data.config import resolve_model_data_config
 from timm.optim import create_optimizer_v2  # type: ignore[reportPrivateImportUsage]
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, usable_device
 from timm_pudnet.images import open_images
 from timm_pudnet.predict import predict_model
-from timm_pudnet.target import batch_norms
+from timm_pudnet.target import batch_norms, input_of
 from timm_pudnet.training.episodes import ImageBank, bank_input, timm_augmented
 
 HEAD_STRENGTH = 0.1  # of the head's penalty, see _fit_head
@@ -273,6 +272,11 @@ class FineTuning:
         if self._kept:
             self.model.load_state_dict(self._kept)
         return self.model.eval()
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The entry of `history` whose model is kept; `before` where none was better."""
+        return self.history[self.best_epoch - 1] if self.best_epoch else self.before
 
     def _keep(self) -> None:
         self._kept = {key: value.detach().clone() for key, value in self.model.state_dict().items()}
@@ -529,13 +533,6 @@ def _name_classes(model: nn.Module, class_names: Sequence[str]) -> None:
         'label_names': tuple(class_names),
     }
     described.default_cfg = described.pretrained_cfg
-
-
-def input_of(model: nn.Module) -> InputConfig:
-    """How a timm model sees images, by its own config."""
-    found = resolve_model_data_config(model)
-    names = [field.name for field in dataclasses.fields(InputConfig)]
-    return InputConfig(**{name: found[name] for name in names})
 
 
 def seconds_since(started: float, device: torch.device) -> float:
