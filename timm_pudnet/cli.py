@@ -759,7 +759,8 @@ def denoise(
             (beside / json_name).write_text(json.dumps(result, indent=2, allow_nan=False) + '\n', encoding='utf-8')
     for measure, unit in (('psnr', ' dB'), ('ssim', '')) if partners else ():
         click.echo(_in_words(measure, unit, means[measure]))
-    click.echo(f'Denoised   {len(found):,} images in {seconds:.1f} s')
+    what = 'reading, writing and measuring' if partners else 'reading and writing'
+    click.echo(f'Denoised   {len(found):,} images in {seconds:.1f} s, {what} included')
     click.echo(f'Wrote      {out}; noisy and denoised ones side by side: {out / sheet_name}')
     if partners:
         click.echo(f'           PSNR and SSIM of each image: {out / json_name}')

@@ -41,8 +41,8 @@ def ssim(image: Tensor, clean: Tensor, data_range: float = 1.0) -> Tensor:
 
     Gaussian window of sigma 1.5 and 11x11 pixels, population covariance, K1 = 0.01 and K2 = 0.03. The mean is over the
     places where the window lies wholly within the image, and over channels: that of
-    `skimage.metrics.structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)`.
-    (torchmetrics averages over a mirrored border of 5 pixels as well; without that border its mean is the same.)
+    `skimage.metrics.structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)`. torchmetrics
+    averages over a mirrored border of 5 pixels as well; without that border its mean is the same.
 
     Args:
         image: Float `[c, h, w]` or `[n, c, h, w]`.

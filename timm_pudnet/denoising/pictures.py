@@ -28,7 +28,7 @@ from timm_pudnet.images import IMAGE_EXTENSIONS, open_file, quiet_pillow, reason
 # 256 colours), are never written by PIL (PSD), or are read by it with fewer bits than they may have (AVIF, JPEG 2000).
 FORMATS: dict[str, dict[str, Any]] = {
     'PNG': {},
-    'TIFF': {'compression': 'tiff_lzw'},
+    'TIFF': {'compression': 'tiff_adobe_deflate'},
     'JPEG': {'quality': 95, 'subsampling': 0},
     'WEBP': {'lossless': True, 'exact': True},
     'BMP': {},
@@ -171,8 +171,11 @@ def _read(file: ImageFile.ImageFile, path: Path) -> Picture:
     if file.mode == 'I' and format == 'PPM':  # PGM of more than 8 bits
         samples = np.array(file).astype(np.uint16)
     elif deep:
-        file.load()  # raises where the file is truncated, of which opencv may not tell
         samples = _decode_deep(path, grey=grey)
+        # PIL has the upper 8 bits, and tells of truncated files; opencv takes planes that lie apart for others.
+        colours = 1 if grey else 3
+        if np.abs(samples[..., :colours] / 257 - np.array(file)[..., :colours]).max() > 1:
+            raise ValueError('its 16-bit channels are stored in an unusual way: write it again, as PNG')
     else:
         image: Image.Image = file
         if file.mode in ('P', 'PA'):

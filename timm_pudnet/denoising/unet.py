@@ -14,7 +14,7 @@ Dimension letters: `n` images, `c` channels, `h w` height and width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers.conv_bn_act import ConvNormAct
@@ -27,6 +27,34 @@ from timm_pudnet.target import register_architecture
 
 def _blocks(before: int, after: int) -> nn.Sequential:
     return nn.Sequential(ConvNormAct(before, after, 3), ConvNormAct(after, after, 3))
+
+
+class Standardize(nn.BatchNorm2d):
+    """Brings images to mean 0 and variance 1 over the set, per channel, and what is made of them back.
+
+    Noise2Void standardises by the set too. Without it the norms behind it would hide how bright and how strong in
+    contrast a set is, and a network could only guess that.
+
+    Args:
+        num_features: Channels.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features, affine=False)
+        self._batch: tuple[Tensor, Tensor] | None = None  # statistics of the last batch, in training
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Standardised images `[n, c, h, w]`."""
+        if self.training:
+            self._batch = input.mean((0, 2, 3)), input.var((0, 2, 3), unbiased=False)
+        return super().forward(input)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Images `[n, c, h, w]` in the units of those that went in last."""
+        statistics = self._batch if self.training else (self.running_mean, self.running_var)
+        assert statistics is not None
+        mean, variance = (cast(Tensor, value).view(-1, 1, 1) for value in statistics)
+        return torch.addcmul(mean, images, (variance + self.eps).sqrt())
 
 
 class BlindSpotUNet(nn.Module):
@@ -49,6 +77,7 @@ class BlindSpotUNet(nn.Module):
         self.num_classes = 0
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = width
+        self.standardize = Standardize(in_chans)
         widths = [width * 2**level for level in range(depth + 1)]
         self.encoder = nn.ModuleList(
             _blocks(before, after) for before, after in zip([in_chans, *widths], widths, strict=False)
@@ -88,7 +117,7 @@ class BlindSpotUNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The decoder's maps `[n, width, h', w']`, with sizes padded to multiples of `multiple`."""
         height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode='replicate')
+        x = F.pad(self.standardize(x), (0, -width % self.multiple, 0, -height % self.multiple), mode='replicate')
         kept = []
         for blocks in self.encoder:
             x = blocks(F.max_pool2d(x, 2) if kept else x)
@@ -100,7 +129,7 @@ class BlindSpotUNet(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Images `[n, c, h', w']` of the decoder's maps; the maps themselves with `pre_logits`."""
-        return x if pre_logits else self.output(x)
+        return x if pre_logits else self.standardize.undo(self.output(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Denoised images `[n, c, h, w]` of noisy ones, of any size, both with pixels of about 0-1."""

@@ -1,0 +1,426 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from torch.testing import assert_close
+
+import timm_pudnet
+from timm_pudnet.adapt import calibrate
+from timm_pudnet.cli import main
+from timm_pudnet.config import InputError, NotFoundError
+from timm_pudnet.denoising import (
+    PatchBank,
+    add_noise,
+    blind_spot_loss,
+    blind_spots,
+    denoise,
+    meta_train_denoiser,
+    noisy_patches,
+    predict_denoiser,
+    psnr,
+    train_plain_denoiser,
+)
+from timm_pudnet.denoising.training import PatchSampler
+from timm_pudnet.training.recipe import Denoising, Recipe
+from timm_pudnet.training.run import CHECKPOINT_NAME
+
+SMALL = {'width': 4, 'depth': 2}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def smooth_images(count=12, side=40, channels=3, seed=0):
+    """Colourful slopes: what is left of an image when it has no texture."""
+    corners = torch.rand(count, channels, 3, 3, generator=generator(seed))
+    return torch.nn.functional.interpolate(corners, (side, side), mode='bilinear', align_corners=True)
+
+
+def bank(seed=0, **kwargs):
+    return PatchBank([(image * 255).to(torch.uint8) for image in smooth_images(seed=seed, **kwargs)])
+
+
+def recipe(steps=4, folder='nowhere', hypernet=None, **changes):
+    return Recipe.from_dict(
+        {
+            'hypernet': {
+                'model_name': 'blindspot_unet',
+                'model_kwargs': SMALL,
+                'generator': 'residual',
+                'predict_norm': True,
+                'sketch_width': 8,
+                'sketch_channels': [4, 8],
+                'input': {'input_size': [3, 16, 16], 'mean': [0, 0, 0], 'std': [1, 1, 1]},
+                **(hypernet or {}),
+            },
+            'data': [{'images': str(folder)}],
+            'denoising': {'patch': 16, 'per_group': 4, 'per_step': 2, **changes.pop('denoising', {})},
+            'schedule': {'images': 8 * steps, 'rate': 5e-3, **changes.pop('schedule', {})},
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope='module')
+def trained():
+    return meta_train_denoiser(recipe(150), banks=[bank()], device='cpu', progress=False)
+
+
+class TestUNet:
+    @pytest.mark.parametrize('size', [(37, 50), (8, 8), (1, 30), (3, 1), (1, 1)])
+    @pytest.mark.parametrize('kwargs', [{}, {'transposed': True}, {'in_chans': 1}])
+    def test_gives_images_of_any_size_back(self, size, kwargs):
+        model = timm.create_model('blindspot_unet', **SMALL, **kwargs).eval()
+        images = torch.rand(2, kwargs.get('in_chans', 3), *size)
+        assert model(images).shape == images.shape
+
+    def test_its_size_is_that_of_its_width(self):
+        wide, narrow = (timm.create_model('blindspot_unet', **kwargs) for kwargs in ({}, {'width': 32}))
+        assert wide.encoder[0][0].conv.out_channels == 64
+        count = [sum(p.numel() for p in model.parameters()) for model in (wide, narrow)]
+        assert 3.8 < count[0] / count[1] < 4
+
+    def test_every_kernel_is_predicted_and_nothing_is_a_classifier(self):
+        for kwargs in ({}, {'transposed': True}):
+            spec = timm_pudnet.describe_target('blindspot_unet', **kwargs)
+            kernels = {key for key, shape in spec.shapes.items() if len(shape) == 4}
+            assert kernels == set(spec.keys('predicted'))
+            assert not spec.classifiers
+            assert spec.predicted_share > 0.99
+
+    @pytest.mark.parametrize('transposed', [False, True])
+    @pytest.mark.parametrize('depth', [1, 2])
+    def test_no_output_depends_on_pixels_out_of_its_receptive_field(self, transposed, depth):
+        model = timm.create_model('blindspot_unet', width=4, depth=depth, transposed=transposed).eval()
+        side = 4 * model.receptive_field // model.multiple * model.multiple
+        farthest = 0
+        for place in range(side // 2, side // 2 + model.multiple):
+            images = torch.rand(1, 3, side, side, requires_grad=True)
+            model(images)[0, :, place, place].sum().backward()
+            rows = images.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+            farthest = max(farthest, int((rows - place).abs().max()))
+        assert farthest <= model.receptive_field
+        assert farthest >= model.receptive_field / 2  # not a wild guess either
+
+    def test_brighter_images_of_more_contrast_come_out_so(self):
+        model = timm.create_model('blindspot_unet', **SMALL)
+        images = torch.rand(4, 3, 16, 16)
+        for change in (model.train, lambda: calibrate(model, images, model.state_dict(), prior_images=0)):
+            change()
+            before = model(images).detach()
+            if not model.training:
+                calibrate(model, 0.3 * images + 0.2, model.state_dict(), prior_images=0)
+            assert_close(model(0.3 * images + 0.2).detach(), 0.3 * before + 0.2, atol=1e-3, rtol=1e-3)
+
+    def test_an_image_is_denoised_alike_in_any_batch(self):
+        model = timm.create_model('blindspot_unet', **SMALL).eval()
+        images = torch.rand(3, 3, 20, 20)
+        assert_close(model(images)[:1], model(images[:1]))
+
+    def test_features_only_is_refused(self):
+        with pytest.raises(RuntimeError, match='features_only'):
+            timm.create_model('blindspot_unet', features_only=True)
+
+    def test_saved_and_loaded_by_timm_it_gives_the_same_bits(self, tmp_path):
+        model = timm.create_model('blindspot_unet', **SMALL).eval()
+        timm_pudnet.save_model(model, tmp_path / 'saved')
+        again = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).eval()
+        images = torch.rand(1, 3, 16, 16)
+        assert torch.equal(again(images), model(images))
+
+
+class TestNoise:
+    def test_sigma_is_the_standard_deviation(self):
+        grey = torch.full((3, 200, 200), 0.5)
+        for kind in ('gaussian', 'poisson'):
+            for sigma in (0.05, 0.25, 0.75):
+                noise = add_noise(grey, kind, sigma, generator()) - grey
+                assert abs(float(noise.std()) / sigma - 1) < 0.02
+                assert abs(float(noise.mean())) < 0.02 * sigma
+
+    def test_poisson_noise_is_less_in_the_dark(self):
+        spreads = [float(add_noise(torch.full((1, 99, 99), v), 'poisson', 0.2, generator()).std()) for v in (0.05, 0.8)]
+        assert abs(spreads[1] / spreads[0] - 4) < 0.2
+
+    def test_own_noise_is_left_as_it_is(self):
+        images = torch.rand(3, 5, 5)
+        assert add_noise(images, 'own', 0.3, generator()) is images
+
+    def test_an_unknown_kind_is_named(self):
+        with pytest.raises(InputError, match='salt'):
+            add_noise(torch.zeros(1, 2, 2), 'salt', 0.1, generator())
+
+
+class TestBlindSpots:
+    @pytest.mark.parametrize('size', [(20, 30), (17, 23), (5, 5), (3, 4), (2, 2), (1, 7), (9, 1), (1, 2)])
+    def test_one_pixel_of_each_box_is_hidden_by_another_nearby(self, size):
+        height, width = size
+        pixels = torch.arange(float(height * width)).view(1, 1, height, width)
+        images = torch.cat([pixels, pixels + 1000], 1).repeat(4, 1, 1, 1)
+        masked, places = blind_spots(images, generator())
+        assert places.shape == (4, math.ceil(height / 5) * math.ceil(width / 5))
+        changed = (masked != images).flatten(2)
+        assert torch.equal(changed[:, 0], changed[:, 1])  # in all channels
+        for image, its_places in enumerate(places.tolist()):
+            assert changed[image, 0].nonzero().flatten().tolist() == sorted(its_places)
+            boxes = {(place // width // 5, place % width // 5) for place in its_places}
+            assert len(boxes) == len(its_places)
+            for place in its_places:
+                source = int(masked[image, 0].flatten()[place])
+                assert masked[image, 1].flatten()[place] == source + 1000  # the same one in all channels
+                assert abs(source // width - place // width) <= 2
+                assert abs(source % width - place % width) <= 2
+
+    def test_every_pixel_and_every_neighbour_has_its_turn(self):
+        pixels = torch.arange(100.0).view(1, 1, 10, 10).repeat(3000, 1, 1, 1)
+        masked, places = blind_spots(pixels, generator())
+        assert len(places.unique()) == 100
+        sources = masked.flatten(1).gather(1, places)[(places == 44)]
+        assert len(sources.unique()) == 24
+
+    def test_a_single_pixel_has_no_neighbour(self):
+        with pytest.raises(InputError, match='1x1'):
+            blind_spots(torch.zeros(2, 3, 1, 1), generator())
+
+    def test_the_loss_looks_at_blind_spots_alone(self):
+        noisy = torch.rand(2, 3, 10, 10)
+        masked, places = blind_spots(noisy, generator())
+        guesses = torch.rand(2, 3, 10, 10, requires_grad=True)
+        loss = blind_spot_loss(guesses, noisy, masked, places)
+        loss.backward()
+        touched = guesses.grad.abs().sum(1).flatten(1) > 0
+        assert [row.nonzero().flatten().tolist() for row in touched] == [sorted(row) for row in places.tolist()]
+        rows, columns = places // 10, places % 10
+        each = torch.arange(2)[:, None]
+        hidden, shown, guessed = (x[each, :, rows, columns] for x in (noisy, masked, guesses.detach()))
+        assert_close(loss.detach(), (guessed - hidden).square().mean() / (shown - hidden).square().mean())
+
+    def test_the_loss_does_not_depend_on_the_level(self):
+        noisy = torch.rand(2, 3, 10, 10)
+        masked, places = blind_spots(noisy, generator())
+        guesses = torch.rand(2, 3, 10, 10)
+        assert_close(
+            blind_spot_loss(guesses / 9, noisy / 9, masked / 9, places),
+            blind_spot_loss(guesses, noisy, masked, places),
+        )
+        assert blind_spot_loss(noisy, noisy, masked, places) == 0
+
+
+class TestSampler:
+    def test_a_group_is_the_same_whenever_it_is_drawn(self):
+        sampler = PatchSampler([bank(), bank(1)], Denoising(patch=16, per_group=4), [1, 1], 0)
+        first, (second, _) = sampler.draw(0)[0], sampler.draw(1)
+        assert first.shape == (4, 3, 16, 16)
+        assert torch.equal(sampler.draw(0)[0], first)
+        assert not torch.equal(first, second)
+
+    def test_noise_kinds_levels_grey_and_clipping_are_as_asked_for(self):
+        flat = PatchBank([torch.full((3, 32, 32), 128, dtype=torch.uint8)])
+        how = Denoising(patch=32, per_group=2, least=0.1, most=0.4, grey=0.5, clipped=0.5)
+        groups = [PatchSampler([flat], how, [1], 0).draw(number)[0] for number in range(200)]
+        spreads = [float(group.std()) for group in groups]
+        assert 0.09 < min(spreads) < 0.12
+        assert 0.3 < max(spreads) < 0.42
+        grey = sum(torch.equal(group[:, 0], group[:, 1]) for group in groups) / 200
+        inside = sum(bool(group.min() >= 0 and group.max() <= 1) for group in groups) / 200
+        assert 0.4 < grey < 0.6
+        assert 0.5 < inside < 0.9  # the clipped half, and those of low noise
+
+    def test_patches_are_cut_from_the_images_and_turned(self):
+        image = torch.arange(400, dtype=torch.float32).view(1, 20, 20).div(2).to(torch.uint8)
+        patches = PatchBank([image]).draw(64, 8, generator())
+        windows = (image.float() / 255).unfold(1, 8, 1).unfold(2, 8, 1).reshape(-1, 8, 8)
+        turned = [windows.rot90(turn, (1, 2)) for turn in range(4)]
+        known = torch.cat([*turned, *(window.flip(2) for window in turned)])
+        found = [int((known == patch[0]).all((1, 2)).nonzero()[0]) // len(windows) for patch in patches]
+        assert len(set(found)) == 8
+
+    def test_small_images_give_small_patches(self):
+        assert bank(side=10).draw(3, 64, generator()).shape == (3, 3, 10, 10)
+
+    def test_reads_the_folder_that_the_recipe_names(self, tmp_path):
+        for name, grey in (('day', 200), ('night', 20)):
+            (tmp_path / name).mkdir()
+            Image.new('RGB', (9, 12), (grey,) * 3).save(tmp_path / name / 'one.png')
+        made = recipe(folder=tmp_path, data=[{'images': str(tmp_path), 'unseen': ['night']}])
+        (found,) = timm_pudnet.denoising.load_patches(made)
+        assert [tuple(image.shape) for image in found.images] == [(3, 12, 9)]
+        assert found.images[0].unique().tolist() == [200]
+        with pytest.raises(InputError, match='dusk'):
+            timm_pudnet.denoising.load_patches(recipe(data=[{'images': str(tmp_path), 'classes': ['dusk']}]))
+
+
+class TestRecipe:
+    @pytest.mark.parametrize(
+        ('table', 'word'),
+        [
+            ({'kinds': ['salt']}, 'salt'),
+            ({'least': 0.5, 'most': 0.1}, 'least'),
+            ({'grey': 2.0}, 'grey'),
+            ({'patch': 1}, 'patch'),
+            ({'sigma': 1.0}, 'sigma'),
+        ],
+    )
+    def test_a_value_that_cannot_be_is_named(self, table, word):
+        with pytest.raises(InputError, match=word):
+            recipe(denoising=table)
+
+    def test_what_a_denoiser_does_not_use_is_refused(self):
+        with pytest.raises(InputError, match='groups'):
+            recipe(groups={'n_way': 3})
+
+    def test_each_training_refuses_the_recipes_of_the_other(self, make_recipe):
+        with pytest.raises(InputError, match='meta_train_denoiser'):
+            timm_pudnet.meta_train(recipe())
+        with pytest.raises(InputError, match='denoising'):
+            meta_train_denoiser(make_recipe(1))
+
+
+class TestTraining:
+    def test_it_learns_to_remove_noise_without_a_clean_image(self, trained):
+        clean = smooth_images(6, seed=9)
+        for sigma in (0.1, 0.4):
+            noisy = add_noise(clean, 'gaussian', sigma, generator())
+            model = predict_denoiser(noisy, hypernet=trained, device='cpu')
+            gain = psnr(model(noisy).detach(), clean) - psnr(noisy, clean)
+            assert float(gain.mean()) > 4
+
+    @pytest.mark.parametrize('train', [meta_train_denoiser, train_plain_denoiser])
+    def test_a_run_that_was_interrupted_ends_the_same(self, train, tmp_path):
+        def go(folder, **kwargs):
+            made = recipe(4, schedule={'ema': 0.9})
+            return train(made, folder, banks=[bank()], device='cpu', progress=False, **kwargs).state_dict()
+
+        whole = go(tmp_path / 'whole')
+        go(tmp_path / 'parts', max_steps=2)
+        assert (tmp_path / 'parts' / CHECKPOINT_NAME).exists()
+        resumed = go(tmp_path / 'parts')
+        assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+        logs = [[json.loads(row) for row in (tmp_path / name / 'log.jsonl').open()] for name in ('whole', 'parts')]
+        assert logs[0] == logs[1]
+        assert len(logs[0]) == 4
+
+    def test_all_but_the_plain_ones_weights_depend_on_the_noise(self, trained):
+        clean = smooth_images(6, seed=9)
+        sketches = []
+        for sigma in (0.05, 0.5):
+            patches = noisy_patches(add_noise(clean, 'gaussian', sigma, generator()), 3, 16)
+            stream = trained.streaming_sketch()
+            stream.add(patches)
+            sketches.append(stream.result())
+        first, second = (trained(sketch) for sketch in sketches)
+        changed = [key for key in trained.target.keys('predicted') if not torch.equal(first[key], second[key])]
+        assert len(changed) == len(list(trained.target.keys('predicted')))
+
+
+class TestPredict:
+    def test_takes_images_in_every_form(self, trained, tmp_path):
+        pixels = (smooth_images(4, 20) * 255).round().to(torch.uint8)
+        arrays = pixels.permute(0, 2, 3, 1).numpy()
+        pictures = [Image.fromarray(array) for array in arrays]
+        (tmp_path / 'below').mkdir()
+        for number, picture in enumerate(pictures):
+            picture.save(tmp_path / ('below' if number % 2 else '.') / f'{number}.png')
+        paths = [tmp_path / ('below' if number % 2 else '.') / f'{number}.png' for number in range(4)]
+        forms = [pixels, pixels.float() / 255, arrays, arrays.astype(np.float32) / 255, list(pixels), pictures, paths]
+        forms += [[str(path) for path in paths], (arrays.astype(np.uint16) * 257), tmp_path]
+        states = [predict_denoiser(form, hypernet=trained, device='cpu').state_dict() for form in forms]
+        for state in states[1:]:
+            for key, value in states[0].items():
+                assert_close(state[key], value, atol=1e-4, rtol=1e-3)
+
+    def test_patches_are_spread_over_images_of_all_sizes(self):
+        images = [torch.full((3, size, 30), size / 100) for size in (16, 20, 50, 1)]
+        patches = noisy_patches(images, 3, 16)
+        assert patches.shape[1:] == (3, 16, 16)
+        assert {round(float(patch.mean()), 2) for patch in patches} == {0.16, 0.2, 0.5, 0.01}
+        assert len(noisy_patches(torch.rand(300, 1, 12, 12), 3, 16)) == 128
+        assert noisy_patches(torch.rand(2, 3, 12, 12), 1, 8).shape == (6, 1, 8, 8)
+
+    def test_the_order_of_the_images_does_not_matter(self, trained):
+        images = add_noise(smooth_images(5, seed=3), 'gaussian', 0.2, generator())
+        first, second = (
+            predict_denoiser(x, hypernet=trained, device='cpu').state_dict() for x in (images, images.flip(0))
+        )
+        for key, value in first.items():
+            assert_close(second[key], value, atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize(
+        ('images', 'error', 'word'),
+        [
+            ([], InputError, 'no images'),
+            (torch.zeros(3, 9, 9), InputError, 'shape'),
+            (torch.full((2, 3, 9, 9), math.nan), InputError, r'images\[0\].*NaN'),
+            ([3], InputError, 'int'),
+            ('nowhere/at/all', NotFoundError, 'nowhere'),
+            (7, InputError, 'int'),
+        ],
+    )
+    def test_what_cannot_be_read_is_named(self, trained, images, error, word):
+        with pytest.raises(error, match=word):
+            predict_denoiser(images, hypernet=trained, device='cpu')
+
+    def test_a_classifier_is_asked_for_elsewhere(self):
+        with pytest.raises(InputError, match='predict_denoiser'):
+            timm_pudnet.predict_model('blindspot_unet', torch.rand(2, 3, 8, 8))
+
+
+class TestCommands:
+    def test_from_a_recipe_to_a_denoised_folder(self, tmp_path):
+        (tmp_path / 'photos').mkdir()
+        (tmp_path / 'noisy').mkdir()
+        for number, image in enumerate(smooth_images(6, 24)):
+            noisy = add_noise(image, 'gaussian', 0.2, generator(number)).clamp(0, 1)
+            for folder, pixels in (('photos', image), ('noisy', noisy)):
+                array = (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+                Image.fromarray(array).save(tmp_path / folder / f'{number}.png')
+        lines = [
+            '[hypernet]',
+            'model_name = "blindspot_unet"',
+            'generator = "residual"',
+            'sketch_width = 8',
+            'model_kwargs = { width = 4, depth = 2 }',
+            'input = { input_size = [3, 16, 16], mean = [0, 0, 0], std = [1, 1, 1] }',
+            '[data]',
+            f'images = {json.dumps(str(tmp_path / "photos"))}',
+            '[denoising]',
+            'patch = 16',
+            'per_group = 4',
+            '[schedule]',
+            'images = 480',
+            'rate = 5e-3',
+        ]
+        (tmp_path / 'recipe.toml').write_text('\n'.join(lines))
+
+        def run(*args):
+            return CliRunner().invoke(main, [str(arg) for arg in args])
+
+        found = run('train', tmp_path / 'recipe.toml', '--out', tmp_path / 'net')
+        assert found.exit_code == 0, found.output
+        assert '6 images' in found.output
+        found = run('train', tmp_path / 'recipe.toml', '--out', tmp_path / 'net', '--plain')
+        assert found.exit_code == 0, found.output
+        assert timm.create_model(f'local-dir:{tmp_path / "net/plain"}', pretrained=True).in_chans == 3
+        found = run('train', tmp_path / 'recipe.toml', '--short')
+        assert found.exit_code == 2
+        assert '--short' in found.output
+        more = ('--hypernet', tmp_path / 'net', '--device', 'cpu', '--clean', tmp_path / 'photos')
+        found = run('denoise', tmp_path / 'noisy', '--out', tmp_path / 'clean', *more)
+        assert found.exit_code == 0, found.output
+        means = json.loads((tmp_path / 'clean/denoised.json').read_text())['mean']['psnr']
+        assert means['denoised']['mean'] > means['noisy']['mean'] + 2
+
+        # What the command wrote is what Python gives.
+        names = [f'{number}.png' for number in range(6)]
+        model = predict_denoiser(tmp_path / 'noisy', hypernet=tmp_path / 'net', device='cpu')
+        for name in names:
+            pixels = torch.from_numpy(np.array(Image.open(tmp_path / 'noisy' / name))).permute(2, 0, 1) / 255
+            written = np.array(Image.open(tmp_path / 'clean' / name))
+            made = (denoise(model, pixels).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            assert np.abs(written.astype(int) - made).max() <= 1
