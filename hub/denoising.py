@@ -36,8 +36,9 @@ from timm_pudnet import PudNet, denoise, load_hypernet
 from timm_pudnet.adapt import calibrate
 from timm_pudnet.denoising import add_noise, blind_spot_loss, blind_spots, denoiser_of, noisy_patches, psnr, ssim
 from timm_pudnet.denoising.pictures import list_pictures, read_picture
-from timm_pudnet.evaluation import mean_interval, weights_digest
+from timm_pudnet.evaluation import mean_interval
 from timm_pudnet.evaluation.scratch import centralise_gradients
+from timm_pudnet.files import weights_sha256
 from timm_pudnet.hypernet import library_versions, written_whole
 
 EPOCHS = (1, 3, 10, 30, 50, 100, 300)  # of scratch, after which it is tested
@@ -77,7 +78,7 @@ def main(
     spread = float(torch.cat([image.flatten() for image in clean]).std())
     result: dict[str, Any] = {
         'protocol': protocol,
-        'weights_sha256': weights_digest(network),
+        'weights_sha256': weights_sha256(hypernet),
         'folder': folder,
         'images': len(clean),
         'standard_deviation': spread,

@@ -25,6 +25,7 @@ from timm_pudnet.denoising import (
     psnr,
     train_plain_denoiser,
 )
+from timm_pudnet.denoising.noise import BOX
 from timm_pudnet.denoising.training import PatchSampler
 from timm_pudnet.training.recipe import Denoising, Recipe
 from timm_pudnet.training.run import CHECKPOINT_NAME
@@ -164,12 +165,12 @@ class TestBlindSpots:
         pixels = torch.arange(float(height * width)).view(1, 1, height, width)
         images = torch.cat([pixels, pixels + 1000], 1).repeat(4, 1, 1, 1)
         masked, places = blind_spots(images, generator())
-        assert places.shape == (4, math.ceil(height / 5) * math.ceil(width / 5))
+        assert places.shape == (4, math.ceil(height / BOX) * math.ceil(width / BOX))
         changed = (masked != images).flatten(2)
         assert torch.equal(changed[:, 0], changed[:, 1])  # in all channels
         for image, its_places in enumerate(places.tolist()):
             assert changed[image, 0].nonzero().flatten().tolist() == sorted(its_places)
-            boxes = {(place // width // 5, place % width // 5) for place in its_places}
+            boxes = {(place // width // BOX, place % width // BOX) for place in its_places}
             assert len(boxes) == len(its_places)
             for place in its_places:
                 source = int(masked[image, 0].flatten()[place])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ DEFAULTS = {'resnet18': 'resnet18.mixed'}
 HUB_ORG = 'timm-pudnet'
 # What a folder publishes; anything else in it stays where it is.
 PUBLISHED = re.compile(
-    rf'README\.md|[\w-]+\.toml|(results|groups)(\.[\w-]+)?\.json|choices\.json|classes\.json|{re.escape(HASHES_NAME)}'
+    rf'README\.md|[\w-]+\.toml|(results|groups)(\.[\w-]+)?\.json|(choices|classes|expectation)\.json|{re.escape(HASHES_NAME)}'
     rf'|{re.escape(CONFIG_NAME)}|{re.escape(WEIGHTS_NAME)}|{re.escape(INDEX_NAME)}|{SHARD.pattern}'
 )
 
@@ -409,7 +410,7 @@ def hypernet_files(folder: Path, repo: str, license: str | None = None) -> dict[
             raise InputError(f'{path} does not say which weights it was measured on: {again} again')
         if measured_on != hashes:
             raise InputError(f'{path} was measured on other weights than {folder} has: {again} again')
-        seen = sorted(set(found['classes']) & set(hypernet.config.class_names))
+        seen = sorted(set(found.get('classes', ())) & set(hypernet.config.class_names))
         if seen:
             raise InputError(f'{path} was measured on {shown(seen[0])}, a class seen in training: {again} again')
         results[path.name] = found
@@ -424,7 +425,7 @@ def hypernet_files(folder: Path, repo: str, license: str | None = None) -> dict[
     }
     classes = {
         'seen': list(hypernet.config.class_names),
-        'unseen': {name: found['classes'] for name, found in results.items()},
+        'unseen': {name: found['classes'] for name, found in results.items() if 'classes' in found},
     }
     files['classes.json'] = (json.dumps(classes, indent=2, ensure_ascii=False) + '\n').encode()
     files['README.md'] = hypernet_card(folder, hypernet, results, repo, license).encode()
@@ -432,7 +433,11 @@ def hypernet_files(folder: Path, repo: str, license: str | None = None) -> dict[
 
 
 def _measured(results: Mapping[str, Any]) -> bool:
+    """Whether it is a results file: of a classifier its accuracies, of a denoiser its PSNR under each noise."""
     try:
+        if 'conditions' in results:
+            numbers = [float(one['psnr']['predicted']['mean']) for one in results['conditions']]
+            return bool(numbers) and all(map(math.isfinite, numbers))
         numbers = [float(row[name]) for row in results['accuracy'].values() for name in ('mean', 'interval')]
         named = all(isinstance(name, str) for name in results['classes'])
         return named and 'predicted' in results['accuracy'] and min(numbers) >= 0 and results['n_way'] > 0
@@ -466,7 +471,9 @@ def hypernet_card(
     data = card.data.to_dict()
     data.pop('model-index', None)
     data['library_name'] = 'timm-pudnet'
-    tags = [*(data.get('tags') or []), 'timm', 'timm-pudnet', 'hypernetwork', 'image-classification']
+    denoises = any('conditions' in found for found in results.values())
+    task = 'image-to-image' if denoises else 'image-classification'
+    tags = [*(data.get('tags') or []), 'timm', 'timm-pudnet', 'hypernetwork', task]
     data['tags'] = list(dict.fromkeys(tags))
     data['license'] = license or data.get('license')
     if not data['license']:
@@ -474,6 +481,9 @@ def hypernet_card(
     listed = data.get('datasets') or []
     evaluated = []
     for file, found in results.items():
+        if 'conditions' in found:
+            evaluated += [_psnr_result(file, found, one) for one in found['conditions']]
+            continue
         kind = str(found.get('images') or (listed[0] if len(listed) == 1 else 'unnamed'))
         budget = f'{found["n_way"]}-way, {found.get("n_shot")} labels a class, {found.get("groups")} groups'
         for key, head in (('accuracy', 'centroid'), ('accuracy_ridge', 'ridge')):
@@ -501,12 +511,32 @@ def hypernet_card(
     return str(card)
 
 
+def _psnr_result(file: str, found: Mapping[str, Any], condition: Mapping[str, Any]) -> Any:
+    """What a card says of a denoiser under one noise."""
+    from huggingface_hub import EvalResult
+
+    row = condition['psnr']['predicted']
+    noise = f'Gaussian noise, sigma {condition["sigma"]} ({condition["reading"]}), {found.get("images")} images'
+    return EvalResult(
+        task_type='image-to-image',
+        dataset_type=_slug(str(found.get('protocol'))),
+        dataset_name=f'{found.get("protocol")} ({file}): {noise}',
+        metric_type='psnr',
+        metric_name='PSNR in dB',
+        metric_value=round(float(row['mean']), 2),
+        metric_args={'interval': round(float(row['interval']), 2), 'interval_is': 'half-width, 95 %'},
+    )
+
+
 def _slug(text: str) -> str:
     return re.sub(r'[^\w.-]+', '-', text.split('/', maxsplit=1)[-1] if text.startswith('torch/') else text).strip('-.')
 
 
 def _plain_card(hypernet: PudNet, results: Mapping[str, Mapping[str, Any]], repo: str) -> str:
     config = hypernet.config
+    call = f"predict_model('{config.model_name}', 'photos/', hypernet='{repo}')"
+    if any('conditions' in found for found in results.values()):
+        call = f"predict_denoiser('noisy/', hypernet='{repo}')"
     lines = [
         f'# {hypernet.name}\n',
         f"A PudNet hypernetwork that predicts the weights of timm's `{config.model_name}` for images that it has never "
@@ -514,12 +544,23 @@ def _plain_card(hypernet: PudNet, results: Mapping[str, Mapping[str, Any]], repo
         '```python',
         'import timm_pudnet',
         '',
-        f"model = timm_pudnet.predict_model('{config.model_name}', 'photos/', hypernet='{repo}')",
+        f'model = timm_pudnet.{call}',
         '```\n',
         '## Results\n',
-        'Accuracy in percent on classes that were never seen in training, with the half-width of its 95 % interval.\n',
+        'Accuracy in percent on classes never seen in training, or PSNR in dB on images never seen, with the '
+        'half-width of the 95 % interval.\n',
     ]
     for file, found in results.items():
+        if 'conditions' in found:
+            lines += [f'{found.get("images")} images of `{shown(found.get("protocol"))}`, Gaussian noise (`{file}`):\n']
+            lines += ['| sigma | noisy | denoised |', '|---|---|---|']
+            for one in found['conditions']:
+                cells = [
+                    f'{row["mean"]:.2f} ± {row["interval"]:.2f}' for row in map(one['psnr'].get, ('noisy', 'predicted'))
+                ]
+                lines.append(f'| {one["sigma"]} ({shown(one["reading"])}) | {" | ".join(cells)} |')
+            lines.append('')
+            continue
         rows = found['accuracy'].items()
         lines += [
             f'{found["n_way"]}-way, {found.get("n_shot")} labels a class, {found.get("groups")} groups (`{file}`):\n',

@@ -36,7 +36,7 @@ REPO = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', re.ASCII)
 REVISION = re.compile(r'[A-Za-z0-9_][\w./+-]*', re.ASCII)
 COMMIT = re.compile(r'[0-9a-f]{40}')
 # What a published hypernetwork has beside config and weights. Whatever else a repository holds is left there.
-BESIDE = re.compile(r'README\.md|recipe\.toml|classes\.json|sha256\.json|results(\.[\w-]+)?\.json')
+BESIDE = re.compile(r'README\.md|recipe\.toml|classes\.json|expectation\.json|sha256\.json|results(\.[\w-]+)?\.json')
 TRIES = 4
 
 

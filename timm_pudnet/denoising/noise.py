@@ -10,7 +10,7 @@ from torch import Tensor
 
 from timm_pudnet.config import InputError
 
-BOX = 5  # one pixel in each box of so many by so many is a blind spot
+BOX = 3  # one pixel in each box of so many by so many is a blind spot
 REACH = 2  # its value is that of another pixel, at most so far away in each direction
 
 
@@ -45,7 +45,7 @@ def add_noise(images: Tensor, kind: str, sigma: float, generator: torch.Generato
 def blind_spots(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Hides some pixels of noisy images behind their neighbours, so that a network has to guess them from the rest.
 
-    In every box of 5x5 pixels one is hidden, in all channels, by another one drawn from the 5x5 pixels around it.
+    In every box of 3x3 pixels one is hidden, in all channels, by another one drawn from the 5x5 pixels around it.
 
     Args:
         images: `[n, c, h, w]`.
@@ -61,7 +61,7 @@ def blind_spots(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Ten
         >>> images = torch.arange(100.0).view(1, 1, 10, 10)
         >>> masked, places = blind_spots(images, torch.Generator().manual_seed(0))
         >>> places.shape, int((masked != images).sum())
-        (torch.Size([1, 4]), 4)
+        (torch.Size([1, 16]), 16)
     """
     count, _, height, width = images.shape
     if height * width < 2:
