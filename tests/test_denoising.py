@@ -28,7 +28,7 @@ from timm_pudnet.denoising import (
 from timm_pudnet.denoising.noise import BOX
 from timm_pudnet.denoising.training import PatchSampler
 from timm_pudnet.training.recipe import Denoising, Recipe
-from timm_pudnet.training.run import CHECKPOINT_NAME
+from timm_pudnet.training.run import CHECKPOINT_NAME, LOG_NAME
 
 SMALL = {'width': 4, 'depth': 2}
 
@@ -70,7 +70,7 @@ def recipe(steps=4, folder='nowhere', hypernet=None, **changes):
 
 @pytest.fixture(scope='module')
 def trained():
-    return meta_train_denoiser(recipe(150), banks=[bank()], device='cpu', progress=False)
+    return meta_train_denoiser(recipe(60), banks=[bank()], device='cpu', progress=False)
 
 
 class TestUNet:
@@ -303,9 +303,9 @@ class TestTraining:
         assert (tmp_path / 'parts' / CHECKPOINT_NAME).exists()
         resumed = go(tmp_path / 'parts')
         assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
-        logs = [[json.loads(row) for row in (tmp_path / name / 'log.jsonl').open()] for name in ('whole', 'parts')]
-        assert logs[0] == logs[1]
-        assert len(logs[0]) == 4
+        whole_log, parts_log = ((tmp_path / name / LOG_NAME).read_text() for name in ('whole', 'parts'))
+        assert whole_log == parts_log
+        assert whole_log.count('\n') == 4
 
     def test_all_but_the_plain_ones_weights_depend_on_the_noise(self, trained):
         clean = smooth_images(6, seed=9)

@@ -7,7 +7,9 @@ The paper (section IV-D) says "a well-established convolutional blind-spot netwo
 architecture" and no more. Settled here, after Noise2Void and UNet: at each of four sizes two blocks of conv 3x3,
 BatchNorm, ReLU; max pool 2x2 between them on the way down; on the way up a block that halves the channels, nearest
 upsampling (or a transposed conv in place of both), the maps of the same size beside it, two blocks; a 1x1 conv to the
-channels of the image. The blind spot is in the training (`denoising.noise`), not in the network.
+channels of the image. Two things are ours: images are standardised by their set, within the network; and what it
+gives is added to a small blur of them, so that it starts from there: without that it takes tens of thousands of patches
+until it passes on the image at all. The blind spot is in the training (`denoising.noise`), not in the network.
 
 Dimension letters: `n` images, `c` channels, `h w` height and width.
 """
@@ -27,6 +29,10 @@ from timm_pudnet.target import register_architecture
 
 def _blocks(before: int, after: int) -> nn.Sequential:
     return nn.Sequential(ConvNormAct(before, after, 3), ConvNormAct(after, after, 3))
+
+
+def _mean_of_nine(images: Tensor) -> Tensor:
+    return F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
 
 
 class Standardize(nn.BatchNorm2d):
@@ -116,8 +122,13 @@ class BlindSpotUNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The decoder's maps `[n, width, h', w']`, with sizes padded to multiples of `multiple`."""
+        return self._decoded(self._standardized(x))
+
+    def _standardized(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        x = F.pad(self.standardize(x), (0, -width % self.multiple, 0, -height % self.multiple), mode='replicate')
+        return F.pad(self.standardize(x), (0, -width % self.multiple, 0, -height % self.multiple), mode='replicate')
+
+    def _decoded(self, x: Tensor) -> Tensor:
         kept = []
         for blocks in self.encoder:
             x = blocks(F.max_pool2d(x, 2) if kept else x)
@@ -127,13 +138,12 @@ class BlindSpotUNet(nn.Module):
             x = blocks(torch.cat([enlarge(x), kept.pop()], 1))
         return x
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Images `[n, c, h', w']` of the decoder's maps; the maps themselves with `pre_logits`."""
-        return x if pre_logits else self.standardize.undo(self.output(x))
-
     def forward(self, x: Tensor) -> Tensor:
         """Denoised images `[n, c, h, w]` of noisy ones, of any size, both with pixels of about 0-1."""
-        return self.forward_head(self.forward_features(x))[..., : x.shape[-2], : x.shape[-1]]
+        standardized = self._standardized(x)
+        blurred = _mean_of_nine(_mean_of_nine(standardized))
+        denoised = self.standardize.undo(blurred + self.output(self._decoded(standardized)))
+        return denoised[..., : x.shape[-2], : x.shape[-1]]
 
 
 default_cfgs = generate_default_cfgs(
