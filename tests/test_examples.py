@@ -68,6 +68,17 @@ def test_the_label_budget_has_a_row_for_each_number_of_labels(run, photos, tiny_
     assert rows[1]['centroid']['mean'] > 60
 
 
+def test_a_folder_is_made_noisy_and_denoised(run, photos, tmp_path):
+    made = {'width': 4, 'depth': 2}
+    hypernet = timm_pudnet.PudNet.for_target('blindspot_unet', model_kwargs=made, generator='residual', sketch_width=8)
+    hypernet.save_pretrained(tmp_path / 'net')
+    out = run('examples/denoise.py', photos, '--sigma', 0.1, '--hypernet', tmp_path / 'net', '--out', tmp_path / 'out')
+    noisy, denoised = (float(line.split()[2]) for line in out.splitlines())
+    assert abs(noisy - 20) < 0.5  # of sigma 0.1
+    assert denoised != noisy
+    assert len(list((tmp_path / 'out' / 'denoised').rglob('*.png'))) == 24
+
+
 @pytest.mark.filterwarnings('default')  # the exporters' own
 def test_an_exported_model_gives_the_same_outputs(run, photos, tiny_model, tmp_path):
     out = run('examples/export.py', photos, '--out', tmp_path / 'exported', *tiny_model)

@@ -97,8 +97,9 @@ def blind_spots(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Ten
 def blind_spot_loss(guesses: Tensor, noisy: Tensor, masked: Tensor, places: Tensor) -> Tensor:
     """Mean squared error at the blind spots alone, against the noisy pixels that were hidden there.
 
-    In units of the error that the neighbours make which hid them (twice the noise's variance, about, and the texture):
-    so groups of all noise levels weigh alike, and nothing needs to be known of the noise.
+    Over the root of the error that the neighbours make which hid them (twice the noise's variance, about, and the
+    texture): so the noise in the gradient is about the same at all levels, and nothing needs to be known of them. Over the
+    error itself strong noise would count for too little: what can be won there is a small share of it.
 
     Args:
         guesses: What the network gave for `masked`, `[n, c, h, w]`.
@@ -108,7 +109,7 @@ def blind_spot_loss(guesses: Tensor, noisy: Tensor, masked: Tensor, places: Tens
     """
     index = _all_channels(places, noisy)
     hidden, shown, guessed = (values.flatten(2).gather(2, index) for values in (noisy, masked, guesses))
-    return (guessed - hidden).square().mean() / (shown - hidden).square().mean().clamp_min(1e-6)
+    return (guessed - hidden).square().mean() / (shown - hidden).square().mean().clamp_min(1e-6).sqrt()
 
 
 def _inside(places: Tensor, steps: Tensor, side: int) -> Tensor:

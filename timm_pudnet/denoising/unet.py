@@ -7,15 +7,17 @@ The paper (section IV-D) says "a well-established convolutional blind-spot netwo
 architecture" and no more. Settled here, after Noise2Void and UNet: at each of four sizes two blocks of conv 3x3,
 BatchNorm, ReLU; max pool 2x2 between them on the way down; on the way up a block that halves the channels, nearest
 upsampling (or a transposed conv in place of both), the maps of the same size beside it, two blocks; a 1x1 conv to the
-channels of the image. Two things are ours: images are standardised by their set, within the network; and what it
-gives is added to a small blur of them, so that it starts from there: without that it takes tens of thousands of patches
-until it passes on the image at all. The blind spot is in the training (`denoising.noise`), not in the network.
+channels of the image. Two things are ours: images are standardised by their set, within the network; and the last conv
+sees them too, blurred at every size, so that the network starts from smoothing them: without that it takes tens of
+thousands of patches until it passes on the image at all. The blind spot is in the training (`denoising.noise`), not in
+the network.
 
 Dimension letters: `n` images, `c` channels, `h w` height and width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -29,10 +31,6 @@ from timm_pudnet.target import register_architecture
 
 def _blocks(before: int, after: int) -> nn.Sequential:
     return nn.Sequential(ConvNormAct(before, after, 3), ConvNormAct(after, after, 3))
-
-
-def _mean_of_nine(images: Tensor) -> Tensor:
-    return F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
 
 
 class Standardize(nn.BatchNorm2d):
@@ -95,7 +93,7 @@ class BlindSpotUNet(nn.Module):
             for after in reversed(widths[:-1])
         )
         self.decoder = nn.ModuleList(_blocks(2 * after, after) for after in reversed(widths[:-1]))
-        self.output = nn.Conv2d(width, in_chans, 1)
+        self.output = nn.Conv2d(width + in_chans * (depth + 1), in_chans, 1)
         self.multiple = 2**depth  # sizes inside are those of images padded to a multiple of it
         # An output depends on so many pixels in each direction, at most: convs, and where a pooled pixel came from.
         self.receptive_field = 9 * self.multiple - 7
@@ -141,9 +139,15 @@ class BlindSpotUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Denoised images `[n, c, h, w]` of noisy ones, of any size, both with pixels of about 0-1."""
         standardized = self._standardized(x)
-        blurred = _mean_of_nine(_mean_of_nine(standardized))
-        denoised = self.standardize.undo(blurred + self.output(self._decoded(standardized)))
-        return denoised[..., : x.shape[-2], : x.shape[-1]]
+        maps = torch.cat([self._decoded(standardized), *self._blurred(standardized)], 1)
+        return self.standardize.undo(self.output(maps))[..., : x.shape[-2], : x.shape[-1]]
+
+    def _blurred(self, x: Tensor) -> Iterator[Tensor]:
+        """The images ever more blurred, each `[n, c, h, w]`."""
+        yield F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+        for level in range(1, len(self.encoder)):
+            small = F.avg_pool2d(x, 2**level)
+            yield F.interpolate(small, scale_factor=2.0**level, mode='bilinear', align_corners=False)
 
 
 default_cfgs = generate_default_cfgs(
