@@ -2,7 +2,7 @@
 
     python examples/denoise.py photos/ --sigma 0.2 --out denoised
 
-The denoiser sees no clean image. Nothing is trained. In --out: noisy/ and denoised/, as PNG files.
+The denoiser sees no clean image. Nothing is trained. In --out, which must be new: noisy/ and denoised/, as PNG files.
 """
 
 from pathlib import Path
@@ -23,16 +23,17 @@ from timm_pudnet.denoising.pictures import list_pictures, read_picture
 @click.option('--hypernet', help='Name or folder; by default the one that ships with the package.')
 @click.option('--out', type=click.Path(path_type=Path), required=True)
 def main(folder: Path, sigma: float, kind: str, hypernet: str | None, out: Path) -> None:
+    out.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     clean = {name: read_picture(path).pixels for name, path in list_pictures(folder).items()}
     noisy = {name: add_noise(image, kind, sigma, generator) for name, image in clean.items()}
     model = timm_pudnet.predict_denoiser(list(noisy.values()), hypernet=hypernet, device='cpu')
-    denoised = {name: timm_pudnet.denoise(model, image).clamp(0, 1) for name, image in noisy.items()}
+    denoised = {name: timm_pudnet.denoise(model, image) for name, image in noisy.items()}
     for what, images in (('noisy', noisy), ('denoised', denoised)):
-        values = [float(psnr(image, clean[name])) for name, image in images.items()]
+        values = [float(psnr(image.clamp(0, 1), clean[name])) for name, image in images.items()]
         click.echo(f'{what:9} PSNR {sum(values) / len(values):.2f} dB, mean of {len(values)} images')
         for name, image in images.items():
-            path = (out / what / name).with_suffix('.png')
+            path = out / what / f'{name}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
             save_image(image, path)
 

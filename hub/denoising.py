@@ -1,20 +1,22 @@
 """Measures a hypernetwork of denoisers on one set of clean photographs, and writes results.NAME.json into its folder.
 
     python hub/denoising.py hub/blindspot_unet.mixed_noise .data/bsds500/test --protocol bsds500 \
-        --plain hub/blindspot_unet.mixed_noise/plain --other .data/cifar10/test --scratch 100
+        --plain hub/blindspot_unet.mixed_noise/plain --other .data/cifar10/test
+    python hub/denoising.py hub/blindspot_unet.mixed_noise .data/bsds500/test --protocol bsds500 --scratch 100
 
-Gaussian noise is added to the images; denoisers get the noisy ones alone. Two readings of the paper's sigma are
-measured: `unit`, of pixels in 0-1, and `standard`, in units of the set's own standard deviation, as where images are
-standardised first. PSNR and SSIM are of results clipped to 0-1, means over images, with 95 % intervals; gains are paired
+Gaussian noise is added to the images; denoisers get the noisy ones alone. The paper's sigma can be read in two ways:
+`standard`, in units of the set's own standard deviation, as where images are standardised first, and `unit`, of pixels in
+0-1. PSNR and SSIM are of results clipped to 0-1, means over images, with 95 % intervals; gains are paired
 by image. Needs scikit-image (`pip install -e '.[test]'`).
 
 Beside the predicted denoiser (`predicted`) stand: the noisy images; a Gaussian filter and non-local means that are told
-sigma, with the strength that is best for the clean images of the first eight (so a bound from above); weights of the
+sigma, with that strength of some that is best for the first four images, known from their clean ones; weights of the
 sketch of the same images with another sigma and of another set, calibrated on the images (`sketch of ...`); all of the
 denoiser, norm statistics too, from the images with another sigma (`predicted for ...`); the control *plain*, one denoiser
-of the same training images for all noise, with its own statistics and calibrated; and `scratch`: the same UNet trained on
-these very noisy images by the same loss, Adam with and without centralised gradients. One epoch of it sees one crop of
-each image, of at most 128 pixels.
+of the same training images for all noise, with its own statistics, calibrated, and calibrated on the images with another
+sigma. With --scratch the rival alone that
+trains on these very noisy images: the same UNet from random weights by the same loss, Adam with and without centralised
+gradients, written to scratch.NAME.json. One epoch of it sees one crop of each image, of at most 128 pixels.
 """
 
 import json
@@ -43,7 +45,11 @@ from timm_pudnet.hypernet import library_versions, written_whole
 
 EPOCHS = (1, 3, 10, 30, 50, 100, 300)  # of scratch, after which it is tested
 CROP = 128
-STRENGTHS = {'gaussian filter': (0.5, 0.8, 1.2, 1.8, 2.6, 3.6), 'non-local means': (0.4, 0.6, 0.8, 1.0)}
+SSIM_OF = ('noisy', 'non-local means', 'predicted', 'plain, calibrated')  # it takes longer than denoising
+STRENGTHS = {
+    'gaussian filter': (0.4, 0.6, 0.9, 1.3, 1.9, 2.7, 3.8, 5.4),
+    'non-local means': (0.3, 0.45, 0.65, 0.9, 1.3),
+}
 
 
 @click.command(help=__doc__)
@@ -54,9 +60,8 @@ STRENGTHS = {'gaussian filter': (0.5, 0.8, 1.2, 1.8, 2.6, 3.6), 'non-local means
 @click.option('--other', help='Folder of another set, for its sketch.')
 @click.option('--images', 'count', default=100, show_default=True, help='Images, spread evenly over the folder.')
 @click.option('--sigma', 'sigmas', multiple=True, type=float, default=(0.25, 0.5, 0.75), show_default=True)
-@click.option('--reading', 'readings', multiple=True, default=('unit', 'standard'), show_default=True)
-@click.option('--scratch', default=0, show_default=True, help='Epochs of training from scratch.')
-@click.option('--scratch-reading', default='standard', show_default=True, help='The reading that scratch is run for.')
+@click.option('--reading', type=click.Choice(['standard', 'unit']), default='standard', show_default=True)
+@click.option('--scratch', default=0, show_default=True, help='Epochs of training from scratch; measures that alone.')
 @click.option('--out', type=click.Path(path_type=Path), help='Where the results go, in place of the folder.')
 def main(
     hypernet: Path,
@@ -66,9 +71,8 @@ def main(
     other: str | None,
     count: int,
     sigmas: tuple[float, ...],
-    readings: tuple[str, ...],
+    reading: str,
     scratch: int,
-    scratch_reading: str,
     out: Path | None,
 ) -> None:
     """What the module's docstring says."""
@@ -87,35 +91,31 @@ def main(
         'threads': torch.get_num_threads(),
         'conditions': [],
     }
-    path = (out or hypernet) / f'results.{protocol}.json'
-    for reading in readings:
-        unit = spread if reading == 'standard' else 1.0
-        for sigma in sigmas:
-            away = 0.75 if sigma < 0.5 else 0.25
-            noisy, noisier = made_noisy(clean, sigma * unit), made_noisy(clean, away * unit)
-            measured = measure(
-                network, control, clean, noisy, noisier, made_noisy(elsewhere, sigma * unit), sigma * unit
-            )
-            condition = {'reading': reading, 'sigma': sigma, 'absolute': sigma * unit, 'other_sigma': away, **measured}
-            if scratch and reading == scratch_reading:
-                condition['scratch'] = {
-                    name: from_scratch(network, clean, noisy, scratch, centralise=name == 'adam_centralised')
-                    for name in ('adam', 'adam_centralised')
-                }
-            result['conditions'].append(condition)
-            with written_whole(path) as beside:
-                beside.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
-            click.echo(f'{reading} sigma {sigma} ({sigma * unit:.3f} of 0-1), predicted in {measured["seconds"]:.2f} s')
-            for name, row in measured['psnr'].items():
-                found = measured['ssim'][name]
-                click.echo(f'  {name:34} {row["mean"]:6.2f} +- {row["interval"]:.2f} dB  {found["mean"]:.3f}')
-            for name, row in measured['gain'].items():
-                click.echo(f'  over {name:29} {row["mean"]:+6.2f} +- {row["interval"]:.2f} dB')
-            for name, points in condition.get('scratch', {}).items():
-                for point in points:
+    path = (out or hypernet) / f'{"scratch" if scratch else "results"}.{protocol}.json'
+    for sigma in sigmas:
+        absolute = sigma * (spread if reading == 'standard' else 1)
+        away = 0.75 if sigma < 0.5 else 0.25
+        noisy, noisier = made_noisy(clean, absolute), made_noisy(clean, absolute * away / sigma)
+        condition: dict[str, Any] = {'reading': reading, 'sigma': sigma, 'absolute': absolute, 'other_sigma': away}
+        click.echo(f'{reading} sigma {sigma} ({absolute:.3f} of 0-1)')
+        if scratch:
+            condition['predicted_seconds'] = timed_prediction(network, noisy)[0]
+            for name in ('adam', 'adam_centralised'):
+                condition[name] = from_scratch(network, clean, noisy, scratch, centralise=name == 'adam_centralised')
+                for point in condition[name]:
                     click.echo(
                         f'  {name}, epoch {point["epoch"]:3} {point["psnr"]:6.2f} dB in {point["seconds"]:.0f} s'
                     )
+        else:
+            condition |= measure(network, control, clean, noisy, noisier, made_noisy(elsewhere, absolute), absolute)
+            click.echo(f'  predicted in {condition["seconds"]:.2f} s')
+            for name, row in condition['psnr'].items():
+                gain = condition['gain'].get(name)
+                over = '' if gain is None else f', gain {gain["mean"]:+.2f} +- {gain["interval"]:.2f}'
+                click.echo(f'  {name:27} {row["mean"]:6.2f} +- {row["interval"]:.2f} dB{over}')
+        result['conditions'].append(condition)
+    with written_whole(path) as beside:
+        beside.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
 
 
 def pictures(folder: str, count: int) -> list[Tensor]:
@@ -144,10 +144,7 @@ def measure(
 ) -> dict[str, Any]:
     """PSNR and SSIM of every arm, means over images, and gains of the predicted denoiser over the others."""
     channels, side, _ = network.config.input.input_size
-    started = time.perf_counter()
-    patches = noisy_patches(noisy, channels, side)
-    predicted = denoiser_of(network, sketch(network, patches), patches)
-    seconds = time.perf_counter() - started
+    seconds, predicted, patches = timed_prediction(network, noisy)
     other_patches = noisy_patches(noisier, channels, side)
     other_sketch = sketch(network, other_patches)
     models = {
@@ -159,8 +156,9 @@ def measure(
         its_patches = noisy_patches(elsewhere, channels, side)
         models['sketch of another set'] = denoiser_of(network, sketch(network, its_patches), patches)
     arms: dict[str, Callable[[Tensor], Tensor]] = {'noisy': lambda image: image}
+    strengths = {}
     for name, how in (('gaussian filter', blurred), ('non-local means', non_local_means)):
-        chosen = best_strength(name, how, clean, noisy, sigma)
+        chosen = strengths[name] = best_strength(name, how, clean, noisy, sigma)
         arms[name] = lambda image, how=how, chosen=chosen: how(image, sigma, chosen)
     arms |= {name: lambda image, model=model: denoise(model, image) for name, model in models.items()}
     if control is not None:
@@ -171,7 +169,8 @@ def measure(
         found = [arm(image).clamp(0, 1) for image in tqdm(noisy, name, delay=5, leave=False)]
         pairs = list(zip(found, clean, strict=True))
         table['psnr'][name] = [float(psnr(one, other)) for one, other in pairs]
-        table['ssim'][name] = [float(ssim(one, other)) for one, other in pairs]
+        if name in SSIM_OF:
+            table['ssim'][name] = [float(ssim(one, other)) for one, other in pairs]
 
     for name, arm in arms.items():
         add(name, arm)
@@ -179,6 +178,8 @@ def measure(
         own = {key: value.clone() for key, value in control.state_dict().items()}
         calibrate(control, patches, own, prior_images=network.config.prior_images)
         add('plain, calibrated', lambda image: denoise(control, image))
+        calibrate(control, other_patches, own, prior_images=network.config.prior_images)
+        add('plain, calibrated for another sigma', lambda image: denoise(control, image))
         control.load_state_dict(own)
     gains = {
         name: mean_interval([a - b for a, b in zip(table['psnr']['predicted'], values, strict=True)])
@@ -186,7 +187,18 @@ def measure(
         if name not in ('predicted', 'noisy')
     }
     means = {kind: {name: mean_interval(values) for name, values in rows.items()} for kind, rows in table.items()}
-    return {**means, 'gain': gains, 'seconds': seconds}
+    return {**means, 'gain': gains, 'strengths': strengths, 'seconds': seconds}
+
+
+def timed_prediction(network: PudNet, noisy: list[Tensor]) -> tuple[float, nn.Module, Tensor]:
+    """Seconds of predicting a denoiser for images in memory, the second time; the denoiser; the patches it is from."""
+    channels, side, _ = network.config.input.input_size
+    for _ in range(2):
+        started = time.perf_counter()
+        patches = noisy_patches(noisy, channels, side)
+        predicted = denoiser_of(network, sketch(network, patches), patches)
+        seconds = time.perf_counter() - started
+    return seconds, predicted, patches
 
 
 @torch.inference_mode()
@@ -213,11 +225,11 @@ def non_local_means(image: Tensor, sigma: float, strength: float) -> Tensor:
 
 
 def best_strength(name: str, how: Callable, clean: list[Tensor], noisy: list[Tensor], sigma: float) -> float:
-    """The strength that brings the first eight images nearest to the clean ones."""
+    """The strength that brings the first four images nearest to the clean ones."""
 
     def quality(strength: float) -> float:
         return sum(
-            float(psnr(how(n, sigma, strength).clamp(0, 1), c)) for c, n in zip(clean[:8], noisy[:8], strict=True)
+            float(psnr(how(n, sigma, strength).clamp(0, 1), c)) for c, n in zip(clean[:4], noisy[:4], strict=True)
         )
 
     return max(STRENGTHS[name], key=quality)
@@ -253,7 +265,7 @@ def from_scratch(
                 centralise_gradients(model.parameters())
             optimizer.step()
         seconds += time.perf_counter() - started
-        if epoch in EPOCHS:
+        if epoch in (*EPOCHS, epochs):
             model.eval()
             found = [float(psnr(denoise(model, n).clamp(0, 1), c)) for n, c in zip(noisy, clean, strict=True)]
             points.append({'epoch': epoch, 'seconds': seconds, 'psnr': sum(found) / len(found)})

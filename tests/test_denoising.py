@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 from PIL import Image
 from torch.testing import assert_close
 
@@ -27,6 +28,8 @@ from timm_pudnet.denoising import (
 )
 from timm_pudnet.denoising.noise import BOX
 from timm_pudnet.denoising.training import PatchSampler
+from timm_pudnet.files import weights_sha256
+from timm_pudnet.hub import hypernet_files
 from timm_pudnet.training.recipe import Denoising, Recipe
 from timm_pudnet.training.run import CHECKPOINT_NAME, LOG_NAME
 
@@ -70,14 +73,21 @@ def recipe(steps=4, folder='nowhere', hypernet=None, **changes):
 
 @pytest.fixture(scope='module')
 def trained():
-    return meta_train_denoiser(recipe(60), banks=[bank()], device='cpu', progress=False)
+    return meta_train_denoiser(recipe(100), banks=[bank()], device='cpu', progress=False)
+
+
+def unet(**kwargs):
+    """A new one, whose last conv is not zero as it is at the start of a training."""
+    model = timm.create_model('blindspot_unet', **kwargs)
+    torch.nn.init.normal_(model.output.weight, std=0.3)
+    return model
 
 
 class TestUNet:
     @pytest.mark.parametrize('size', [(37, 50), (8, 8), (1, 30), (3, 1), (1, 1)])
     @pytest.mark.parametrize('kwargs', [{}, {'transposed': True}, {'in_chans': 1}])
     def test_gives_images_of_any_size_back(self, size, kwargs):
-        model = timm.create_model('blindspot_unet', **SMALL, **kwargs).eval()
+        model = unet(**SMALL, **kwargs).eval()
         images = torch.rand(2, kwargs.get('in_chans', 3), *size)
         assert model(images).shape == images.shape
 
@@ -98,7 +108,7 @@ class TestUNet:
     @pytest.mark.parametrize('transposed', [False, True])
     @pytest.mark.parametrize('depth', [1, 2])
     def test_no_output_depends_on_pixels_out_of_its_receptive_field(self, transposed, depth):
-        model = timm.create_model('blindspot_unet', width=4, depth=depth, transposed=transposed).eval()
+        model = unet(width=4, depth=depth, transposed=transposed).eval()
         side = 4 * model.receptive_field // model.multiple * model.multiple
         farthest = 0
         for place in range(side // 2, side // 2 + model.multiple):
@@ -110,7 +120,7 @@ class TestUNet:
         assert farthest >= model.receptive_field / 2  # not a wild guess either
 
     def test_brighter_images_of_more_contrast_come_out_so(self):
-        model = timm.create_model('blindspot_unet', **SMALL)
+        model = unet(**SMALL)
         images = torch.rand(4, 3, 16, 16)
         for change in (model.train, lambda: calibrate(model, images, model.state_dict(), prior_images=0)):
             change()
@@ -119,8 +129,14 @@ class TestUNet:
                 calibrate(model, 0.3 * images + 0.2, model.state_dict(), prior_images=0)
             assert_close(model(0.3 * images + 0.2).detach(), 0.3 * before + 0.2, atol=1e-3, rtol=1e-3)
 
-    def test_an_image_is_denoised_alike_in_any_batch(self):
+    def test_it_starts_from_a_small_blur(self):
+        images = torch.rand(1, 3, 16, 16)
         model = timm.create_model('blindspot_unet', **SMALL).eval()
+        blurred = torch.nn.functional.avg_pool2d(images, 3, stride=1)
+        assert_close(model(images)[..., 1:-1, 1:-1].detach(), blurred, atol=1e-4, rtol=1e-4)
+
+    def test_an_image_is_denoised_alike_in_any_batch(self):
+        model = unet(**SMALL).eval()
         images = torch.rand(3, 3, 20, 20)
         assert_close(model(images)[:1], model(images[:1]))
 
@@ -129,7 +145,7 @@ class TestUNet:
             timm.create_model('blindspot_unet', features_only=True)
 
     def test_saved_and_loaded_by_timm_it_gives_the_same_bits(self, tmp_path):
-        model = timm.create_model('blindspot_unet', **SMALL).eval()
+        model = unet(**SMALL).eval()
         timm_pudnet.save_model(model, tmp_path / 'saved')
         again = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).eval()
         images = torch.rand(1, 3, 16, 16)
@@ -272,6 +288,22 @@ class TestRecipe:
         with pytest.raises(InputError, match=word):
             recipe(denoising=table)
 
+    @pytest.mark.parametrize(
+        ('changes', 'word'),
+        [
+            ({'hypernet': {'model_name': 'test_resnet', 'model_kwargs': {}}}, 'test_resnet'),
+            ({'hypernet': {'input': {'input_size': [3, 16, 16]}}}, 'mean'),
+            ({'data': [{'images': '.', 'data_dir': '.'}]}, 'data_dir'),
+        ],
+    )
+    def test_what_a_denoiser_cannot_be_is_refused_before_any_work(self, changes, word):
+        with pytest.raises(InputError, match=word):
+            meta_train_denoiser(recipe(**changes))
+
+    def test_a_model_in_training_mode_is_not_run_in_tiles(self):
+        with pytest.raises(InputError, match='eval'):
+            denoise(timm.create_model('blindspot_unet', **SMALL).train(), torch.rand(3, 9, 9))
+
     def test_what_a_denoiser_does_not_use_is_refused(self):
         with pytest.raises(InputError, match='groups'):
             recipe(groups={'n_way': 3})
@@ -286,11 +318,15 @@ class TestRecipe:
 class TestTraining:
     def test_it_learns_to_remove_noise_without_a_clean_image(self, trained):
         clean = smooth_images(6, seed=9)
-        for sigma in (0.1, 0.4):
+        untrained = meta_train_denoiser(recipe(1), banks=[bank()], device='cpu', progress=False)
+        for sigma, least in ((0.1, 8), (0.4, 8)):
             noisy = add_noise(clean, 'gaussian', sigma, generator())
-            model = predict_denoiser(noisy, hypernet=trained, device='cpu')
-            gain = psnr(model(noisy).detach(), clean) - psnr(noisy, clean)
-            assert float(gain.mean()) > 4
+            quality = {}
+            for name, network in (('trained', trained), ('untrained', untrained)):
+                model = predict_denoiser(noisy, hypernet=network, device='cpu')
+                quality[name] = float(psnr(model(noisy).detach(), clean).mean())
+            assert quality['trained'] > float(psnr(noisy, clean).mean()) + least
+        assert quality['trained'] > quality['untrained'] + 1  # which blurs, and no more
 
     @pytest.mark.parametrize('train', [meta_train_denoiser, train_plain_denoiser])
     def test_a_run_that_was_interrupted_ends_the_same(self, train, tmp_path):
@@ -307,7 +343,16 @@ class TestTraining:
         assert whole_log == parts_log
         assert whole_log.count('\n') == 4
 
-    def test_all_but_the_plain_ones_weights_depend_on_the_noise(self, trained):
+    def test_both_trainings_see_the_same_patches(self, monkeypatch):
+        drawn = {}
+        draw = PatchSampler.draw
+        for train in (meta_train_denoiser, train_plain_denoiser):
+            seen = drawn[train] = []
+            monkeypatch.setattr(PatchSampler, 'draw', lambda self, n, seen=seen: seen.append(n) or draw(self, n))
+            train(recipe(3), banks=[bank()], device='cpu', progress=False)
+        assert drawn[meta_train_denoiser] == drawn[train_plain_denoiser] == list(range(6))
+
+    def test_the_weights_depend_on_the_noise(self, trained):
         clean = smooth_images(6, seed=9)
         sketches = []
         for sigma in (0.05, 0.5):
@@ -315,8 +360,13 @@ class TestTraining:
             stream = trained.streaming_sketch()
             stream.add(patches)
             sketches.append(stream.result())
-        first, second = (trained(sketch) for sketch in sketches)
-        changed = [key for key in trained.target.keys('predicted') if not torch.equal(first[key], second[key])]
+        with torch.no_grad():
+            first, second = (trained(sketch) for sketch in sketches)
+        changed = [
+            key
+            for key in trained.target.keys('predicted')
+            if float((first[key] - second[key]).norm() / first[key].norm().clamp_min(1e-3)) > 1e-4
+        ]
         assert len(changed) == len(list(trained.target.keys('predicted')))
 
 
@@ -342,7 +392,19 @@ class TestPredict:
         assert patches.shape[1:] == (3, 16, 16)
         assert {round(float(patch.mean()), 2) for patch in patches} == {0.16, 0.2, 0.5, 0.01}
         assert len(noisy_patches(torch.rand(300, 1, 12, 12), 3, 16)) == 128
+        slope = torch.linspace(0, 1, 90).expand(3, 70, 90)
+        for count in (1, 2, 100):
+            seen = noisy_patches([slope] * count, 3, 16)
+            assert abs(float(seen.mean()) - 0.5) < 0.05
+            assert float(seen.amax() - seen.amin()) > 0.7
         assert noisy_patches(torch.rand(2, 3, 12, 12), 1, 8).shape == (6, 1, 8, 8)
+
+    def test_pictures_in_memory_keep_their_depth(self):
+        grey = np.full((16, 16), 30_000, np.uint16)
+        for picture in (Image.fromarray(grey), Image.fromarray((grey / 65535).astype(np.float32))):
+            assert_close(noisy_patches([picture], 3, 16), torch.full((1, 3, 16, 16), 30_000 / 65535))
+        with pytest.raises(InputError, match='32 bits'):
+            noisy_patches([Image.fromarray(grey.astype(np.int32))], 3, 16)
 
     def test_the_order_of_the_images_does_not_matter(self, trained):
         images = add_noise(smooth_images(5, seed=3), 'gaussian', 0.2, generator())
@@ -370,6 +432,40 @@ class TestPredict:
     def test_a_classifier_is_asked_for_elsewhere(self):
         with pytest.raises(InputError, match='predict_denoiser'):
             timm_pudnet.predict_model('blindspot_unet', torch.rand(2, 3, 8, 8))
+
+
+class TestPublishing:
+    @pytest.fixture
+    def folder(self, trained, tmp_path):
+        trained.save_pretrained(tmp_path)
+        (tmp_path / 'recipe.toml').write_text('seed = 0')
+        rows = {'noisy': {'mean': 12.0, 'interval': 0.1}, 'predicted': {'mean': 24.5, 'interval': 0.2}}
+        one = {'sigma': 0.25, 'reading': 'unit', 'psnr': rows}
+        found = {'protocol': 'birds', 'images': 9, 'conditions': [one], 'weights_sha256': weights_sha256(tmp_path)}
+        (tmp_path / 'results.birds.json').write_text(json.dumps(found))
+        return tmp_path
+
+    def test_the_card_of_a_denoiser_has_its_psnr(self, folder):
+        files = hypernet_files(folder, 'org/net', 'mit')
+        assert {'results.birds.json', 'classes.json', 'config.json', 'model.safetensors'} <= set(files)
+        card = files['README.md'].decode()
+        assert '| 0.25 (unit) | 12.00 ± 0.10 | 24.50 ± 0.20 |' in card
+        assert "predict_denoiser('noisy/', hypernet='org/net')" in card
+        (result,) = ModelCard(card).data.eval_results
+        assert (result.metric_type, result.metric_value, result.task_type) == ('psnr', 24.5, 'image-to-image')
+
+    def test_results_of_other_weights_are_refused(self, folder):
+        text = (folder / 'results.birds.json').read_text()
+        digest = json.loads(text)['weights_sha256']['model.safetensors']
+        (folder / 'results.birds.json').write_text(text.replace(digest, '0' * 64))
+        with pytest.raises(InputError, match='other weights'):
+            hypernet_files(folder, 'org/net', 'mit')
+
+    def test_results_without_a_psnr_are_refused(self, folder):
+        text = (folder / 'results.birds.json').read_text()
+        (folder / 'results.birds.json').write_text(text.replace('24.5', '"high"'))
+        with pytest.raises(InputError, match='no results file'):
+            hypernet_files(folder, 'org/net', 'mit')
 
 
 class TestCommands:

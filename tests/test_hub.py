@@ -276,7 +276,9 @@ def test_release_publishes_nothing_unless_all_are_complete(complete, tiny_folder
 # Those in hub/
 
 HUB = Path(timm_pudnet.__file__).parents[1] / 'hub'
-PUBLISHED = ['resnet18.fashion_set', 'resnet18.mixed']
+CLASSIFIERS = ['resnet18.fashion_set', 'resnet18.mixed']
+DENOISERS = ['blindspot_unet.mixed_noise']
+PUBLISHED = CLASSIFIERS + DENOISERS
 
 
 @pytest.fixture(params=PUBLISHED)
@@ -308,13 +310,25 @@ def test_a_published_hypernetwork_is_the_one_of_its_recipe(published):
     recipe, config = Recipe.load(published / 'recipe.toml'), load_hypernet(published).config
     assert config.training['recipe_digest'] == recipe.digest
     assert config.input == recipe.hypernet.input
-    assert config.training['images'] >= recipe.schedule.images - recipe.groups.images_per_step
+    assert config.training['images'] >= recipe.schedule.images - recipe.images_per_step
     unseen = {name for data in recipe.data for name in data.unseen}
     assert not unseen & set(config.class_names)
     assert {name for data in recipe.data for name in data.classes} <= set(config.class_names)
     assert f'{config.model_name}.{config.tag}' == published.name
 
 
+@pytest.mark.parametrize('published', DENOISERS, indirect=True)
+def test_published_denoisers_were_measured_with_these_weights(published):
+    found = [json.loads(path.read_text()) for path in published.glob('results*.json')]
+    assert found
+    for results in found:
+        assert results['weights_sha256'] == weights_sha256(published)
+        for one in results['conditions']:
+            assert one['psnr']['predicted']['mean'] > one['psnr']['noisy']['mean']
+    assert load_hypernet('blindspot_unet').name == 'blindspot_unet.mixed_noise'
+
+
+@pytest.mark.parametrize('published', CLASSIFIERS, indirect=True)
 def test_published_results_are_of_the_published_weights_and_unseen_classes(published):
     hypernet = load_hypernet(published)
     digest = timm_pudnet.evaluation.weights_digest(hypernet)

@@ -179,6 +179,7 @@ def complete(folder):
     """Adds what a published folder has beside config and weights."""
     (folder / 'recipe.toml').write_text('seed = 0\n')
     (folder / 'results.json').write_text(json.dumps(results_of(folder)))
+    (folder / 'expectation.json').write_text('{}')
     return folder
 
 
@@ -232,7 +233,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
 def test_a_dry_run_lists_what_a_push_then_sends_and_a_second_push_sends_nothing(pushed, server):
     outcomes, whole = pushed
     names = {'README.md', 'classes.json', 'config.json', 'model.safetensors', 'recipe.toml', 'results.json'}
-    names |= {'sha256.json'}
+    names |= {'sha256.json', 'expectation.json'}
     assert outcomes['dry']['value'] == [dict.fromkeys(names, 'new'), '']
     changes, address = outcomes['first']['value']
     assert (changes, address.startswith(f'{server.endpoint}/org/test_resnet.tiny/commit/')) == (

@@ -244,7 +244,7 @@ def _expect(expectation: Any, network: Any, model: Any, used: Any, head: str) ->
 @click.argument('recipe', type=click.Path(path_type=Path))
 @click.option('--out', type=click.Path(path_type=Path), help='Folder for the result and its checkpoints.')
 @click.option('--short', is_flag=True, help='Only try for two minutes whether the recipe learns; writes nothing.')
-@click.option('--plain', is_flag=True, help='Train the control instead: the target as an ordinary classifier.')
+@click.option('--plain', is_flag=True, help='Train the control instead: the target by itself, without a sketch.')
 @click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
 @click.option('--data-dir', help="Root of a timm dataset, in place of the recipe's.")
 def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str | None, data_dir: str | None) -> None:
@@ -271,8 +271,9 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
     first = os.environ.get('RANK', '0') == '0'  # of several processes the first one speaks and writes
     if first:
         _say_found(banks)
+        kind = 'images' if loaded.denoising is None else 'patches'
         click.echo(
-            f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} images; stop and resume at will'
+            f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} {kind}; stop and resume at will'
         )
     if plain:
         whitening = None
@@ -693,7 +694,7 @@ def denoise(
 
     from timm_pudnet import predict as room
     from timm_pudnet.denoising import pictures
-    from timm_pudnet.denoising.predict import predict_denoiser  # type: ignore[import-not-found]
+    from timm_pudnet.denoising.predict import predict_denoiser
     from timm_pudnet.denoising.tiles import denoise
     from timm_pudnet.hypernet import folder_written_whole, usable_device
 

@@ -45,7 +45,7 @@ DEFAULTS = {'resnet18': 'resnet18.mixed'}
 HUB_ORG = 'timm-pudnet'
 # What a folder publishes; anything else in it stays where it is.
 PUBLISHED = re.compile(
-    rf'README\.md|[\w-]+\.toml|(results|groups)(\.[\w-]+)?\.json|(choices|classes|expectation)\.json|{re.escape(HASHES_NAME)}'
+    rf'README\.md|[\w-]+\.toml|(results|groups|scratch)(\.[\w-]+)?\.json|(choices|classes|expectation)\.json|{re.escape(HASHES_NAME)}'
     rf'|{re.escape(CONFIG_NAME)}|{re.escape(WEIGHTS_NAME)}|{re.escape(INDEX_NAME)}|{SHARD.pattern}'
 )
 
@@ -62,6 +62,7 @@ class HypernetInfo:
         config: Its config; None on the Hub.
         accuracy: What `timm-pudnet evaluate` measured on unseen classes, in percent: `mean`, `interval`, and of what,
             `n_way`, `n_shot`, `groups`; None where nothing was measured.
+        psnr: What was measured of a denoiser, in dB: `mean`, `interval`, and under which noise, `sigma` and `reading`.
         size: Bytes of its weights; 0 where it is not known.
         license: As its card has it; None where it says none.
     """
@@ -72,6 +73,7 @@ class HypernetInfo:
     folder: Path | None = None
     config: PudNetConfig | None = None
     accuracy: dict[str, Any] | None = None
+    psnr: dict[str, Any] | None = None
     size: int = 0
     license: str | None = None
 
@@ -81,10 +83,13 @@ class HypernetInfo:
             measured = '{mean:.2f} ± {interval:.2f} %'.format(**self.accuracy)
             if self.accuracy.get('n_way'):
                 measured += ' ({n_way}-way, {n_shot} labels)'.format(**self.accuracy)
+        elif self.psnr is not None:
+            measured = '{mean:.2f} ± {interval:.2f} dB (sigma {sigma:g} {reading})'.format(**self.psnr)
         size = f'{self.size / 1e6:,.0f} MB' if self.size else '-'
         line = f'{self.name:40} {self.where:9} {measured:32} {size:>8}  {self.license or "no licence"}'
         if self.config is not None:
-            line += f', {len(self.config.class_names)} classes seen, input {self.config.input.input_size}'
+            seen = len(self.config.class_names)
+            line += f'{f", {seen} classes seen" if seen else ""}, input {self.config.input.input_size}'
         return line
 
 
@@ -172,6 +177,7 @@ def _describe(name: str, where: str, folder: Path) -> HypernetInfo:
         folder=folder,
         config=config,
         accuracy=_accuracy(folder),
+        psnr=_psnr(folder),
         size=size,
         license=_license(folder / 'README.md'),
     )
@@ -190,6 +196,16 @@ def _accuracy(folder: Path) -> dict[str, Any] | None:
 def _results_of(folder: Path) -> list[Path]:
     """Its results files, results.json first."""
     return sorted(folder.glob('results*.json'), key=lambda path: (path.name != 'results.json', path.name))
+
+
+def _psnr(folder: Path) -> dict[str, Any] | None:
+    """The PSNR under the first noise of the first results file of a denoiser."""
+    for path in _results_of(folder):
+        with contextlib.suppress(DamagedFileError, KeyError, TypeError, ValueError, IndexError):
+            one = read_json(path)['conditions'][0]
+            row = {name: float(one['psnr']['predicted'][name]) for name in ('mean', 'interval')}
+            return {**row, 'sigma': float(one['sigma']), 'reading': shown(one['reading']), 'file': path.name}
+    return None
 
 
 def _license(card: Path) -> str | None:

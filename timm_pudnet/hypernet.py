@@ -163,6 +163,8 @@ class PudNet(nn.Module):
             for layer, weights in zip(hypernet.target.layers, hypernet.generators, strict=True):
                 if len(layer.kernel) == 1:
                     weights.base.copy_(start[layer.key])  # type: ignore[operator]
+                elif not start[layer.key].any():  # a kernel that timm starts at zero starts there
+                    weights.start_from(start[layer.key])  # type: ignore[operator]
         return hypernet
 
     @torch.no_grad()

@@ -98,8 +98,8 @@ def blind_spot_loss(guesses: Tensor, noisy: Tensor, masked: Tensor, places: Tens
     """Mean squared error at the blind spots alone, against the noisy pixels that were hidden there.
 
     Over the root of the error that the neighbours make which hid them (twice the noise's variance, about, and the
-    texture): so the noise in the gradient is about the same at all levels, and nothing needs to be known of them. Over the
-    error itself strong noise would count for too little: what can be won there is a small share of it.
+    texture): so the noise in the gradient is about the same at all levels, and nothing needs to be known of them. Over
+    the error itself strong noise would count for too little: what can be won there is a small share of it.
 
     Args:
         guesses: What the network gave for `masked`, `[n, c, h, w]`.

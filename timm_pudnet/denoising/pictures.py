@@ -123,6 +123,8 @@ def check_pair(path: Path, noisy: Picture, other: Path, clean: Picture) -> None:
             f'{p.shape[2]}x{p.shape[1]} {"in colour" if len(p) == 3 else "grey"}' for p in (noisy.pixels, clean.pixels)
         ]
         raise InputError(f'{path} is {sizes[0]}, but its clean image {other} is {sizes[1]}: they must be alike')
+    if 32 in (noisy.depth, clean.depth) and noisy.white != clean.white:
+        raise InputError(f'{path} has white at {noisy.white:g}, its clean image {other} at {clean.white:g}: scale one')
 
 
 def read_picture(path: str | os.PathLike[str]) -> Picture:

@@ -5,6 +5,7 @@ Dimension letters: `n` images, `c h w` an image.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -35,7 +36,7 @@ def predict_denoiser(
     """Predicts a denoiser for noisy images that come without clean ones (paper section IV-D).
 
     All images should have the same kind and level of noise; one image is enough. They are not resized: patches of at
-    most 128 of them, as they are, give the sketch and calibrate the norm statistics.
+    most 128 of them, spread over their order, give the sketch and calibrate the norm statistics.
 
     Args:
         images: A folder (with all its subfolders), a file, a list of paths, PIL images, arrays `[h, w, c]` or tensors
@@ -84,22 +85,30 @@ def denoiser_of(network: PudNet, sketch: Tensor, patches: Tensor) -> nn.Module:
 
 
 def noisy_patches(images: Any, channels: int, side: int) -> Tensor:
-    """Patches `[n, channels, s, s]` spread evenly over the images and over each of them, at most `MOST_PATCHES`.
+    """Patches `[n, channels, s, s]` spread evenly over the images, in their order, and over each of them; at most 128.
 
     `s` is `side`, or less where half of the images are smaller; those that are smaller still are mirrored at their
     borders. Grey images are repeated for three channels; of colour images each channel is an image for one channel.
+    One image is held at a time, whatever their number and sizes.
     """
     items = _items(images)
     if not len(items):
         raise InputError('no images: a denoiser needs at least one')
     count = min(len(items), MOST_PATCHES)
-    chosen = [_pixels(items[number * len(items) // count], number * len(items) // count) for number in range(count)]
-    sides = sorted(min(image.shape[1:]) for image in chosen)
-    side = max(LEAST_SIDE, min(side, sides[len(sides) // 2]))
-    patches = [patch for image in chosen for patch in _patches_of(image, side, MOST_PATCHES // count)]
+    each: list[list[Tensor]] = []
+    for number in range(count):
+        place = number * len(items) // count
+        image = _pixels(items[place], place)
+        own = max(LEAST_SIDE, min(side, *image.shape[1:]))
+        each.append(_patches_of(_at_least(image, own), own, MOST_PATCHES // count, number))
+    sides = sorted(patches[0].shape[1] for patches in each)
+    side = sides[len(sides) // 2]
+    found = [_at_least(patch, side)[:, :side, :side] for patches in each for patch in patches]
     if channels == 1:
-        return torch.cat([patch[:, None] for patch in patches])[:MOST_PATCHES]
-    return torch.stack([patch.expand(channels, -1, -1) for patch in patches])
+        planes = torch.cat([patch[:, None] for patch in found])
+        kept = min(len(planes), MOST_PATCHES)
+        return planes[torch.arange(kept) * len(planes) // kept]
+    return torch.stack([patch.expand(channels, -1, -1) for patch in found])
 
 
 def _items(images: Any) -> Any:
@@ -123,7 +132,14 @@ def _pixels(image: Any, number: int) -> Tensor:
     if isinstance(image, (str, os.PathLike)):
         return read_picture(image).pixels
     if isinstance(image, Image.Image):
-        image = np.array(image.convert('L' if image.mode in ('1', 'L', 'LA') else 'RGB'))
+        if image.mode == 'I':
+            raise InputError(f'images[{number}] has integers of 32 bits: convert it to 8 or 16 bits')
+        if image.mode.startswith('I;16'):
+            image = np.array(image).astype(np.uint16)
+        elif image.mode == 'F':
+            image = np.array(image)
+        else:
+            image = np.array(image.convert('L' if image.mode in ('1', 'L', 'LA') else 'RGB'))
     if not isinstance(image, (np.ndarray, Tensor)):
         raise InputError(f'images[{number}] is a {type(image).__name__}, not a path, image, array or tensor')
     if str(image.dtype).endswith('uint16'):
@@ -135,16 +151,21 @@ def _pixels(image: Any, number: int) -> Tensor:
     return pixels[: 1 if len(pixels) == 1 else 3]
 
 
-def _patches_of(image: Tensor, side: int, most: int) -> list[Tensor]:
-    """At most so many patches `[c, side, side]` of an image, on a grid over it."""
+def _at_least(image: Tensor, side: int) -> Tensor:
+    """The image `[c, h, w]`, mirrored at its borders where it is smaller than `side` in a direction."""
     short = [max(0, side - size) for size in image.shape[1:]]
-    if any(short):
-        widths = [(0, 0)] + [(missing // 2, missing - missing // 2) for missing in short]
-        image = torch.from_numpy(np.pad(image.numpy(), widths, mode='symmetric'))
+    if not any(short):
+        return image
+    widths = [(0, 0)] + [(missing // 2, missing - missing // 2) for missing in short]
+    return torch.from_numpy(np.pad(image.numpy(), widths, mode='symmetric'))
+
+
+def _patches_of(image: Tensor, side: int, most: int, number: int) -> list[Tensor]:
+    """At most so many patches `[c, side, side]` of an image, on a grid; others for the next `number`."""
     height, width = image.shape[1:]
-    corners = [(top, left) for top in range(0, height - side + 1, side) for left in range(0, width - side + 1, side)]
+    starts = [range(size % side // 2, size - side + 1, side) for size in (height, width)]
+    corners = list(itertools.product(*starts))
     kept = min(most, len(corners))
-    return [
-        image[:, top : top + side, left : left + side]
-        for top, left in (corners[number * len(corners) // kept] for number in range(kept))
-    ]
+    first = number * (len(corners) // 2 + 1)  # so that one patch of each of many images is not always its corner
+    picks = [(first + place * len(corners) // kept) % len(corners) for place in range(kept)]
+    return [image[:, top : top + side, left : left + side].clone() for top, left in (corners[pick] for pick in picks)]

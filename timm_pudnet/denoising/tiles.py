@@ -34,7 +34,7 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512) -> Tensor:
         `[c, h, w]`, of the image's type and on its device.
 
     Raises:
-        InputError: The image's shape or type is another one, or `tile` is below 1.
+        InputError: The image's shape or type is another one, `tile` is below 1, or the model is in training mode.
 
     Example:
         >>> class Halve(nn.Conv2d):
@@ -49,6 +49,8 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512) -> Tensor:
             f'an image of shape {tuple(image.shape)} and {image.dtype} cannot be denoised: float [c, h, w], 1 or 3 '
             'channels'
         )
+    if model.training:
+        raise InputError('the model is in training mode, in which each tile would change it: call model.eval() first')
     if tile < 1:
         raise InputError(f'tile must be at least 1 pixel, got {tile}')
     in_chans, grid, reach = (int(getattr(model, name)) for name in ('in_chans', 'multiple', 'receptive_field'))

@@ -11,13 +11,13 @@ import os
 import zlib
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from timm_pudnet.config import InputError
 from timm_pudnet.denoising.noise import add_noise, blind_spot_loss, blind_spots
+from timm_pudnet.denoising.pictures import list_pictures, read_picture
+from timm_pudnet.denoising.predict import LEAST_SIDE
 from timm_pudnet.hypernet import PudNet
 from timm_pudnet.images import scan_folder
 from timm_pudnet.training.recipe import Data, Denoising, Recipe
@@ -28,15 +28,19 @@ class PatchBank:
     """Images held in memory as 8-bit pixels at their own sizes, to cut patches from.
 
     Args:
-        images: uint8 `[c, h, w]`, all with the same channels.
+        images: uint8 `[c, h, w]`, or floats with black 0 and white 1; all with the same channels, sides of 8 or more.
 
     Raises:
-        InputError: There are no images.
+        InputError: There are no images, or one is too small.
     """
 
     def __init__(self, images: Sequence[Tensor]) -> None:
         if not images:
             raise InputError('no images to cut patches from')
+        for image in images:
+            if min(image.shape[1:]) < LEAST_SIDE:
+                size = 'x'.join(map(str, image.shape[:0:-1]))
+                raise InputError(f'an image of {size} pixels is too small to train on: {LEAST_SIDE} or more are needed')
         self.images = list(images)
 
     @classmethod
@@ -46,18 +50,20 @@ class PatchBank:
         Raises:
             InputError: The folder cannot be read, has no images, or lacks a class that is named.
         """
-        paths, _, labels, names = scan_folder(data.images)
-        absent = [name for name in (*data.classes, *data.unseen) if name not in (names or ())]
-        if absent:
-            raise InputError(f'{data.images}: no class {absent[0]!r}, which the recipe names')
-        if names and labels is not None:
-            chosen = data.classes or [name for name in names if name not in data.unseen]
-            paths = [path for path, label in zip(paths, labels.tolist(), strict=True) if names[label] in chosen]
+        paths = list(list_pictures(data.images).values())
+        if data.classes or data.unseen:
+            names, _, labels, classes = scan_folder(data.images)
+            absent = [name for name in (*data.classes, *data.unseen) if name not in (classes or ())]
+            if absent or labels is None or classes is None:
+                raise InputError(f'{data.images}: no class {absent[0]!r}, which the recipe names')
+            chosen = data.classes or [name for name in classes if name not in data.unseen]
+            paths = [path for path, label in zip(names, labels.tolist(), strict=True) if classes[label] in chosen]
         images = []
         for path in paths:
-            with Image.open(path) as image:
-                pixels = np.array(image.convert('L' if channels == 1 else 'RGB'))
-            images.append(torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1).contiguous())
+            picture = read_picture(path)
+            pixels = picture.pixels.mean(0, keepdim=True) if channels == 1 else picture.pixels.expand(3, -1, -1)
+            # What has more than 8 bits keeps them: its own noise may lie there.
+            images.append((pixels * 255).round().to(torch.uint8) if picture.depth <= 8 else pixels.half())
         return cls(images)
 
     def draw(self, count: int, side: int, generator: torch.Generator) -> Tensor:
@@ -73,8 +79,9 @@ class PatchBank:
             top, left = (int(torch.randint(size - side + 1, (), generator=generator)) for size in image.shape[1:])
             turn, mirror = int(torch.randint(4, (), generator=generator)), torch.rand((), generator=generator) < 0.5
             patch = image[:, top : top + side, left : left + side].rot90(turn, (1, 2))
-            patches.append(patch.flip(2) if mirror else patch)
-        return torch.stack(patches).float().div_(255)
+            patch = patch.flip(2) if mirror else patch
+            patches.append(patch.float().div_(255) if patch.dtype == torch.uint8 else patch.float())
+        return torch.stack(patches)
 
 
 class PatchSampler:
@@ -172,6 +179,9 @@ def train_plain_denoiser(
 def load_patches(recipe: Recipe) -> list[PatchBank]:
     """Reads the images of a recipe into memory, a bank a data set."""
     channels = recipe.hypernet.input.input_size[0]
+    for data in recipe.data:
+        if data.data_dir is not None:
+            raise InputError(f'{data.images}: a denoiser learns from a folder of images, leave data_dir out')
     return [PatchBank.from_folder(data, channels) for data in recipe.data]
 
 
@@ -181,7 +191,17 @@ def _read(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     if recipe.denoising is None:
         raise InputError('the recipe has no table [denoising]: meta_train takes recipes of classifiers')
-    return recipe, banks or load_patches(recipe)
+    config = recipe.hypernet
+    if config.model_name != 'blindspot_unet':
+        raise InputError(f'[denoising] is for blindspot_unet, not for {config.model_name}')
+    if config.input.input_size[0] not in (1, 3):
+        raise InputError(f'input_size: a denoiser has 1 or 3 channels, not {config.input.input_size[0]}')
+    if {*config.input.mean} != {0.0} or {*config.input.std} != {1.0}:
+        raise InputError('[hypernet.input]: pixels of a denoiser stay as they are: mean must be 0 and std 1')
+    banks = banks or load_patches(recipe)
+    if len(banks) != len(recipe.data):
+        raise InputError(f'{len(banks)} banks of images for {len(recipe.data)} sets of the recipe')
+    return recipe, banks
 
 
 class _DenoiserRun(Run):

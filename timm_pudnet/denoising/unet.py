@@ -7,16 +7,17 @@ The paper (section IV-D) says "a well-established convolutional blind-spot netwo
 architecture" and no more. Settled here, after Noise2Void and UNet: at each of four sizes two blocks of conv 3x3,
 BatchNorm, ReLU; max pool 2x2 between them on the way down; on the way up a block that halves the channels, nearest
 upsampling (or a transposed conv in place of both), the maps of the same size beside it, two blocks; a 1x1 conv to the
-channels of the image. Two things are ours: images are standardised by their set, within the network; and the last conv
-sees them too, blurred at every size, so that the network starts from smoothing them: without that it takes tens of
-thousands of patches until it passes on the image at all. The blind spot is in the training (`denoising.noise`), not in
-the network.
+channels of the image. Two things are ours: images are standardised by their set, within the network; and what it gives
+is added to a small blur of them, whose bands (the differences of ever stronger blurs) the last conv sees too: so it
+starts from smoothing, and can learn at once how strong that should be. The blind spot is in the training
+(`denoising.noise`), not in the network.
 
 Dimension letters: `n` images, `c` channels, `h w` height and width.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -102,6 +103,7 @@ class BlindSpotUNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode='fan_in', nonlinearity='relu')
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.output.weight)  # so it starts from smoothing
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters form a layer, for timm's layer-wise rates."""
@@ -139,8 +141,10 @@ class BlindSpotUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Denoised images `[n, c, h, w]` of noisy ones, of any size, both with pixels of about 0-1."""
         standardized = self._standardized(x)
-        maps = torch.cat([self._decoded(standardized), *self._blurred(standardized)], 1)
-        return self.standardize.undo(self.output(maps))[..., : x.shape[-2], : x.shape[-1]]
+        first, *coarser = self._blurred(standardized)
+        bands = [fine - coarse for fine, coarse in itertools.pairwise([first, *coarser])]
+        maps = torch.cat([self._decoded(standardized), *bands, coarser[-1]], 1)
+        return self.standardize.undo(first + self.output(maps))[..., : x.shape[-2], : x.shape[-1]]
 
     def _blurred(self, x: Tensor) -> Iterator[Tensor]:
         """The images ever more blurred, each `[n, c, h, w]`."""
