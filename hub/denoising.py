@@ -89,7 +89,7 @@ def main(
         'training': network.config.training,
         'library_versions': library_versions(),
         'threads': torch.get_num_threads(),
-        'conditions': [],
+        'noises': [],
     }
     path = (out or hypernet) / f'{"scratch" if scratch else "results"}.{protocol}.json'
     for sigma in sigmas:
@@ -113,7 +113,7 @@ def main(
                 gain = condition['gain'].get(name)
                 over = '' if gain is None else f', gain {gain["mean"]:+.2f} +- {gain["interval"]:.2f}'
                 click.echo(f'  {name:27} {row["mean"]:6.2f} +- {row["interval"]:.2f} dB{over}')
-        result['conditions'].append(condition)
+        result['noises'].append(condition)
     with written_whole(path) as beside:
         beside.write_text(json.dumps(result, indent=1) + '\n', encoding='utf-8')
 
@@ -217,11 +217,17 @@ def blurred(image: Tensor, sigma: float, strength: float) -> Tensor:
 
 def non_local_means(image: Tensor, sigma: float, strength: float) -> Tensor:
     """Non-local means of scikit-image, with a cut-off of `strength` times sigma."""
-    pixels = image.permute(1, 2, 0).double().numpy()
+    grey = len(image) == 1
     found = denoise_nl_means(
-        pixels, patch_size=5, patch_distance=6, h=strength * sigma, sigma=sigma, fast_mode=True, channel_axis=2
+        (image[0] if grey else image).double().numpy(),
+        patch_size=5,
+        patch_distance=6,
+        h=strength * sigma,
+        sigma=sigma,
+        fast_mode=True,
+        channel_axis=None if grey else 0,
     )
-    return torch.from_numpy(np.ascontiguousarray(found)).permute(2, 0, 1).float()
+    return torch.from_numpy(np.ascontiguousarray(found)).float().view(image.shape)
 
 
 def best_strength(name: str, how: Callable, clean: list[Tensor], noisy: list[Tensor], sigma: float) -> float:

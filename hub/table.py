@@ -16,6 +16,7 @@ HUB = Path(__file__).parent
 PAPER = {
     ('resnet18.fashion_set', 'results'): '96.24',
     ('resnet18.mixed', 'results'): '73.33',
+    ('resnet18.mixed', 'results.cifar10'): '51.05',
     ('resnet18.mixed', 'results.fashion-set'): '96.24',
 }
 HEAD = """# Hypernetworks
@@ -109,7 +110,7 @@ def row(folder: str, protocol: str, result: dict[str, Any]) -> str:
 def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, Any]]) -> list[str]:
     """Lines of the denoisers' table, one for each noise; `scratch` are the rivals' conditions."""
     lines = []
-    for one in result['conditions']:
+    for one in result['noises']:
         found, gain = one['psnr'], one['gain']
         rivals = [row for row in scratch if (row['sigma'], row['reading']) == (one['sigma'], one['reading'])]
         ends = [
@@ -141,9 +142,9 @@ def text() -> str:
     for path in sorted(HUB.glob('*/results*.json')):
         protocol = path.stem.removeprefix('results.')
         result = json.loads(path.read_text(encoding='utf-8'))
-        if 'conditions' in result:
+        if 'noises' in result:
             rivals = path.with_name(f'scratch.{protocol}.json')
-            scratch = json.loads(rivals.read_text(encoding='utf-8'))['conditions'] if rivals.exists() else []
+            scratch = json.loads(rivals.read_text(encoding='utf-8'))['noises'] if rivals.exists() else []
             denoisers += denoiser_rows(path.parent.name, result, scratch)
         else:
             lines.append(row(path.parent.name, protocol, result))

@@ -27,7 +27,7 @@ class Stand(nn.Module):
             nn.init.normal_(conv.weight, 0.1, 0.3)  # so that what is far away counts too
             nn.init.constant_(conv.bias, 0.1)  # so that zero padding is no harmless value
         nn.init.uniform_(self.norm.running_mean)
-        self.seen = []
+        type(self).seen = []  # of the class, since denoise runs a copy
 
     def forward(self, x):
         height, width = x.shape[-2:]

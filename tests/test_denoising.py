@@ -441,7 +441,7 @@ class TestPublishing:
         (tmp_path / 'recipe.toml').write_text('seed = 0')
         rows = {'noisy': {'mean': 12.0, 'interval': 0.1}, 'predicted': {'mean': 24.5, 'interval': 0.2}}
         one = {'sigma': 0.25, 'reading': 'unit', 'psnr': rows}
-        found = {'protocol': 'birds', 'images': 9, 'conditions': [one], 'weights_sha256': weights_sha256(tmp_path)}
+        found = {'protocol': 'birds', 'images': 9, 'noises': [one], 'weights_sha256': weights_sha256(tmp_path)}
         (tmp_path / 'results.birds.json').write_text(json.dumps(found))
         return tmp_path
 

@@ -202,7 +202,7 @@ def _psnr(folder: Path) -> dict[str, Any] | None:
     """The PSNR under the first noise of the first results file of a denoiser."""
     for path in _results_of(folder):
         with contextlib.suppress(DamagedFileError, KeyError, TypeError, ValueError, IndexError):
-            one = read_json(path)['conditions'][0]
+            one = read_json(path)['noises'][0]
             row = {name: float(one['psnr']['predicted'][name]) for name in ('mean', 'interval')}
             return {**row, 'sigma': float(one['sigma']), 'reading': shown(one['reading']), 'file': path.name}
     return None
@@ -451,8 +451,8 @@ def hypernet_files(folder: Path, repo: str, license: str | None = None) -> dict[
 def _measured(results: Mapping[str, Any]) -> bool:
     """Whether it is a results file: of a classifier its accuracies, of a denoiser its PSNR under each noise."""
     try:
-        if 'conditions' in results:
-            numbers = [float(one['psnr']['predicted']['mean']) for one in results['conditions']]
+        if 'noises' in results:
+            numbers = [float(one['psnr']['predicted']['mean']) for one in results['noises']]
             return bool(numbers) and all(map(math.isfinite, numbers))
         numbers = [float(row[name]) for row in results['accuracy'].values() for name in ('mean', 'interval')]
         named = all(isinstance(name, str) for name in results['classes'])
@@ -487,7 +487,7 @@ def hypernet_card(
     data = card.data.to_dict()
     data.pop('model-index', None)
     data['library_name'] = 'timm-pudnet'
-    denoises = any('conditions' in found for found in results.values())
+    denoises = any('noises' in found for found in results.values())
     task = 'image-to-image' if denoises else 'image-classification'
     tags = [*(data.get('tags') or []), 'timm', 'timm-pudnet', 'hypernetwork', task]
     data['tags'] = list(dict.fromkeys(tags))
@@ -497,8 +497,8 @@ def hypernet_card(
     listed = data.get('datasets') or []
     evaluated = []
     for file, found in results.items():
-        if 'conditions' in found:
-            evaluated += [_psnr_result(file, found, one) for one in found['conditions']]
+        if 'noises' in found:
+            evaluated += [_psnr_result(file, found, one) for one in found['noises']]
             continue
         kind = str(found.get('images') or (listed[0] if len(listed) == 1 else 'unnamed'))
         budget = f'{found["n_way"]}-way, {found.get("n_shot")} labels a class, {found.get("groups")} groups'
@@ -551,7 +551,7 @@ def _slug(text: str) -> str:
 def _plain_card(hypernet: PudNet, results: Mapping[str, Mapping[str, Any]], repo: str) -> str:
     config = hypernet.config
     call = f"predict_model('{config.model_name}', 'photos/', hypernet='{repo}')"
-    if any('conditions' in found for found in results.values()):
+    if any('noises' in found for found in results.values()):
         call = f"predict_denoiser('noisy/', hypernet='{repo}')"
     lines = [
         f'# {hypernet.name}\n',
@@ -567,10 +567,10 @@ def _plain_card(hypernet: PudNet, results: Mapping[str, Mapping[str, Any]], repo
         'half-width of the 95 % interval.\n',
     ]
     for file, found in results.items():
-        if 'conditions' in found:
+        if 'noises' in found:
             lines += [f'{found.get("images")} images of `{shown(found.get("protocol"))}`, Gaussian noise (`{file}`):\n']
             lines += ['| sigma | noisy | denoised |', '|---|---|---|']
-            for one in found['conditions']:
+            for one in found['noises']:
                 cells = [
                     f'{row["mean"]:.2f} ± {row["interval"]:.2f}' for row in map(one['psnr'].get, ('noisy', 'predicted'))
                 ]

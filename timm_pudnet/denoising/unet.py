@@ -26,12 +26,29 @@ from timm.layers.conv_bn_act import ConvNormAct
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm_pudnet.target import register_architecture
 
 
+class Block(ConvNormAct):
+    """Conv 3x3, BatchNorm, ReLU: `[n, i, h, w]` to `[n, o, h, w]`.
+
+    Args:
+        in_chs: Channels `i` that it takes.
+        out_chs: Channels `o` that it gives.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int) -> None:
+        super().__init__(in_chs, out_chs, 3)
+
+    def fuse(self) -> nn.Module:
+        """The same as one conv and ReLU, for prediction alone; `timm.utils.reparameterize_model` calls it."""
+        return nn.Sequential(fuse_conv_bn_eval(cast(Any, self.conv), cast(Any, self.bn)), nn.ReLU(inplace=True))
+
+
 def _blocks(before: int, after: int) -> nn.Sequential:
-    return nn.Sequential(ConvNormAct(before, after, 3), ConvNormAct(after, after, 3))
+    return nn.Sequential(Block(before, after), Block(after, after))
 
 
 class Standardize(nn.BatchNorm2d):
@@ -90,7 +107,7 @@ class BlindSpotUNet(nn.Module):
         self.enlarge = nn.ModuleList(
             nn.ConvTranspose2d(2 * after, after, 2, stride=2)
             if transposed
-            else nn.Sequential(ConvNormAct(2 * after, after, 3), nn.Upsample(scale_factor=2))
+            else nn.Sequential(Block(2 * after, after), nn.Upsample(scale_factor=2))
             for after in reversed(widths[:-1])
         )
         self.decoder = nn.ModuleList(_blocks(2 * after, after) for after in reversed(widths[:-1]))
