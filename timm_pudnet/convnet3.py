@@ -138,6 +138,7 @@ def convnet3(pretrained: bool = False, **kwargs: Any) -> ConvNet3:
     """ConvNet-3 for `timm.create_model`; `kwargs` are those of `ConvNet3`.
 
     Example:
+        >>> import timm
         >>> model = timm.create_model('convnet3', num_classes=10)
         >>> model.get_classifier()
         Linear(in_features=256, out_features=10, bias=True)

@@ -246,7 +246,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON can hold it."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        found = json.loads(json.dumps(dataclasses.asdict(self)))
+        return found if self.denoising is not None else {key: found[key] for key in found if key != 'denoising'}
 
     @property
     def images_per_step(self) -> int:
