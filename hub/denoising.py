@@ -14,9 +14,9 @@ sigma, with that strength of some that is best for the first four images, known 
 sketch of the same images with another sigma and of another set, calibrated on the images (`sketch of ...`); all of the
 denoiser, norm statistics too, from the images with another sigma (`predicted for ...`); the control *plain*, one denoiser
 of the same training images for all noise, with its own statistics, calibrated, and calibrated on the images with another
-sigma. With --scratch the rival alone that
-trains on these very noisy images: the same UNet from random weights by the same loss, Adam with and without centralised
-gradients, written to scratch.NAME.json. One epoch of it sees one crop of each image, of at most 128 pixels.
+sigma. With --scratch the rival alone that trains on these very noisy images: the same UNet from random weights by the same
+loss, Adam with and without centralised gradients, written to scratch.NAME.json. One epoch of it sees one crop of each
+image, of at most 128 pixels.
 """
 
 import json
@@ -36,7 +36,16 @@ from tqdm import tqdm
 
 from timm_pudnet import PudNet, denoise, load_hypernet
 from timm_pudnet.adapt import calibrate
-from timm_pudnet.denoising import add_noise, blind_spot_loss, blind_spots, denoiser_of, noisy_patches, psnr, ssim
+from timm_pudnet.denoising import (
+    add_noise,
+    blind_spot_loss,
+    blind_spots,
+    denoiser_of,
+    noisy_patches,
+    psnr,
+    sketch_of,
+    ssim,
+)
 from timm_pudnet.denoising.pictures import list_pictures, read_picture
 from timm_pudnet.evaluation import mean_interval
 from timm_pudnet.evaluation.scratch import centralise_gradients
@@ -146,7 +155,7 @@ def measure(
     channels, side, _ = network.config.input.input_size
     seconds, predicted, patches = timed_prediction(network, noisy)
     other_patches = noisy_patches(noisier, channels, side)
-    other_sketch = sketch(network, other_patches)
+    other_sketch = sketch_of(network, other_patches)
     models = {
         'predicted': predicted,
         'sketch of another sigma': denoiser_of(network, other_sketch, patches),
@@ -154,7 +163,7 @@ def measure(
     }
     if elsewhere:
         its_patches = noisy_patches(elsewhere, channels, side)
-        models['sketch of another set'] = denoiser_of(network, sketch(network, its_patches), patches)
+        models['sketch of another set'] = denoiser_of(network, sketch_of(network, its_patches), patches)
     arms: dict[str, Callable[[Tensor], Tensor]] = {'noisy': lambda image: image}
     strengths = {}
     for name, how in (('gaussian filter', blurred), ('non-local means', non_local_means)):
@@ -196,17 +205,9 @@ def timed_prediction(network: PudNet, noisy: list[Tensor]) -> tuple[float, nn.Mo
     for _ in range(2):
         started = time.perf_counter()
         patches = noisy_patches(noisy, channels, side)
-        predicted = denoiser_of(network, sketch(network, patches), patches)
+        predicted = denoiser_of(network, sketch_of(network, patches), patches)
         seconds = time.perf_counter() - started
     return seconds, predicted, patches
-
-
-@torch.inference_mode()
-def sketch(network: PudNet, patches: Tensor) -> Tensor:
-    """The sketch `[m]` of noisy patches."""
-    stream = network.streaming_sketch()
-    stream.add(patches)
-    return stream.result()
 
 
 def blurred(image: Tensor, sigma: float, strength: float) -> Tensor:

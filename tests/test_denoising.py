@@ -24,6 +24,7 @@ from timm_pudnet.denoising import (
     noisy_patches,
     predict_denoiser,
     psnr,
+    sketch_of,
     train_plain_denoiser,
 )
 from timm_pudnet.denoising.noise import BOX
@@ -139,6 +140,14 @@ class TestUNet:
         model = unet(**SMALL).eval()
         images = torch.rand(3, 3, 20, 20)
         assert_close(model(images)[:1], model(images[:1]))
+
+    def test_a_large_image_is_denoised_as_by_the_network_itself(self):
+        model = unet(**SMALL)
+        images = torch.rand(1, 3, 400, 400)
+        model(images)  # in training mode: statistics of its norms that are none of a new one
+        model.eval()
+        with torch.no_grad():
+            assert_close(denoise(model, images[0]), model(images)[0], atol=1e-5, rtol=1e-5)
 
     def test_features_only_is_refused(self):
         with pytest.raises(RuntimeError, match='features_only'):
@@ -357,9 +366,7 @@ class TestTraining:
         sketches = []
         for sigma in (0.05, 0.5):
             patches = noisy_patches(add_noise(clean, 'gaussian', sigma, generator()), 3, 16)
-            stream = trained.streaming_sketch()
-            stream.add(patches)
-            sketches.append(stream.result())
+            sketches.append(sketch_of(trained, patches))
         with torch.no_grad():
             first, second = (trained(sketch) for sketch in sketches)
         changed = [

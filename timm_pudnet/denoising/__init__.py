@@ -2,7 +2,7 @@
 
 from timm_pudnet.denoising.metrics import psnr, ssim
 from timm_pudnet.denoising.noise import add_noise, blind_spot_loss, blind_spots
-from timm_pudnet.denoising.predict import denoiser_of, noisy_patches, predict_denoiser
+from timm_pudnet.denoising.predict import denoiser_of, noisy_patches, predict_denoiser, sketch_of
 from timm_pudnet.denoising.tiles import denoise
 from timm_pudnet.denoising.training import PatchBank, load_patches, meta_train_denoiser, train_plain_denoiser
 from timm_pudnet.denoising.unet import BlindSpotUNet
@@ -20,6 +20,7 @@ __all__ = [
     'noisy_patches',
     'predict_denoiser',
     'psnr',
+    'sketch_of',
     'ssim',
     'train_plain_denoiser',
 ]

@@ -67,13 +67,18 @@ def predict_denoiser(
     patches = noisy_patches(images, channels, side).to(device)
     home, modes = network.device, {module: module.training for module in network.modules()}
     try:
-        stream = network.to(device).eval().streaming_sketch()
-        stream.add(patches)
-        return denoiser_of(network, stream.result(), patches)
+        return denoiser_of(network, sketch_of(network.to(device).eval(), patches), patches)
     finally:
         network.to(home)
         for module, mode in modes.items():
             module.training = mode
+
+
+def sketch_of(network: PudNet, patches: Tensor) -> Tensor:
+    """The sketch `[m]` of noisy patches `[n, c, h, w]`, as they are."""
+    stream = network.streaming_sketch()
+    stream.add(patches)
+    return stream.result()
 
 
 def denoiser_of(network: PudNet, sketch: Tensor, patches: Tensor) -> nn.Module:

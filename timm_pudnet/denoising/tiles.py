@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from timm_pudnet.config import InputError
 
+WORTH_FUSING = 2**17  # pixels of an image; for fewer the copy takes longer than it saves
+
 
 def denoise(model: nn.Module, image: Tensor, *, tile: int = 512) -> Tensor:
     """What `model` makes of an image, in overlapping tiles: the same as of the whole image at once, in little memory.
@@ -59,8 +61,9 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512) -> Tensor:
     # At least one step of the grid, so that every tile at the far border has the rows that the model's padding mirrors.
     margin = max(-(-reach // grid), 1) * grid
     like = next(model.parameters())
-    model = reparameterize_model(model)  # a copy whose norms are part of its convs, which is faster
     _, height, width = image.shape
+    if height * width >= WORTH_FUSING:
+        model = reparameterize_model(model)  # a copy whose norms are part of its convs, which is faster
     result = torch.empty_like(image)
     with torch.inference_mode():
         for top, left in product(range(0, height, step), range(0, width, step)):

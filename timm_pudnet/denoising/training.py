@@ -9,7 +9,8 @@ import dataclasses
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from timm_pudnet.training.run import Run, config_fields, go
 
 
 class PatchBank:
-    """Images held in memory as 8-bit pixels at their own sizes, to cut patches from.
+    """Images held in memory at their own sizes, to cut patches from.
 
     Args:
         images: uint8 `[c, h, w]`, or floats with black 0 and white 1; all with the same channels, sides of 8 or more.
@@ -50,8 +51,10 @@ class PatchBank:
         Raises:
             InputError: The folder cannot be read, has no images, or lacks a class that is named.
         """
-        paths = list(list_pictures(data.images).values())
-        if data.classes or data.unseen:
+        paths: Iterable[str | Path]
+        if not (data.classes or data.unseen):
+            paths = list_pictures(data.images).values()
+        else:
             names, _, labels, classes = scan_folder(data.images)
             absent = [name for name in (*data.classes, *data.unseen) if name not in (classes or ())]
             if absent or labels is None or classes is None:

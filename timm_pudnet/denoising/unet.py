@@ -158,10 +158,10 @@ class BlindSpotUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Denoised images `[n, c, h, w]` of noisy ones, of any size, both with pixels of about 0-1."""
         standardized = self._standardized(x)
-        first, *coarser = self._blurred(standardized)
-        bands = [fine - coarse for fine, coarse in itertools.pairwise([first, *coarser])]
-        maps = torch.cat([self._decoded(standardized), *bands, coarser[-1]], 1)
-        return self.standardize.undo(first + self.output(maps))[..., : x.shape[-2], : x.shape[-1]]
+        blurred = list(self._blurred(standardized))
+        bands = [fine - coarse for fine, coarse in itertools.pairwise(blurred)]
+        maps = torch.cat([self._decoded(standardized), *bands, blurred[-1]], 1)
+        return self.standardize.undo(blurred[0] + self.output(maps))[..., : x.shape[-2], : x.shape[-1]]
 
     def _blurred(self, x: Tensor) -> Iterator[Tensor]:
         """The images ever more blurred, each `[n, c, h, w]`."""
