@@ -9,16 +9,18 @@ Gaussian noise is added to the images; denoisers get the noisy ones alone. The p
 0-1. PSNR and SSIM are of results clipped to 0-1, means over images, with 95 % intervals; gains are paired
 by image. Needs scikit-image (`pip install -e '.[test]'`).
 
-Beside the predicted denoiser (`predicted`) stand: the noisy images; a Gaussian filter and non-local means that are told
-sigma, with that strength of some that is best for the first four images, known from their clean ones; weights of the
-sketch of the same images with another sigma and of another set, calibrated on the images (`sketch of ...`); all of the
-denoiser, norm statistics too, from the images with another sigma (`predicted for ...`); the control *plain*, one denoiser
-of the same training images for all noise, with its own statistics, calibrated, and calibrated on the images with another
-sigma. With --scratch the rival alone that trains on these very noisy images: the same UNet from random weights by the same
-loss, Adam with and without centralised gradients, written to scratch.NAME.json. One epoch of it sees one crop of each
-image, of at most 128 pixels.
+Denoisers by the network measure the noise of the images against their guesses, and take each noisy pixel itself into
+account. Beside the predicted one (`predicted`) stand: its guesses alone (`predicted, blind`); the noisy images; a
+Gaussian filter and non-local means that are told sigma, with that strength of some that is best for the first four images,
+known from their clean ones; weights of the sketch of the same images with another sigma and of another set, calibrated on
+the images (`sketch of ...`); all of the denoiser, norm statistics and noise too, from the images with another sigma
+(`predicted for ...`); the control *plain*, one denoiser of the same training images for all noise, with its own statistics,
+calibrated, and calibrated on the images with another sigma. With --scratch the rival alone that trains on these very noisy
+images: the same UNet from random weights by the same loss, Adam with and without centralised gradients, written to
+scratch.NAME.json. One epoch of it sees one crop of each image, of at most 128 pixels.
 """
 
+import copy
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +43,7 @@ from timm_pudnet.denoising import (
     blind_spot_loss,
     blind_spots,
     denoiser_of,
+    estimate_noise,
     noisy_patches,
     psnr,
     sketch_of,
@@ -156,8 +159,11 @@ def measure(
     seconds, predicted, patches = timed_prediction(network, noisy)
     other_patches = noisy_patches(noisier, channels, side)
     other_sketch = sketch_of(network, other_patches)
+    blind = copy.deepcopy(predicted)
+    blind.set_noise(None)
     models = {
         'predicted': predicted,
+        'predicted, blind': blind,
         'sketch of another sigma': denoiser_of(network, other_sketch, patches),
         'predicted for another sigma': denoiser_of(network, other_sketch, other_patches),
     }
@@ -170,8 +176,6 @@ def measure(
         chosen = strengths[name] = best_strength(name, how, clean, noisy, sigma)
         arms[name] = lambda image, how=how, chosen=chosen: how(image, sigma, chosen)
     arms |= {name: lambda image, model=model: denoise(model, image) for name, model in models.items()}
-    if control is not None:
-        arms['plain, its own statistics'] = lambda image: denoise(control, image)
     table: dict[str, dict[str, list[float]]] = {'psnr': {}, 'ssim': {}}
 
     def add(name: str, arm: Callable[[Tensor], Tensor]) -> None:
@@ -185,10 +189,12 @@ def measure(
         add(name, arm)
     if control is not None:
         own = {key: value.clone() for key, value in control.state_dict().items()}
-        calibrate(control, patches, own, prior_images=network.config.prior_images)
-        add('plain, calibrated', lambda image: denoise(control, image))
-        calibrate(control, other_patches, own, prior_images=network.config.prior_images)
-        add('plain, calibrated for another sigma', lambda image: denoise(control, image))
+        know_noise(control, patches)
+        add('plain, its own statistics', lambda image: denoise(control, image))
+        for name, shown in (('plain, calibrated', patches), ('plain, calibrated for another sigma', other_patches)):
+            calibrate(control, shown, own, prior_images=network.config.prior_images)
+            know_noise(control, shown)
+            add(name, lambda image: denoise(control, image))
         control.load_state_dict(own)
     gains = {
         name: mean_interval([a - b for a, b in zip(table['psnr']['predicted'], values, strict=True)])
@@ -197,6 +203,13 @@ def measure(
     }
     means = {kind: {name: mean_interval(values) for name, values in rows.items()} for kind, rows in table.items()}
     return {**means, 'gain': gains, 'strengths': strengths, 'seconds': seconds}
+
+
+def know_noise(model: nn.Module, patches: Tensor) -> None:
+    """Lets a denoiser take noisy pixels themselves into account, as predicted ones do."""
+    model.set_noise(None)
+    with torch.inference_mode():
+        model.set_noise(estimate_noise(patches, model(patches)))
 
 
 def timed_prediction(network: PudNet, noisy: list[Tensor]) -> tuple[float, nn.Module, Tensor]:
@@ -252,6 +265,7 @@ def from_scratch(
         model = timm.create_model(network.config.model_name, **network.config.model_kwargs)
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    patches = noisy_patches(noisy, *network.config.input.input_size[:2])
     side = min(CROP, *(min(image.shape[1:]) for image in noisy))
     seconds, points = 0.0, []
     for epoch in range(1, epochs + 1):
@@ -274,6 +288,7 @@ def from_scratch(
         seconds += time.perf_counter() - started
         if epoch in (*EPOCHS, epochs):
             model.eval()
+            know_noise(model, patches)
             found = [float(psnr(denoise(model, n).clamp(0, 1), c)) for n, c in zip(noisy, clean, strict=True)]
             points.append({'epoch': epoch, 'seconds': seconds, 'psnr': sum(found) / len(found)})
     return points

@@ -2,6 +2,7 @@
 
 from timm_pudnet.denoising.metrics import psnr, ssim
 from timm_pudnet.denoising.noise import add_noise, blind_spot_loss, blind_spots
+from timm_pudnet.denoising.posterior import estimate_noise
 from timm_pudnet.denoising.predict import denoiser_of, noisy_patches, predict_denoiser, sketch_of
 from timm_pudnet.denoising.tiles import denoise
 from timm_pudnet.denoising.training import PatchBank, load_patches, meta_train_denoiser, train_plain_denoiser
@@ -15,6 +16,7 @@ __all__ = [
     'blind_spots',
     'denoise',
     'denoiser_of',
+    'estimate_noise',
     'load_patches',
     'meta_train_denoiser',
     'noisy_patches',

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from timm_pudnet.adapt import calibrate
 from timm_pudnet.config import InputError
 from timm_pudnet.denoising.pictures import list_pictures, read_picture
+from timm_pudnet.denoising.posterior import estimate_noise
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, usable_device
 from timm_pudnet.images import to_bchw
@@ -37,7 +38,8 @@ def predict_denoiser(
     """Predicts a denoiser for noisy images that come without clean ones (paper section IV-D).
 
     All images should have the same kind and level of noise; one image is enough. They are not resized: patches of at
-    most 128 of them, spread over their order, give the sketch and calibrate the norm statistics.
+    most 128 of them, spread over their order, give the sketch, calibrate the norm statistics and tell how strong the
+    noise is.
 
     Args:
         images: A folder (with all its subfolders), a file, a list of paths, PIL images, arrays `[h, w, c]` or tensors
@@ -82,12 +84,16 @@ def sketch_of(network: PudNet, patches: Tensor) -> Tensor:
 
 
 def denoiser_of(network: PudNet, sketch: Tensor, patches: Tensor) -> nn.Module:
-    """The denoiser that a sketch `[m]` gives, calibrated on noisy patches `[n, c, h, w]`; in eval mode."""
+    """The denoiser that a sketch `[m]` gives, calibrated on noisy patches `[n, c, h, w]`; in eval mode.
+
+    The noise that it takes the pixels themselves into account by is what the patches have beside its blind guesses.
+    """
     with torch.inference_mode():
         weights = network(sketch)
-    model = build_model(network, network.target, weights, 0, None, {}).to(patches.device)
-    calibrate(model, patches, weights, prior_images=network.config.prior_images)
-    return model.eval()
+    blind = build_model(network, network.target, weights, 0, None, {}).to(patches.device)
+    guesses = calibrate(blind, patches, weights, prior_images=network.config.prior_images)
+    noise = {'noise': estimate_noise(patches, guesses)}
+    return build_model(network, network.target, blind.state_dict(), 0, None, noise).to(patches.device).eval()
 
 
 def noisy_patches(images: Any, channels: int, side: int) -> Tensor:

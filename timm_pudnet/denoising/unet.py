@@ -7,10 +7,11 @@ The paper (section IV-D) says "a well-established convolutional blind-spot netwo
 architecture" and no more. Settled here, after Noise2Void and UNet: at each of four sizes two blocks of conv 3x3,
 BatchNorm, ReLU; max pool 2x2 between them on the way down; on the way up a block that halves the channels, nearest
 upsampling (or a transposed conv in place of both), the maps of the same size beside it, two blocks; a 1x1 conv to the
-channels of the image. Two things are ours: images are standardised by their set, within the network; and what it gives
+channels of the image. Three things are ours: images are standardised by their set, within the network; what it gives
 is added to a small blur of them, whose bands (the differences of ever stronger blurs) the last conv sees too: so it
-starts from smoothing, and can learn at once how strong that should be. The blind spot is in the training
-(`denoising.noise`), not in the network.
+starts from smoothing, and can learn at once how strong that should be; and where the noise is known, the answer takes
+the noisy pixel itself into account (`denoising.posterior`). The blind spot is in the training (`denoising.noise`), not
+in the network.
 
 Dimension letters: `n` images, `c` channels, `h w` height and width.
 """
@@ -18,7 +19,7 @@ Dimension letters: `n` images, `c` channels, `h w` height and width.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from timm_pudnet.denoising.posterior import WINDOW, Posterior
 from timm_pudnet.target import register_architecture
 
 
@@ -88,10 +90,19 @@ class BlindSpotUNet(nn.Module):
         width: Channels at full size; doubled at each smaller one.
         depth: How often the size is halved.
         transposed: Whether a transposed conv makes maps larger, in place of a block and nearest upsampling.
+        noise: For each channel (colour component, rather) the variance of the noise in black and in white, as
+            `estimate_noise` gives it; in eval mode the answer then takes each noisy pixel itself into account. Without
+            it, and in training, it is the blind guess alone.
     """
 
     def __init__(
-        self, num_classes: int = 0, in_chans: int = 3, width: int = 64, depth: int = 3, transposed: bool = False
+        self,
+        num_classes: int = 0,
+        in_chans: int = 3,
+        width: int = 64,
+        depth: int = 3,
+        transposed: bool = False,
+        noise: Sequence[Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         if min(in_chans, width, depth) < 1:
@@ -113,14 +124,26 @@ class BlindSpotUNet(nn.Module):
         self.decoder = nn.ModuleList(_blocks(2 * after, after) for after in reversed(widths[:-1]))
         self.output = nn.Conv2d(width + in_chans * (depth + 1), in_chans, 1)
         self.multiple = 2**depth  # sizes inside are those of images padded to a multiple of it
-        # An output depends on so many pixels in each direction, at most: convs, and where a pooled pixel came from.
-        self.receptive_field = 9 * self.multiple - 7
+        # A guess depends on so many pixels in each direction, at most: convs, and where a pooled pixel came from.
+        self.reach = 9 * self.multiple - 7
+        self.set_noise(noise)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_in', nonlinearity='relu')
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.zeros_(self.output.weight)  # so it starts from smoothing
+
+    @property
+    def receptive_field(self) -> int:
+        """So many pixels in each direction an output depends on, at most."""
+        return self.reach + (0 if self.posterior is None else WINDOW // 2)
+
+    def set_noise(self, noise: Sequence[Sequence[float]] | None) -> None:
+        """Puts another `noise` in place, or none; timm saves the one that the model was made with."""
+        if noise and len(noise) != self.in_chans:
+            raise ValueError(f'noise must be of {self.in_chans} channels, got {len(noise)}')
+        self.posterior = Posterior(noise).to(self.output.weight.device) if noise else None
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters form a layer, for timm's layer-wise rates."""
@@ -161,7 +184,8 @@ class BlindSpotUNet(nn.Module):
         blurred = list(self._blurred(standardized))
         bands = [fine - coarse for fine, coarse in itertools.pairwise(blurred)]
         maps = torch.cat([self._decoded(standardized), *bands, blurred[-1]], 1)
-        return self.standardize.undo(blurred[0] + self.output(maps))[..., : x.shape[-2], : x.shape[-1]]
+        guess = self.standardize.undo(blurred[0] + self.output(maps))[..., : x.shape[-2], : x.shape[-1]]
+        return guess if self.posterior is None or self.training else self.posterior(x, guess)
 
     def _blurred(self, x: Tensor) -> Iterator[Tensor]:
         """The images ever more blurred, each `[n, c, h, w]`."""

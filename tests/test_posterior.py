@@ -1,0 +1,164 @@
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch.testing import assert_close
+
+import timm_pudnet
+from timm_pudnet.denoising import add_noise, denoise, estimate_noise, predict_denoiser, psnr
+from timm_pudnet.denoising.posterior import WINDOW, Posterior, colour_components
+
+SMALL = {'width': 4, 'depth': 2}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def slopes(count=16, side=64, channels=3):
+    """Images without texture."""
+    corners = torch.rand(count, channels, 2, 2, generator=generator())
+    return torch.nn.functional.interpolate(corners, (side, side), mode='bilinear', align_corners=True)
+
+
+def noisy_slopes(kind, sigma, **kwargs):
+    return add_noise(slopes(**kwargs), kind, sigma, generator(1)), slopes(**kwargs)
+
+
+class TestPosterior:
+    def test_it_is_the_formula_written_out(self):
+        noise = [[0.01, 0.03], [0.02, 0.005], [0.0, 0.01]]
+        noisy, guess = torch.rand(2, 3, 40, 37, generator=generator()), torch.rand(2, 3, 40, 37, generator=generator(1))
+        rows = np.array([[1, 1, 1], [math.sqrt(1.5), 0, -math.sqrt(1.5)], [0.5 * 2**0.5, -(2**0.5), 0.5 * 2**0.5]])
+        rows /= math.sqrt(3)
+        rest = np.einsum('kc,nchw->nkhw', rows, (noisy - guess).double().numpy())
+        bright = np.einsum('kc,nchw->nkhw', rows**2, guess.double().numpy())
+        expected = guess.double().numpy()
+        for image in range(2):
+            for k in range(3):
+                for row in range(40):
+                    for column in range(37):
+                        top, left = max(0, row - WINDOW // 2), max(0, column - WINDOW // 2)
+                        seen = rest[image, k, top : row + WINDOW // 2 + 1, left : column + WINDOW // 2 + 1]
+                        level = bright[image, k, row, column]
+                        variance = noise[k][0] * (1 - level) + noise[k][1] * level
+                        share = max(0, 1 - variance * (1 + math.sqrt(2) / WINDOW) / np.mean(seen**2))
+                        expected[image, :, row, column] += rows[k] * share * rest[image, k, row, column]
+        assert_close(Posterior(noise)(noisy, guess), torch.from_numpy(expected).float(), atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize('channels', [1, 3])
+    def test_without_noise_it_is_the_noisy_image_and_with_much_the_guess(self, channels):
+        noisy, guess = torch.rand(1, channels, 20, 20), torch.rand(1, channels, 20, 20)
+        assert_close(Posterior([[0, 0]] * channels)(noisy, guess), noisy, atol=1e-6, rtol=0)
+        assert torch.equal(Posterior([[9, 9]] * channels)(noisy, guess), guess)
+
+    def test_components_are_brightness_and_two_colours(self):
+        for channels in (1, 3, 4):
+            rows = colour_components(channels)
+            assert_close(rows @ rows.t(), torch.eye(channels))
+            assert_close(rows.sum(1)[1:], torch.zeros(channels - 1))
+
+    @pytest.mark.parametrize('noise', [[[0.1]], [[0.1, -0.1]], [[0.1, math.nan]], [0.1, 0.2], [[[0.1, 0.1]]]])
+    def test_noise_that_is_none_is_refused(self, noise):
+        with pytest.raises(ValueError, match='noise must be'):
+            Posterior(noise)
+
+    def test_what_the_guess_misses_comes_back(self):
+        clean = slopes() + 0.1 * torch.rand(
+            16, 1, 64, 64, generator=generator(2)
+        )  # fine, grey texture
+        noisy = add_noise(clean, 'gaussian', 0.02, generator(3))
+        guess = slopes() + 0.05
+        found = Posterior([[0.02**2, 0.02**2]] * 3)(noisy, guess)
+        assert psnr(found, clean).mean() > max(psnr(guess, clean).mean(), psnr(noisy, clean).mean()) + 1
+
+
+class TestEstimate:
+    @pytest.mark.parametrize('sigma', [0.01, 0.1, 0.5])
+    @pytest.mark.parametrize('channels', [1, 3])
+    def test_gaussian_noise_is_found(self, sigma, channels):
+        found = torch.tensor(estimate_noise(*noisy_slopes('gaussian', sigma, channels=channels)))
+        assert found.shape == (channels, 2)
+        assert ((found / sigma**2 - 1).abs() < 0.15).all()
+
+    def test_noise_that_is_less_in_the_dark_is_found(self):
+        found = torch.tensor(estimate_noise(*noisy_slopes('poisson', 0.1)))
+        assert (found[:, 0] < 0.002).all()
+        assert ((found[:, 1] / 0.02 - 1).abs() < 0.2).all()
+
+    def test_grey_images_in_three_channels_have_their_noise_in_brightness(self):
+        noisy, clean = noisy_slopes('gaussian', 0.1, channels=1)
+        found = estimate_noise(noisy.expand(-1, 3, -1, -1), clean.expand(-1, 3, -1, -1))
+        assert all(abs(value / 0.03 - 1) < 0.15 for value in found[0])
+        assert max(*found[1], *found[2]) < 1e-9
+
+    def test_texture_in_most_places_does_not_count_as_noise(self):
+        noisy, guess = noisy_slopes('gaussian', 0.1)
+        textured = noisy + 0.5 * torch.rand(noisy.shape, generator=generator(4)) * (torch.rand(16, 1, 1, 1) < 0.6)
+        found = torch.tensor(estimate_noise(textured, guess))
+        assert ((found / 0.01).log2().abs() < 0.6).all()
+
+    @pytest.mark.parametrize(('count', 'side'), [(1, 8), (1, 64), (3, 11)])
+    def test_few_pixels_give_finite_numbers(self, count, side):
+        for sigma in (0.0, 0.1):
+            found = torch.tensor(estimate_noise(*noisy_slopes('gaussian', sigma, count=count, side=side)))
+            assert found.isfinite().all()
+            assert found.min() >= 0
+
+
+class TestInTheNetwork:
+    def noisy(self, **kwargs):
+        return timm.create_model('blindspot_unet', **SMALL, noise=[[0.01, 0.02]] * 3, **kwargs)
+
+    def test_it_counts_in_eval_mode_alone(self):
+        model, images = self.noisy(), torch.rand(2, 3, 20, 20)
+        without = timm.create_model('blindspot_unet', **SMALL)
+        without.load_state_dict(model.state_dict())
+        assert_close(model.train()(images), without.train()(images))
+        assert_close(model.eval()(images), Posterior([[0.01, 0.02]] * 3)(images, without.eval()(images)))
+
+    def test_the_weights_are_the_same_with_and_without(self):
+        shapes = {key: value.shape for key, value in self.noisy().state_dict().items()}
+        assert shapes == {k: v.shape for k, v in timm.create_model('blindspot_unet', **SMALL).state_dict().items()}
+
+    def test_noise_of_other_channels_is_refused(self):
+        with pytest.raises(ValueError, match='1 channels, got 3'):
+            self.noisy(in_chans=1)
+
+    def test_tiles_are_the_whole_image(self):
+        model = self.noisy().double().eval()
+        torch.nn.init.normal_(model.output.weight, std=0.3)
+        image = torch.rand(3, 150, 203, dtype=torch.float64)
+        with torch.no_grad():
+            assert_close(denoise(model, image, tile=40), model(image[None])[0], atol=1e-10, rtol=0)
+
+    def test_saved_and_loaded_by_timm_it_gives_the_same_bits(self, tmp_path):
+        noisy, _ = noisy_slopes('gaussian', 0.1)
+        model = predict_denoiser(noisy)
+        assert model.posterior is not None
+        timm_pudnet.save_model(model, tmp_path / 'saved')
+        again = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).eval()
+        with torch.no_grad():
+            assert torch.equal(again(noisy[:1]), model(noisy[:1]))
+
+    def test_clean_images_come_back_nearly_as_they_are(self):
+        clean = slopes(side=96) + 0.2 * torch.rand(16, 3, 96, 96, generator=generator(5)).round()
+        clean[:8] = slopes(side=96)[:8]
+        model = predict_denoiser(clean)
+        found = torch.stack([denoise(model, image) for image in clean])
+        blind = model
+        blind.set_noise(None)
+        guesses = torch.stack([denoise(blind, image) for image in clean])
+        assert psnr(found, clean).mean() > psnr(guesses, clean).mean() + 6
+
+    @pytest.mark.parametrize('kind', ['gaussian', 'poisson'])
+    def test_weak_noise_of_textured_images_gets_weaker_and_not_stronger(self, kind):
+        texture = 0.3 * torch.rand(16, 3, 64, 64, generator=generator(6)).round()
+        texture[::2] = 0
+        clean = (0.6 * slopes() + texture).clamp(0, 1)
+        noisy = add_noise(clean, kind, 0.03, generator(7))
+        model = predict_denoiser(noisy)
+        found = torch.stack([denoise(model, image) for image in noisy])
+        assert psnr(found, clean).mean() > psnr(noisy, clean).mean()

@@ -1,0 +1,125 @@
+"""What a noisy pixel itself tells beside the guess from its neighbours; and how strong the noise of images is.
+
+A blind-spot network guesses each pixel without looking at it. Where the noise is weak that gives away what could be
+known best, fine texture. Given the noise's variance `v` and the guess's own error of variance `e`, the mean of the
+clean pixel is `guess + e / (e + v) (noisy - guess)` (Laine et al., High-Quality Self-Supervised Deep Image Denoising,
+for networks that give `e`; here `e + v` is measured around each pixel). This is done for brightness and two colour
+components apart: what texture the guess misses is in brightness nearly alone, the noise in all three.
+
+Dimension letters: `n` images, `c` channels or colour components, `h w` height and width, `k` blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WINDOW = 31  # pixels, in each direction, over which the guess's error is measured
+BLOCK = 8  # pixels of the blocks that the noise is measured in
+SMOOTH = 0.1  # share of the blocks of one brightness that are taken to hold noise alone: those of least variance
+LEAST_BLOCKS = 64  # of one brightness
+
+
+def colour_components(channels: int) -> Tensor:
+    """Orthonormal rows `[c, c]`: brightness, and for three channels red against blue, and green against both."""
+    place = torch.arange(channels)
+    rows = torch.cos((2 * place + 1) * place[:, None] * math.pi / (2 * channels)) * math.sqrt(2 / channels)
+    rows[0] /= math.sqrt(2)
+    return rows
+
+
+class Posterior(nn.Module):
+    """Mean of the clean image, given the noisy one, a guess without each pixel itself, and the noise.
+
+    Args:
+        noise: For each colour component the variance of its noise in black and in white, as `estimate_noise` gives
+            them; linear between, in the guessed channels that the component is made of.
+    """
+
+    black: Tensor
+    white: Tensor
+    components: Tensor
+
+    def __init__(self, noise: Sequence[Sequence[float]]) -> None:
+        super().__init__()
+        variances = torch.tensor(noise, dtype=torch.float32)
+        if variances.ndim != 2 or variances.shape[1] != 2 or not variances.isfinite().all() or variances.min() < 0:
+            raise ValueError(f'noise must be two variances, of black and of white, for each channel, got {noise}')
+        self.register_buffer('black', variances[:, :1, None], persistent=False)
+        self.register_buffer('white', variances[:, 1:, None], persistent=False)
+        self.register_buffer('components', colour_components(len(variances)), persistent=False)
+
+    def forward(self, noisy: Tensor, guess: Tensor) -> Tensor:
+        """Images `[n, c, h, w]` of such, both with black 0 and white 1."""
+        rest = torch.einsum('kc,nchw->nkhw', self.components, noisy - guess)
+        noise = torch.lerp(self.black, self.white, _levels(guess, self.components))
+        # Measured over so many pixels, the variance of noise alone is above `noise` as often as below.
+        noise = noise * (1 + math.sqrt(2) / WINDOW)
+        share = (1 - noise / _around(rest.square()).clamp_min(1e-12)).clamp_min(0)
+        return guess + torch.einsum('kc,nkhw->nchw', self.components, share * rest)
+
+
+def _levels(guesses: Tensor, components: Tensor) -> Tensor:
+    """How bright the channels of each component are, by their share in it, in 0-1: its noise is the sum of theirs."""
+    return torch.einsum('kc,nchw->nkhw', components.square(), guesses.clamp(0, 1))
+
+
+def _around(values: Tensor) -> Tensor:
+    """Means over the window around each pixel, of what of it is in the image."""
+    reach = WINDOW // 2
+    rows = F.avg_pool2d(values, (1, WINDOW), 1, (0, reach), count_include_pad=False)
+    return F.avg_pool2d(rows, (WINDOW, 1), 1, (reach, 0), count_include_pad=False)
+
+
+def estimate_noise(noisy: Tensor, guesses: Tensor) -> list[list[float]]:
+    """Variance of the noise of images, from blind guesses of them: of each colour component in black and in white.
+
+    Blocks of 8x8 pixels are sorted by how bright they are; among those of one brightness the tenth of least variance
+    around the guess is taken to be smooth, so that it holds noise alone. A line is put through what these give.
+
+    Args:
+        noisy: `[n, c, h, w]`, black 0 and white 1, sides of 8 pixels or more.
+        guesses: The same without noise, each pixel from its neighbours.
+
+    Returns:
+        `c` pairs, for `Posterior`; none below zero.
+
+    Example:
+        >>> clean = torch.full((8, 3, 64, 64), 0.5)
+        >>> noisy = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+        >>> black, white = estimate_noise(noisy, clean)[0]
+        >>> round(black, 3), round(white, 3)
+        (0.01, 0.01)
+    """
+    components = colour_components(noisy.shape[1]).to(noisy)
+    rest = torch.einsum('kc,nchw->nkhw', components, noisy - guesses)
+    blocks, levels = (
+        F.avg_pool2d(values, BLOCK).transpose(0, 1).flatten(1)  # [c, k]
+        for values in (rest.square(), _levels(guesses, components))
+    )
+    # Of blocks of noise alone with one variance, the tenth of least is so much below it (Wilson and Hilferty).
+    spread = 2 / (9 * BLOCK**2)
+    below = (1 - spread - 1.2816 * math.sqrt(spread)) ** 3
+    ends = []
+    for variances, its_levels in zip(blocks, levels, strict=True):
+        parts = its_levels.argsort().tensor_split(max(1, min(8, len(its_levels) // LEAST_BLOCKS)))
+        places = torch.stack([its_levels[part].mean() for part in parts])
+        ends.append(_line(places, torch.stack([variances[part].quantile(SMOOTH) for part in parts]) / below))
+    return ends
+
+
+def _line(places: Tensor, variances: Tensor) -> list[float]:
+    """Ends at 0 and 1 of a line through variances at places, which does not fall and is nowhere below zero.
+
+    By least squares of about relative errors: where nothing is smooth variances are too large, and count for little.
+    """
+    weight = (variances + 0.3 * variances.mean()).clamp_min(1e-12) ** -2
+    middle, level = ((weight * values).sum() / weight.sum() for values in (places, variances))
+    away = places - middle
+    slope = (weight * away * (variances - level)).sum() / (weight * away.square()).sum().clamp_min(1e-12)
+    slope = slope.clamp(torch.zeros_like(level), level / middle.clamp_min(1e-6))
+    return torch.stack([level - slope * middle, level + slope * (1 - middle)]).clamp_min(0).tolist()
