@@ -580,6 +580,8 @@ def test_bad_options_of_training_are_one_line(shapes, tmp_path, nothing_written)
         fails('train', recipe, '--out', tmp_path / 'out', '--device', 'gpu', needles=['gpu'])
         fails('train', recipe, '--out', tmp_path / 'file', needles=['file'])
         fails('train', recipe, needles=['--out'])
+        fails('train', recipe, '--short', '--out', tmp_path / 'out', needles=['--short', '--out'])
+        fails('train', recipe, '--short', '--plain', needles=['--short', '--plain'])
 
 
 def test_a_config_of_something_else_in_the_output_is_found_before_training(shapes, tmp_path, nothing_written):
@@ -646,6 +648,18 @@ def test_support_from_another_split_conditions_another_domain_and_scratch(n_shot
     assert (found['scratch']['groups'], found['scratch']['epochs'], found['scratch']['training_images']) == (2, 2, 24)
     for needle in ('24 images of these classes in split train', '130 images of', 'ridge', 'from scratch', 'adam'):
         assert needle in result.stdout, needle
+
+
+def test_the_root_of_no_other_set_is_refused(trained, shapes):
+    line = evaluation(trained[0], shapes / 'my shapes')
+    fails(*line, '--other-data-dir', shapes, needles=['--other-data-dir', 'add --other'])
+
+
+def test_a_hypernetwork_of_denoisers_is_not_evaluated_on_classes(shapes, tmp_path):
+    kwargs = {'width': 4, 'depth': 2}
+    made = timm_pudnet.PudNet.for_target('blindspot_unet', model_kwargs=kwargs, generator='residual', sketch_width=8)
+    made.save_pretrained(tmp_path / 'denoiser')
+    fails(*evaluation(tmp_path / 'denoiser', shapes / 'my shapes'), needles=['blindspot_unet', 'hub/denoising.py'])
 
 
 def test_one_group_is_enough(trained, shapes):
@@ -953,6 +967,7 @@ def test_info_tells_what_a_hypernetwork_is(tiny_folder):
     [
         (['resnet81'], ["'resnet81'", 'resnet18']),
         (['resnet18.nothing'], ['resnet18.nothing']),
+        (['resnet18.mixed', '--generator', 'paper'], ['--generator', 'resnet18.mixed']),
         (['convnext_tiny'], ['convnext_tiny', 'conv_mlp=True']),
         (['resnet18', '--model-kwargs', 'depth'], ['depth', 'KEY=VALUE']),
         (['resnet18', '--model-kwargs', 'depth=3'], ['resnet18', 'depth']),

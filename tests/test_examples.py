@@ -68,6 +68,18 @@ def test_the_label_budget_has_a_row_for_each_number_of_labels(run, photos, tiny_
     assert rows[1]['centroid']['mean'] > 60
 
 
+def test_a_hypernetwork_is_trained_on_a_family_of_sets(run, pictures, write_folder, tmp_path):
+    names = {'hats': ('bowler', 'cap'), 'mugs': ('blue', 'red'), 'pots': ('big', 'old', 'small')}
+    for name, classes in names.items():
+        write_folder(tmp_path / 'family' / name, *pictures(24, names=classes))
+    line = ('--images', 32, '--n-way', 2, '--n-shot', 4, '--groups', 3, '--model', 'test_resnet', '--side', 32)
+    out = run('examples/own_family.py', tmp_path / 'family', '--out', tmp_path / 'net', *line)
+    assert 'trained on hats, mugs; tested on pots' in out
+    assert all(f'\n  {row} ' in out for row in ('predicted', 'plain', 'swapped_sketch', 'gain_over_plain'))
+    assert timm_pudnet.load_hypernet(tmp_path / 'net').config.class_names == ('bowler', 'cap', 'blue', 'red')
+    assert 'a test_resnet for the 3 classes of pots' in out
+
+
 def test_a_folder_is_made_noisy_and_denoised(run, photos, tmp_path):
     made = {'width': 4, 'depth': 2}
     hypernet = timm_pudnet.PudNet.for_target('blindspot_unet', model_kwargs=made, generator='residual', sketch_width=8)

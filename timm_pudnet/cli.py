@@ -258,6 +258,10 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         option = '--short' if short else '--data-dir'
         raise InputError(f'{recipe}: {option} is not for recipes of denoisers: leave it out')
     if short:
+        if out is not None or plain:
+            raise InputError(
+                f'--short writes nothing and tries no control: leave {"--plain" if plain else "--out"} out'
+            )
         _try_recipe(loaded, training.load_banks(loaded, data_dir), device)
         return
     if out is None:
@@ -402,12 +406,19 @@ def evaluate(
         )
     if scratch and support_split is None:
         raise InputError('--scratch trains on all images of the support split: add --support-split')
+    if other_data_dir and not other:
+        raise InputError('--other-data-dir is the root of the set that --other names: add --other, or leave it out')
     if protocol is not None and not (save and re.fullmatch(r'[\w-]+', protocol)):
         raise InputError(f'--protocol {protocol}: needs --save, and a name of letters, digits, - and _')
     if save and not Path(hypernet).is_dir():
         raise InputError(f'--save needs the folder of a hypernetwork, {hypernet} is none')
     network = load_hypernet(hypernet)
     hashes = weights_sha256(hypernet) if save else {}  # now: the file may be another one when the measuring is done
+    if not network.target.classifiers:
+        raise InputError(
+            f'{network.name} predicts a {network.config.model_name}, which does not classify; denoisers are '
+            'measured by hub/denoising.py, or by timm-pudnet denoise --clean'
+        )
     config = bank_input(network.config.input)
     source = open_images(images, input=config, split=split, data_dir=data_dir)
     unseen = [name for name in source.class_names or () if name not in network.config.class_names]
@@ -860,6 +871,11 @@ def info(
     from timm_pudnet.hypernet import copy_speed, plan_hypernet
 
     if re.search(r'[./:]', name) or Path(name).is_dir():  # no name of an architecture
+        context = click.get_current_context()
+        for option in context.command.params:
+            given = context.get_parameter_source(option.name or '') is click.core.ParameterSource.COMMANDLINE
+            if isinstance(option, click.Option) and given:
+                raise InputError(f'{option.opts[0]} is for a new hypernetwork, {name} is one already: leave it out')
         found = describe_hypernet(name)
         click.echo(f'Hypernet   {found}')
         assert found.config is not None  # as of all but those listed by the Hub

@@ -1,0 +1,56 @@
+"""Your own family of image sets: train a hypernetwork on some of them, measure it on one that it has not seen, use it.
+
+    python examples/own_family.py family/ --out my-hypernet
+
+FAMILY has a folder for each set, and each of these one for each class: family/cups/handle/0001.png. The last set by name
+is kept for the test; its classes, and how they look, are then new to the hypernetwork. The control, the same network
+trained as an ordinary classifier on as many images, tells whether it was worth it.
+"""
+
+from pathlib import Path
+
+import click
+
+import timm_pudnet
+from timm_pudnet.evaluation import TestGroups, evaluate, format_table
+from timm_pudnet.training import Recipe, meta_train, train_plain
+from timm_pudnet.training.episodes import ImageBank, bank_input
+
+
+@click.command(help=__doc__)
+@click.argument('family', type=click.Path(path_type=Path, exists=True))
+@click.option('--model', 'model_name', default='resnet18', show_default=True)
+@click.option('--side', default=32, show_default=True, help='Height and width of the input in pixels.')
+@click.option('--images', default=50_000, show_default=True, help='Seen in training; the first thing to raise.')
+@click.option('--n-way', default=8, show_default=True, help='Classes of a group in training.')
+@click.option('--n-shot', default=5, show_default=True, help='Labelled images a class, in training and in the test.')
+@click.option('--groups', default=200, show_default=True, help='Of the test.')
+@click.option('--out', type=click.Path(path_type=Path), required=True, help='New folder for the hypernetwork.')
+def main(
+    family: Path, model_name: str, side: int, images: int, n_way: int, n_shot: int, groups: int, out: Path
+) -> None:
+    *seen, unseen = sorted(path for path in family.iterdir() if path.is_dir())
+    print(f'trained on {", ".join(path.name for path in seen)}; tested on {unseen.name}')
+    recipe = Recipe.from_dict(
+        {
+            'hypernet': {'model_name': model_name, 'tag': family.name, 'input': {'input_size': [3, side, side]}},
+            'data': [{'images': str(path)} for path in seen],
+            'groups': {'n_way': n_way, 'n_shot': n_shot, 'n_query': n_shot, 'per_step': 2, 'sketch_groups': 4},
+            'schedule': {'images': images},
+        }
+    )
+    hypernet = meta_train(recipe, out / 'run')  # goes on where it was stopped
+    plain = train_plain(recipe, out / 'run-plain')
+
+    bank = ImageBank.from_source(timm_pudnet.open_images(unseen, input=bank_input(hypernet.config.input)))
+    ways = min(5, len(bank.class_names))
+    drawn = TestGroups.draw(bank, count=groups, n_way=ways, n_shot=n_shot, n_query=n_shot)
+    print(format_table(evaluate(hypernet, bank, drawn, controls={'plain': plain})))
+
+    hypernet.save_pretrained(out, half=True)
+    model = timm_pudnet.predict_model(model_name, unseen, hypernet=out)
+    print(f'a {model_name} for the {model.num_classes} classes of {unseen.name}; predict with --hypernet {out}')
+
+
+if __name__ == '__main__':
+    main()
