@@ -2,9 +2,9 @@
 
     python examples/own_family.py family/ --out my-hypernet
 
-FAMILY has a folder for each set, and each of these one for each class: family/cups/handle/0001.png. The last set by name
-is kept for the test; its classes, and how they look, are then new to the hypernetwork. The control, the same network
-trained as an ordinary classifier on as many images, tells whether it was worth it.
+FAMILY has a folder for each set, and each of these one for each class: family/cups/handle/0001.png. The last set by
+name is kept for the test; its classes, and how they look, are then new to the hypernetwork. The control, the same
+network trained as an ordinary classifier on as many images, tells whether it was worth it.
 """
 
 from pathlib import Path
