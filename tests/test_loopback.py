@@ -47,6 +47,10 @@ def push(*args, **kwargs):
     found = hub.push(*args, **kwargs)
     return [found.changes, found.address]
 
+def push_to_hub(folder, *args, **kwargs):
+    found = PudNet.from_pretrained(folder).push_to_hub(*args, **kwargs)
+    return [found.changes, found.address]
+
 def push_model(repo):
     images = numpy.random.default_rng(0).integers(0, 255, (8, 32, 32, 3)).astype('uint8')
     model = timm_pudnet.predict_model('test_resnet', images, list('aabbaabb'), hypernet=sys.argv[2])
@@ -198,6 +202,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
     (whole / 'run').mkdir()
     (whole / 'run' / 'checkpoint.pt').write_bytes(b'pickle')
     (whole / 'secrets.json').write_text('{}')
+    other = timm_pudnet.PudNet.for_target('test_resnet', sketch_width=16).save_pretrained(folder / 'other')
     complete(tiny.save_pretrained(shards, max_shard_bytes=60_000))
     assert len(list(shards.glob('model-*.safetensors'))) > 1
     shutil.copytree(whole, folder / 'shelf' / 'test_resnet.shelved')
@@ -206,7 +211,19 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
     server.faults.update({'org/conflict': 'conflict', 'org/once': 'conflict once'})
     license = {'license': 'apache-2.0'}
     home = tmp_path_factory.mktemp('pusher')
-    names = ['dry', 'refused', 'first', 'again', 'shards', 'model', 'once', 'conflict', 'gone']
+    names = [
+        'dry',
+        'refused',
+        'first',
+        'again',
+        'method',
+        'method of another',
+        'shards',
+        'model',
+        'once',
+        'conflict',
+        'gone',
+    ]
     names += ['cli dry', 'cli', 'cli again', 'cli conflict', 'release dry', 'release', 'release again']
     outcomes = client(
         home,
@@ -214,6 +231,8 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         ['push', str(whole), 'org/test_resnet.tiny'],
         ['push', str(whole), 'org/test_resnet.tiny', license],
         ['push', str(whole), 'org/test_resnet.tiny', license],
+        ['push_to_hub', str(whole), 'org/test_resnet.method', str(whole), license],
+        ['push_to_hub', str(other), 'org/test_resnet.method', str(whole), license],
         ['push', str(shards), 'timm-pudnet/test_resnet.shards', license],
         ['push_model', 'org/model'],
         ['push', str(whole), 'org/once', license],
@@ -249,6 +268,16 @@ def test_a_dry_run_lists_what_a_push_then_sends_and_a_second_push_sends_nothing(
     assert json.loads(files['classes.json']) == {'seen': ['ball', 'hat'], 'unseen': {'results.json': ['mug', 'lid']}}
     assert outcomes['gone']['value'][0]['model.safetensors'] == 'gone', 'or it would hide the shards'
     assert not server.leaked, 'the token goes to the Hub only'
+
+
+def test_a_hypernetwork_pushes_itself_from_the_folder_that_holds_it_and_from_no_other(pushed, server):
+    outcomes, whole = pushed
+    changes, address = outcomes['method']['value']
+    assert (set(changes.values()), address.startswith(server.endpoint)) == ({'new'}, True)
+    files = server.files('org/test_resnet.method')
+    assert files['model.safetensors'] == (whole / 'model.safetensors').read_bytes()
+    assert 'other weights' in outcomes['method of another']['error']
+    assert str(whole) in outcomes['method of another']['error']
 
 
 def test_a_published_card_has_the_licence_and_the_results_with_their_intervals(pushed, server):

@@ -66,9 +66,7 @@ class TestPosterior:
             Posterior(noise)
 
     def test_what_the_guess_misses_comes_back(self):
-        clean = slopes() + 0.1 * torch.rand(
-            16, 1, 64, 64, generator=generator(2)
-        )  # fine, grey texture
+        clean = slopes() + 0.1 * torch.rand(16, 1, 64, 64, generator=generator(2))  # fine, grey texture
         noisy = add_noise(clean, 'gaussian', 0.02, generator(3))
         guess = slopes() + 0.05
         found = Posterior([[0.02**2, 0.02**2]] * 3)(noisy, guess)

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import timm
@@ -53,6 +53,9 @@ from timm_pudnet.generators import create_generator
 from timm_pudnet.images import open_images
 from timm_pudnet.sketch import Balance, SketchEncoder, StreamingSketch
 from timm_pudnet.target import TargetSpec, create_feature_model, describe_target, input_of
+
+if TYPE_CHECKING:
+    from timm_pudnet.hub import Pushed
 
 MAX_SHARD_BYTES = 4_000_000_000  # weights above this size are saved as several files and an index
 MOST_PARAMETERS = 15_000_000  # of a hypernetwork with the paper's generators: 30 MB in half precision
@@ -250,6 +253,40 @@ class PudNet(nn.Module):
     def name(self) -> str:
         """`architecture.tag`, as timm writes it."""
         return '.'.join(filter(None, (self.config.model_name, self.config.tag)))
+
+    def push_to_hub(
+        self,
+        repo: str,
+        folder: str | os.PathLike[str],
+        *,
+        license: str | None = None,
+        private: bool = False,
+        dry_run: bool = False,
+    ) -> Pushed:
+        """Publishes this hypernetwork on the Hub as `org/name`, as `timm-pudnet push` does.
+
+        Args:
+            repo: `org/name`; made where there is none.
+            folder: Where it was saved; with its recipe, and results that were measured on these weights.
+            license: Of the card, where the folder has no `README.md` that says one.
+            private: Whether a repository that is made is private.
+            dry_run: Only tell what would change.
+
+        Raises:
+            InputError: The folder holds other weights (to the precision of float16), or is not complete.
+            HubError: The Hub cannot be asked, or refuses.
+        """
+        from timm_pudnet.hub import push
+
+        saved = PudNet.from_pretrained(folder).state_dict()
+        ours = self.state_dict()
+        if {key: value.shape for key, value in saved.items()} != {
+            key: value.shape for key, value in ours.items()
+        } or any(not torch.equal(value.half(), ours[key].cpu().half()) for key, value in saved.items()):
+            raise InputError(
+                f'{folder} holds other weights than {self.name} has here: save and measure them there first'
+            )
+        return push(folder, repo, license=license, private=private, dry_run=dry_run)
 
     def save_pretrained(
         self,
