@@ -15,6 +15,9 @@ HUB = Path(__file__).parent
 # The paper's accuracies in percent (tables II, III and VII) of what comes nearest.
 PAPER = {
     ('resnet18.fashion_set', 'results'): '96.24',
+    ('convnet3.cifar100_set', 'results'): '64.09',
+    ('resnet18.cifar100_set', 'results'): '73.33',
+    ('resnet18.cifar100_set', 'results.cifar10'): '51.05',
     ('resnet18.mixed', 'results'): '73.33',
     ('resnet18.mixed', 'results.cifar10'): '51.05',
     ('resnet18.mixed', 'results.fashion-set'): '96.24',
@@ -52,7 +55,8 @@ other denoisers by the network take into account too. *Plain* is one denoiser fo
 calibrated in the same way (in brackets: with its own norm statistics). *Gains* are those of the predicted denoiser over one from the
 sketch of the same images with another sigma, over one predicted wholly for another sigma, and over *plain*. *Scratch* is the
 same network trained for 100 epochs on these very noisy images, each of which gives one crop of at most 128 pixels an
-epoch, by Adam (rate 1e-3) without and with gradient centralisation, and its seconds over those of predicting. Paper: PudNet
+epoch, by Adam (rate 1e-3) without and with gradient centralisation, and its seconds over those of predicting; it was
+measured by its guesses alone, to be compared with those in brackets. Paper: PudNet
 at width not stated, trained on ImageNet; the unit of its sigma and the size of its images are not stated, so its numbers
 stand beside both readings. Ours has seen the training photographs of BSDS500 (noisy ones alone), and CIFAR-100, which comes
 from the same source as CIFAR-10; Fashion-MNIST is a set of another kind.
@@ -89,7 +93,7 @@ def row(folder: str, protocol: str, result: dict[str, Any]) -> str:
     plain = cell(accuracy.get('plain'))
     if 'plain_own_statistics' in accuracy:
         plain += f' ({accuracy["plain_own_statistics"]["mean"]:.2f})'
-    where = {'resnet18.fashion_set': 'fashion-set', 'resnet18.mixed': 'cifar100-set'}[folder]
+    where = 'fashion-set' if folder == 'resnet18.fashion_set' else 'cifar100-set'
     where = where if protocol == 'results' else protocol
     cells = [
         f'[{folder}]({folder}/README.md)',

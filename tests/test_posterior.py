@@ -38,13 +38,15 @@ class TestPosterior:
         expected = guess.double().numpy()
         for image in range(2):
             for k in range(3):
+                black, white = noise[k]
+                variance = black * (1 - bright[image, k]) + white * bright[image, k]
                 for row in range(40):
                     for column in range(37):
                         top, left = max(0, row - WINDOW // 2), max(0, column - WINDOW // 2)
-                        seen = rest[image, k, top : row + WINDOW // 2 + 1, left : column + WINDOW // 2 + 1]
-                        level = bright[image, k, row, column]
-                        variance = noise[k][0] * (1 - level) + noise[k][1] * level
-                        share = max(0, 1 - variance * (1 + math.sqrt(2) / WINDOW) / np.mean(seen**2))
+                        window = np.s_[top : row + WINDOW // 2 + 1, left : column + WINDOW // 2 + 1]
+                        noise_there = np.mean(variance[window]) * (1 + math.sqrt(2) / WINDOW)
+                        error = max(0, np.mean(rest[image, k][window] ** 2) - noise_there)
+                        share = error / (error + variance[row, column])
                         expected[image, :, row, column] += rows[k] * share * rest[image, k, row, column]
         assert_close(Posterior(noise)(noisy, guess), torch.from_numpy(expected).float(), atol=1e-5, rtol=1e-5)
 

@@ -58,8 +58,8 @@ class Posterior(nn.Module):
         rest = torch.einsum('kc,nchw->nkhw', self.components, noisy - guess)
         noise = torch.lerp(self.black, self.white, _levels(guess, self.components))
         # Measured over so many pixels, the variance of noise alone is above `noise` as often as below.
-        noise = noise * (1 + math.sqrt(2) / WINDOW)
-        share = (1 - noise / _around(rest.square()).clamp_min(1e-12)).clamp_min(0)
+        error = _around(rest.square() - noise * (1 + math.sqrt(2) / WINDOW)).clamp_min(0)
+        share = error / (error + noise).clamp_min(1e-12)
         return guess + torch.einsum('kc,nkhw->nchw', self.components, share * rest)
 
 
