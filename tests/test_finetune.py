@@ -300,6 +300,23 @@ def test_other_architectures_are_tuned(name, pictures):
     assert tuned(torch.zeros(1, 3, 160, 160)).shape == (1, 3)
 
 
+@pytest.mark.parametrize('name', ['dla46_c', 'test_mambaout'])
+def test_a_head_that_is_no_plain_linear_layer_learns_too(name, pictures):
+    model = timm.create_model(name)
+    if name == 'dla46_c':
+        assert isinstance(model.get_classifier(), torch.nn.Conv2d)
+    pixels, names = pictures(60, size=64)
+    tuned = finetune(model, pixels, names, epochs=1, holdout=0, progress=False)  # the head alone
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    config = timm.data.resolve_model_data_config(tuned)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
+    side = config['input_size'][1:]
+    with torch.inference_mode():
+        guesses = tuned((torch.nn.functional.interpolate(images, side, mode='bicubic') - mean) / std).argmax(1)
+    labels = torch.tensor([tuned.pretrained_cfg['label_names'].index(name) for name in names])
+    assert (guesses == labels).float().mean() > 0.9
+
+
 def test_numbers_for_classes_and_grey_images(small):
     bank, _ = small
     model = timm.create_model(

@@ -375,14 +375,14 @@ def _fit_head(
     with torch.no_grad():
         features = torch.cat(
             [
-                model.forward_head(model.forward_features(part), pre_logits=True)  # type: ignore[operator]
+                model.forward_head(model.forward_features(part), pre_logits=True).flatten(1)  # type: ignore[operator]
                 for part in _batches(images, config, device)
             ]
         ).float()
         labels, mean = images.labels.to(device), features.mean(0)
         scale = (features - mean).square().sum(1).mean().sqrt().clamp(min=1e-12)
         rows = (features - mean) / scale
-        start = classifier.weight.detach().float().clone()
+        start = classifier.weight.detach().float().flatten(1).clone()
         if not start.any():
             start = F.normalize(class_centroids(features, labels, len(start)), dim=1)
         old = rows @ start.t()
@@ -408,7 +408,7 @@ def _fit_head(
         solver.step(objective)  # type: ignore[arg-type]
     with torch.no_grad():
         fitted = (factor * start / spread + weight) / scale
-        classifier.weight.copy_(fitted)
+        classifier.weight.copy_(fitted.view_as(classifier.weight))
         if classifier.bias is not None:
             classifier.bias.copy_(bias - fitted @ mean)
         return float(error())
@@ -517,8 +517,12 @@ def fit_classifier(model: nn.Module, class_names: Sequence[str]) -> bool:
         with torch.random.fork_rng(devices=[]):
             model.reset_classifier(len(class_names))  # type: ignore[operator]
     classifier = model.get_classifier()  # type: ignore[operator]
-    if not isinstance(classifier, nn.Linear):
-        raise InputError(f'the head of this {type(model).__name__} ends in a {type(classifier).__name__}, not a Linear')
+    pointwise = isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1) and classifier.groups == 1
+    if not (isinstance(classifier, nn.Linear) or pointwise):
+        raise InputError(
+            f'the head of this {type(model).__name__} ends in a {type(classifier).__name__}, neither a Linear layer '
+            'nor a 1x1 conv'
+        )
     if not fits:
         nn.init.zeros_(classifier.weight)  # no head yet, see _fit_head
     _name_classes(model, class_names)
