@@ -52,13 +52,12 @@ PSNR in dB on images that were never seen, with its 95 % interval over images, f
 committed weights. Gaussian noise; sigma in units of the set's standard deviation (*standard*), or of pixels in 0-1
 (*unit*); in brackets what that is in 0-1. *Predicted*: in brackets its guesses without the noisy pixel itself, which all
 other denoisers by the network take into account too. *Plain* is one denoiser for all noise, trained on as many patches,
-calibrated in the same way (in brackets: with its own norm statistics). *Gains* are those of the predicted denoiser over one from the
-sketch of the same images with another sigma, over one predicted wholly for another sigma, and over *plain*. *Scratch* is the
-same network trained for 100 epochs on these very noisy images, each of which gives one crop of at most 128 pixels an
-epoch, by Adam (rate 1e-3) without and with gradient centralisation, and its seconds over those of predicting; it was
-measured by its guesses alone, to be compared with those in brackets. Paper: PudNet
-at width not stated, trained on ImageNet; the unit of its sigma and the size of its images are not stated, so its numbers
-stand beside both readings. Ours has seen the training photographs of BSDS500 (noisy ones alone), and CIFAR-100, which comes
+calibrated in the same way (in brackets: with its own norm statistics). *Gains* are those of the predicted denoiser over one
+from the sketch of the same images with another sigma, over one predicted wholly for another sigma, and over *plain*.
+*Scratch* is the same network trained for 100 epochs on these very noisy images, each of which gives one crop of at most 128
+pixels an epoch, by Adam (rate 1e-3) without and with gradient centralisation, and its seconds over those of predicting; it
+was measured by its guesses alone, to be compared with those in brackets. Paper: PudNet at width not stated, trained on
+ImageNet; the unit of its sigma and the size of its images are not stated, so its numbers stand beside both readings. Ours has seen the training photographs of BSDS500 (noisy ones alone), and CIFAR-100, which comes
 from the same source as CIFAR-10; Fashion-MNIST is a set of another kind.
 
 | hypernetwork | set, images | sigma | noisy | non-local means | predicted (blind) / SSIM | plain | gain, sketch | gain, sigma | gain over \

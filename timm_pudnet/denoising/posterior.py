@@ -22,6 +22,7 @@ WINDOW = 31  # pixels, in each direction, over which the guess's error is measur
 BLOCK = 8  # pixels of the blocks that the noise is measured in
 SMOOTH = 0.1  # share of the blocks of one brightness that are taken to hold noise alone: those of least variance
 LEAST_BLOCKS = 64  # of one brightness
+LEVEL_ERROR = 0.02  # of a brightness; levels no further apart than this say nothing about how noise grows with it
 
 
 def colour_components(channels: int) -> Tensor:
@@ -120,6 +121,7 @@ def _line(places: Tensor, variances: Tensor) -> list[float]:
     weight = (variances + 0.3 * variances.mean()).clamp_min(1e-12) ** -2
     middle, level = ((weight * values).sum() / weight.sum() for values in (places, variances))
     away = places - middle
-    slope = (weight * away * (variances - level)).sum() / (weight * away.square()).sum().clamp_min(1e-12)
+    spread = (weight * (away.square() + LEVEL_ERROR**2)).sum().clamp_min(1e-12)
+    slope = (weight * away * (variances - level)).sum() / spread
     slope = slope.clamp(torch.zeros_like(level), level / middle.clamp_min(1e-6))
     return torch.stack([level - slope * middle, level + slope * (1 - middle)]).clamp_min(0).tolist()
