@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import os
@@ -116,6 +117,18 @@ def test_another_sketch_gives_other_kernels_and_the_same_shared_parameters(tiny)
             assert_close(first[key], second[key], rtol=0, atol=0)
 
 
+def test_sketches_are_shortened_to_the_limit(tiny):
+    limited = PudNet(dataclasses.replace(tiny.config, sketch_limit=2.0)).eval()
+    limited.load_state_dict(tiny.state_dict())
+    short, long = torch.randn(16).div_(4), 100 * torch.randn(16)
+    assert short.norm() < 2
+    with torch.no_grad():
+        assert_close(limited(short), tiny(short), rtol=0, atol=0)
+        assert_close(limited(long), tiny(long * 2 / long.norm()))
+    with pytest.raises(InputError, match='sketch_limit'):
+        dataclasses.replace(tiny.config, sketch_limit=-1.0)
+
+
 VARIANTS = [{}, {'predict_norm': True}, {'generator': 'residual'}, {'context': False}]
 
 
@@ -229,6 +242,7 @@ def test_everything_of_the_config_survives(tmp_path):
         eta=0.25,
         context=False,
         prior_images=3.5,
+        sketch_limit=1.25,
         gain=1.5,
         predict_norm=True,
         tag='shop',

@@ -134,6 +134,22 @@ def test_the_hypernetwork_says_what_its_training_cost(make_recipe, bank):
     assert '1 process' in training['machine']
 
 
+def test_sketches_are_limited_to_those_of_training(make_recipe, bank):
+    recipe = make_recipe(3)
+    hypernet = meta_train(recipe, banks=[bank], device='cpu', progress=False)
+    limit = hypernet.config.sketch_limit
+    with torch.no_grad():
+        supports = [loop.group_sampler(recipe, [bank]).draw(number, 'sketch').support for number in range(200)]
+        norms = [float(hypernet.encoder(support).mean(0).norm()) for support in supports]
+        far = hypernet.encoder(50 * torch.randn(8, 3, 16, 16)).mean(0)
+    assert limit == pytest.approx(max(norms), rel=1e-5)
+    assert far.norm() > 3 * limit
+    with torch.no_grad():
+        assert_close(hypernet(far), hypernet(far * limit / far.norm()))
+    told = meta_train(make_recipe(1, hypernet={'sketch_limit': 7.5}), banks=[bank], device='cpu', progress=False)
+    assert told.config.sketch_limit == 7.5
+
+
 def test_training_leaves_the_global_random_states_alone(make_recipe, bank):
     recipe = make_recipe(augmentation=Augmentation(timm={'auto_augment': 'rand-m5', 're_prob': 0.3}))
 

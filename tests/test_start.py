@@ -1,5 +1,7 @@
 """Recipes that start from a model of the target, and short tries of a recipe."""
 
+import importlib
+
 import pytest
 import timm
 import torch
@@ -9,6 +11,7 @@ from timm_pudnet import save_model
 from timm_pudnet.config import InputError, NotFoundError
 from timm_pudnet.training import ImageBank, meta_train, train_plain, try_recipe
 
+loop = importlib.import_module('timm_pudnet.training.meta_train')  # the package's name for it is the function
 RESIDUAL = {'generator': 'residual', 'predict_norm': True}
 SLOW = {'rate': 1e-9, 'sketch_rate': 1e-9, 'optimizer': 'sgd', 'weight_decay': 0.0}
 
@@ -57,6 +60,34 @@ def test_timm_s_own_weights_are_a_start(start, make_recipe, bank, monkeypatch):
     predicted = hypernet(torch.zeros(hypernet.config.sketch_width))
     for key, value in model.named_parameters():
         assert_close(predicted[key], value.detach(), rtol=0, atol=1e-6)
+
+
+def test_the_statistics_of_the_start_can_be_kept(start, make_recipe, bank, monkeypatch):
+    model, folder = start
+    stay = {'fixed_statistics': True}
+    first = meta_train(
+        make_recipe(1, start=str(folder), hypernet=RESIDUAL, schedule=stay), banks=[bank], progress=False
+    )
+    free = meta_train(make_recipe(1, start=str(folder), hypernet=RESIDUAL), banks=[bank], progress=False)
+    own = model.state_dict()
+    for key in first.target.keys('calibrated'):
+        assert_close(first.statistics(key), own[key], rtol=0, atol=0)
+        assert not torch.equal(free.statistics(key), own[key]), key
+    # The loss is of features by these statistics: those of the start in eval mode, before the first step.
+    seen = []
+    losses = loop.group_losses
+    monkeypatch.setattr(loop, 'group_losses', lambda *args, **kwargs: seen.append(args) or losses(*args, **kwargs))
+    recipe = make_recipe(1, start=str(folder), hypernet=RESIDUAL, schedule=stay)
+    meta_train(recipe, banks=[bank], progress=False)
+    group = loop.group_sampler(recipe, [bank]).draw(0)
+    with torch.no_grad():
+        assert_close(seen[0][1], model.eval()(group.query), rtol=1e-4, atol=1e-4)
+
+
+def test_kept_statistics_need_a_start(make_recipe, one_line):
+    with pytest.raises(InputError) as error:
+        make_recipe(schedule={'fixed_statistics': True})
+    one_line(error, 'fixed_statistics', 'start')
 
 
 def test_a_start_that_does_not_fit_is_one_line(start, make_recipe, bank, tmp_path, one_line):

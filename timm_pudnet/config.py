@@ -155,6 +155,8 @@ class PudNetConfig:
         min_predicted: Least share of the target's weights that must be predicted, in [0, 1].
         gain: Predicted kernels are scaled by `sqrt(gain / fan_in)`.
         prior_images: Weight, in images, of the norm statistics of training when a model is calibrated.
+        sketch_limit: Longer sketches are shortened to this norm; 0 for none. Meta-training sets it, where it is 0, to
+            the norm of the longest of its own sketches: images of a kind that it never saw have sketches of any length.
         tag: The part of a hypernetwork's name after the architecture, `cifar100_set` for instance.
         class_names: Classes seen in training.
         training: What training cost: images seen, seconds, machine, and the digest of the recipe.
@@ -182,6 +184,7 @@ class PudNetConfig:
     min_predicted: float = 0.5
     gain: float = 2.0
     prior_images: float = 8.0
+    sketch_limit: float = 0.0
     tag: str = ''
     class_names: tuple[str, ...] = ()
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -208,6 +211,8 @@ class PudNetConfig:
             raise InputError(f'min_predicted must be in [0, 1], got {self.min_predicted}')
         if not 0 <= self.prior_images < math.inf:
             raise InputError(f'prior_images must be at least 0, got {self.prior_images}')
+        if not 0 <= self.sketch_limit < math.inf:
+            raise InputError(f'sketch_limit must be at least 0, got {self.sketch_limit}')
         if not 0 < self.gain < math.inf:
             raise InputError(f'gain must be above zero, got {self.gain}')
         object.__setattr__(self, 'sketch_channels', channels)

@@ -221,11 +221,14 @@ class PudNet(nn.Module):
         """Every tensor of the target's state dict but the classifier's.
 
         Args:
-            sketch: `[m]`.
+            sketch: `[m]`; shortened to the config's `sketch_limit` where it is longer.
 
         Returns:
             Predicted kernels, shared parameters and, to start calibration from, the norm statistics of training.
         """
+        limit = self.config.sketch_limit
+        if limit:
+            sketch = sketch * (limit / sketch.norm().clamp_min(limit))
         codes = sketch.expand(len(self.target.layers), -1) if self.ahru is None else self.ahru(sketch)
         parts = zip(self.target.layers, self.generators, codes, strict=True)
         state = {layer.key: generator(code) for layer, generator, code in parts}

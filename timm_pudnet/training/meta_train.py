@@ -17,7 +17,7 @@ from timm_pudnet.adapt import Whitening, calibrate, centroid_logits, class_centr
 from timm_pudnet.config import InputError
 from timm_pudnet.hypernet import PudNet, pretrained_model, target_of
 from timm_pudnet.images import open_images
-from timm_pudnet.target import create_feature_model
+from timm_pudnet.target import batch_norms, create_feature_model
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input
 from timm_pudnet.training.losses import group_losses, sketch_loss
 from timm_pudnet.training.recipe import Recipe
@@ -289,8 +289,11 @@ class _MetaRun(_ClassifierRun):
         with self.mixed_precision():
             rows = self.hypernet.encoder(support if further is None else torch.cat([support, further.flatten(0, 2)]))
         weights = self.hypernet(rows[: len(support)].mean(0))
+        if self.recipe.schedule.fixed_statistics:
+            for _, norm in batch_norms(self.target):
+                norm.eval()
         for key in self.hypernet.target.keys('calibrated'):
-            del weights[key]  # the target keeps its own: batch statistics in training
+            del weights[key]  # the target keeps its own
         features = self.features(torch.cat([support, query]), weights)
         losses = group_losses(
             features[: len(support)],
@@ -312,9 +315,17 @@ class _MetaRun(_ClassifierRun):
         """The hypernetwork, with the norm statistics that the target gathered over the groups."""
         self.settle()
         self.hypernet.take_statistics(self.target)
-        self.hypernet.config = dataclasses.replace(self.hypernet.config, training=self.cost())
+        limit = self.hypernet.config.sketch_limit or self.longest_sketch()
+        self.hypernet.config = dataclasses.replace(self.hypernet.config, training=self.cost(), sketch_limit=limit)
         self.hypernet.whitening.copy_(self.whitening())
         return self.hypernet.cpu().eval()
+
+    @torch.inference_mode()
+    def longest_sketch(self, groups: int = 200) -> float:
+        """Largest norm of the sketches of new groups of seen classes."""
+        encoder, sampler = self.hypernet.encoder.eval(), group_sampler(self.recipe, self.sampler.banks)
+        supports = (sampler.draw(number, 'sketch').support.to(self.device) for number in range(groups))
+        return max(float(encoder(support).mean(0).norm()) for support in supports)
 
     def weights_of(self, support: Tensor) -> dict[str, Tensor]:
         """The hypernetwork's weights, with the norm statistics of training."""

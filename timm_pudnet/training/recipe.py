@@ -129,6 +129,10 @@ class Schedule:
         precision: `float32` or `bfloat16` (mixed, for the target's passes).
         whitening: Whether features are whitened within classes after training (`adapt.Whitening`); it helps where the
             seen classes are few.
+        fixed_statistics: Whether the target's norm layers keep the statistics of `start` while the hypernetwork
+            learns, in place of those of each group. For images of one kind: what is predicted then works by these
+            statistics, as what an ordinary training gives does; `prior_images` of the hypernetwork says how much they
+            count. The control *plain* has no use for it.
         ema: Decay of the moving average of all weights that is kept in the end, 0.999 for instance; 0 for none.
     """
 
@@ -142,6 +146,7 @@ class Schedule:
     label_smoothing: float = 0.1
     precision: str = 'float32'
     whitening: bool = True
+    fixed_statistics: bool = False
     ema: float = 0.0
 
     def __post_init__(self) -> None:
@@ -193,6 +198,8 @@ class Recipe:
                     raise InputError(f'[{name}] is not used where there is [denoising]: remove one of them')
             if self.start:
                 raise InputError('start is not used where there is [denoising]: remove it')
+        if self.schedule.fixed_statistics and not self.start:
+            raise InputError('schedule: fixed_statistics needs start, which they are taken from')
         weigh = self.losses
         if not (weigh.metric or weigh.full or weigh.consistency or self.groups.sketch_groups):
             raise InputError('losses: the sketch alone has a weight, but groups: sketch_groups is 0')
