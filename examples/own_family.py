@@ -29,7 +29,12 @@ from timm_pudnet.training.episodes import ImageBank, bank_input
 def main(
     family: Path, model_name: str, side: int, images: int, n_way: int, n_shot: int, groups: int, out: Path
 ) -> None:
-    *seen, unseen = sorted(path for path in family.iterdir() if path.is_dir())
+    sets = sorted(path for path in family.iterdir() if path.is_dir())
+    if len(sets) < 2:
+        raise click.UsageError(f'{family} holds {len(sets)} folders: two sets at least, one of them for the test')
+    if (out / 'config.json').exists():
+        raise click.UsageError(f'{out} holds a hypernetwork already: choose another folder')
+    *seen, unseen = sets
     print(f'trained on {", ".join(path.name for path in seen)}; tested on {unseen.name}')
     recipe = Recipe.from_dict(
         {
@@ -39,15 +44,14 @@ def main(
             'schedule': {'images': images},
         }
     )
-    hypernet = meta_train(recipe, out / 'run')  # goes on where it was stopped
-    plain = train_plain(recipe, out / 'run-plain')
-
-    bank = ImageBank.from_source(timm_pudnet.open_images(unseen, input=bank_input(hypernet.config.input)))
+    bank = ImageBank.from_source(timm_pudnet.open_images(unseen, input=bank_input(recipe.hypernet.input)))
     ways = min(5, len(bank.class_names))
     drawn = TestGroups.draw(bank, count=groups, n_way=ways, n_shot=n_shot, n_query=n_shot)
-    print(format_table(evaluate(hypernet, bank, drawn, controls={'plain': plain})))
 
+    hypernet = meta_train(recipe, out / 'run')  # goes on where it was stopped
+    plain = train_plain(recipe, out / 'run-plain')
     hypernet.save_pretrained(out, half=True)
+    print(format_table(evaluate(hypernet, bank, drawn, controls={'plain': plain})))
     model = timm_pudnet.predict_model(model_name, unseen, hypernet=out)
     print(f'a {model_name} for the {model.num_classes} classes of {unseen.name}; predict with --hypernet {out}')
 

@@ -265,7 +265,6 @@ def from_scratch(
         model = timm.create_model(network.config.model_name, **network.config.model_kwargs)
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    patches = noisy_patches(noisy, *network.config.input.input_size[:2])
     side = min(CROP, *(min(image.shape[1:]) for image in noisy))
     seconds, points = 0.0, []
     for epoch in range(1, epochs + 1):
@@ -288,7 +287,6 @@ def from_scratch(
         seconds += time.perf_counter() - started
         if epoch in (*EPOCHS, epochs):
             model.eval()
-            know_noise(model, patches)
             found = [float(psnr(denoise(model, n).clamp(0, 1), c)) for n, c in zip(noisy, clean, strict=True)]
             points.append({'epoch': epoch, 'seconds': seconds, 'psnr': sum(found) / len(found)})
     return points

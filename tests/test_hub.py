@@ -1,5 +1,6 @@
 """hub.py: which hypernetwork serves a name."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -348,3 +349,11 @@ def test_a_published_sketch_tells_sets_apart(published):
     hypernet = load_hypernet(published)
     one, two = torch.rand(8, 3, 36, 36), torch.rand(8, 3, 36, 36) * 0.2
     assert (hypernet.sketch(one) - hypernet.sketch(two)).norm() > 1e-2
+
+
+def test_a_folder_of_another_config_is_not_pushed_as_this_one(tiny_folder, one_line):
+    hypernet = load_hypernet(tiny_folder)
+    hypernet.config = dataclasses.replace(hypernet.config, sketch_limit=1.0)  # the same weights predict others with it
+    with pytest.raises(InputError) as error:
+        hypernet.push_to_hub('org/other', tiny_folder, license='mit')
+    one_line(error, tiny_folder, 'another config')

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import timm_pudnet
+from timm_pudnet.config import InputError
 from timm_pudnet.denoising import add_noise, denoise, estimate_noise, predict_denoiser, psnr
 from timm_pudnet.denoising.posterior import WINDOW, Posterior, colour_components
 
@@ -25,6 +26,44 @@ def slopes(count=16, side=64, channels=3):
 
 def noisy_slopes(kind, sigma, **kwargs):
     return add_noise(slopes(**kwargs), kind, sigma, generator(1)), slopes(**kwargs)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types_and_autocast(dtype):
+    model = timm.create_model('blindspot_unet', width=4, depth=2, noise=[[0.0, 0.01]] * 3).eval()
+    image = torch.rand(1, 3, 40, 40)
+    image[:, :, :20] = 0
+    with torch.inference_mode():
+        expected = model(image)
+        other = model.to(dtype)(image.to(dtype))
+        assert other.dtype == dtype
+        assert_close(other.float(), expected, atol=0.05, rtol=0)
+        model.set_noise([[0.0, 0.01]] * 3)
+        assert_close(model(image.to(dtype)).float(), expected, atol=0.05, rtol=0)
+    model.float()
+    with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):
+        assert_close(model(image).float(), expected, atol=0.05, rtol=0)
+    clean = torch.full((4, 3, 64, 64), 0.5, dtype=dtype)
+    noisy = clean + 0.1 * torch.randn(clean.shape, generator=generator()).to(dtype)
+    assert_close(torch.tensor(estimate_noise(noisy, clean)), torch.full((3, 2), 0.01), atol=1e-3, rtol=0)
+
+
+def test_what_noise_cannot_be_estimated_from_is_told(one_line):
+    for noisy, guesses in (((1, 3, 7, 9), (1, 3, 7, 9)), ((3, 9, 9), (3, 9, 9)), ((1, 3, 9, 9), (1, 3, 9, 10))):
+        with pytest.raises(InputError) as error:
+            estimate_noise(torch.rand(noisy), torch.rand(guesses))
+        one_line(error, list(noisy), list(guesses), '8 pixels')
+
+
+def test_another_noise_is_saved(tmp_path):
+    model = timm_pudnet.predict_denoiser(torch.rand(2, 3, 40, 40))
+    image = torch.rand(1, 3, 32, 32)
+    for noise in ([[0.02, 0.03]] * 3, None):
+        model.set_noise(noise)
+        folder = timm_pudnet.save_model(model, tmp_path / str(noise is None))
+        with torch.inference_mode():
+            loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+            assert_close(loaded(image), model(image), rtol=0, atol=0)
 
 
 class TestPosterior:

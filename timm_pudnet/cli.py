@@ -871,12 +871,12 @@ def info(
     from timm_pudnet.hypernet import copy_speed, plan_hypernet
 
     if re.search(r'[./:]', name) or Path(name).is_dir():  # no name of an architecture
+        found = describe_hypernet(name)
         context = click.get_current_context()
         for option in context.command.params:
             given = context.get_parameter_source(option.name or '') is click.core.ParameterSource.COMMANDLINE
             if isinstance(option, click.Option) and given:
                 raise InputError(f'{option.opts[0]} is for a new hypernetwork, {name} is one already: leave it out')
-        found = describe_hypernet(name)
         click.echo(f'Hypernet   {found}')
         assert found.config is not None  # as of all but those listed by the Hub
         config, model_name = found.config, found.model_name

@@ -155,8 +155,9 @@ class PudNetConfig:
         min_predicted: Least share of the target's weights that must be predicted, in [0, 1].
         gain: Predicted kernels are scaled by `sqrt(gain / fan_in)`.
         prior_images: Weight, in images, of the norm statistics of training when a model is calibrated.
-        sketch_limit: Longer sketches are shortened to this norm; 0 for none. Meta-training sets it, where it is 0, to
-            the norm of the longest of its own sketches: images of a kind that it never saw have sketches of any length.
+        sketch_limit: Longer sketches are shortened to this norm; 0 for none. Meta-training of classifiers sets it,
+            where it is 0, to the longest norm of its own sketches: images of kinds that it never saw have sketches of any
+            length.
         tag: The part of a hypernetwork's name after the architecture, `cifar100_set` for instance.
         class_names: Classes seen in training.
         training: What training cost: images seen, seconds, machine, and the digest of the recipe.

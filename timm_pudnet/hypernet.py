@@ -276,18 +276,21 @@ class PudNet(nn.Module):
             dry_run: Only tell what would change.
 
         Raises:
-            InputError: The folder holds other weights (to the precision of float16), or is not complete.
+            InputError: The folder holds another config or other weights (to the precision of float16), or is not
+                complete.
             HubError: The Hub cannot be asked, or refuses.
         """
         from timm_pudnet.hub import push
 
-        saved = PudNet.from_pretrained(folder).state_dict()
-        ours = self.state_dict()
-        if {key: value.shape for key, value in saved.items()} != {
-            key: value.shape for key, value in ours.items()
-        } or any(not torch.equal(value.half(), ours[key].cpu().half()) for key, value in saved.items()):
+        loaded = PudNet.from_pretrained(folder)
+        configs = [{**net.config.to_dict(), 'library_versions': {}} for net in (loaded, self)]
+        saved, ours = loaded.state_dict(), self.state_dict()
+        if configs[0] != configs[1] or any(
+            not torch.equal(value.half(), ours[key].cpu().half()) for key, value in saved.items()
+        ):
             raise InputError(
-                f'{folder} holds other weights than {self.name} has here: save and measure them there first'
+                f'{folder} holds another config or other weights than {self.name} has here: save and measure it there '
+                'first'
             )
         return push(folder, repo, license=license, private=private, dry_run=dry_run)
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timm_pudnet.config import InputError
+
 WINDOW = 31  # pixels, in each direction, over which the guess's error is measured
 BLOCK = 8  # pixels of the blocks that the noise is measured in
 SMOOTH = 0.1  # share of the blocks of one brightness that are taken to hold noise alone: those of least variance
@@ -55,13 +57,23 @@ class Posterior(nn.Module):
         self.register_buffer('components', colour_components(len(variances)), persistent=False)
 
     def forward(self, noisy: Tensor, guess: Tensor) -> Tensor:
-        """Images `[n, c, h, w]` of such, both with black 0 and white 1."""
-        rest = torch.einsum('kc,nchw->nkhw', self.components, noisy - guess)
-        noise = torch.lerp(self.black, self.white, _levels(guess, self.components))
+        """Images `[n, c, h, w]` of such, both with black 0 and white 1; of the guess's type, weighed in float32."""
+        with torch.autocast(guess.device.type, enabled=False):
+            return self._weighed(_exact(noisy), _exact(guess)).to(guess.dtype)
+
+    def _weighed(self, noisy: Tensor, guess: Tensor) -> Tensor:
+        black, white, components = (tensor.to(guess) for tensor in (self.black, self.white, self.components))
+        rest = torch.einsum('kc,nchw->nkhw', components, noisy - guess)
+        noise = torch.lerp(black, white, _levels(guess, components))
         # Measured over so many pixels, the variance of noise alone is above `noise` as often as below.
         error = _around(rest.square() - noise * (1 + math.sqrt(2) / WINDOW)).clamp_min(0)
         share = error / (error + noise).clamp_min(1e-12)
-        return guess + torch.einsum('kc,nkhw->nchw', self.components, share * rest)
+        return guess + torch.einsum('kc,nkhw->nchw', components, share * rest)
+
+
+def _exact(values: Tensor) -> Tensor:
+    """In float32, or float64 where they are: half precision has no room for variances."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _levels(guesses: Tensor, components: Tensor) -> Tensor:
@@ -89,6 +101,9 @@ def estimate_noise(noisy: Tensor, guesses: Tensor) -> list[list[float]]:
     Returns:
         `c` pairs, for `Posterior`; none below zero.
 
+    Raises:
+        InputError: The images are too small, or not of one shape with the guesses.
+
     Example:
         >>> clean = torch.full((8, 3, 64, 64), 0.5)
         >>> noisy = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
@@ -96,6 +111,12 @@ def estimate_noise(noisy: Tensor, guesses: Tensor) -> list[list[float]]:
         >>> round(black, 3), round(white, 3)
         (0.01, 0.01)
     """
+    if noisy.ndim != 4 or noisy.shape != guesses.shape or min(noisy.shape[2:]) < BLOCK or not len(noisy):
+        raise InputError(
+            f'noise cannot be estimated from images {list(noisy.shape)} and guesses {list(guesses.shape)}: both must '
+            f'be [n, c, h, w] with sides of at least {BLOCK} pixels'
+        )
+    noisy, guesses = _exact(noisy), _exact(guesses)
     components = colour_components(noisy.shape[1]).to(noisy)
     rest = torch.einsum('kc,nchw->nkhw', components, noisy - guesses)
     blocks, levels = (

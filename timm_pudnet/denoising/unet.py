@@ -140,10 +140,13 @@ class BlindSpotUNet(nn.Module):
         return self.reach + (0 if self.posterior is None else WINDOW // 2)
 
     def set_noise(self, noise: Sequence[Sequence[float]] | None) -> None:
-        """Puts another `noise` in place, or none; timm saves the one that the model was made with."""
-        if noise and len(noise) != self.in_chans:
+        """Puts another `noise` in place, or none; it is saved with the model."""
+        if noise is not None and len(noise) != self.in_chans:
             raise ValueError(f'noise must be of {self.in_chans} channels, got {len(noise)}')
-        self.posterior = Posterior(noise).to(self.output.weight.device) if noise else None
+        self.posterior = None if noise is None else Posterior(noise).to(self.output.weight.device)
+        made = getattr(self, '_model_args', None)  # where timm saves the arguments of a model from
+        if made is not None:
+            made['noise'] = noise
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters form a layer, for timm's layer-wise rates."""

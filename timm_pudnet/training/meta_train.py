@@ -121,7 +121,8 @@ def try_recipe(
     run = _MetaRun(short, banks, device)
     before = run.accuracy()[0]
     go(run, None, math.inf, None, progress)
-    run.finished()
+    run.settle()
+    run.hypernet.take_statistics(run.target)
     return {
         'before': before,
         'after': run.accuracy()[0],
@@ -321,8 +322,9 @@ class _MetaRun(_ClassifierRun):
         return self.hypernet.cpu().eval()
 
     @torch.inference_mode()
-    def longest_sketch(self, groups: int = 200) -> float:
-        """Largest norm of the sketches of new groups of seen classes."""
+    def longest_sketch(self) -> float:
+        """Largest norm of the sketches of new groups of seen classes, as many as in training or a thousand."""
+        groups = min(1000, self.num_steps * self.parts)
         encoder, sampler = self.hypernet.encoder.eval(), group_sampler(self.recipe, self.sampler.banks)
         supports = (sampler.draw(number, 'sketch').support.to(self.device) for number in range(groups))
         return max(float(encoder(support).mean(0).norm()) for support in supports)
