@@ -156,8 +156,8 @@ class PudNetConfig:
         gain: Predicted kernels are scaled by `sqrt(gain / fan_in)`.
         prior_images: Weight, in images, of the norm statistics of training when a model is calibrated.
         sketch_limit: Longer sketches are shortened to this norm; 0 for none. Meta-training of classifiers sets it,
-            where it is 0, to the longest norm of its own sketches: images of kinds that it never saw have sketches of any
-            length.
+            where it is 0, to the longest norm of its own sketches: images of kinds that it never saw have sketches
+            of any length.
         tag: The part of a hypernetwork's name after the architecture, `cifar100_set` for instance.
         class_names: Classes seen in training.
         training: What training cost: images seen, seconds, machine, and the digest of the recipe.
