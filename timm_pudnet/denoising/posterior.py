@@ -83,9 +83,10 @@ def _levels(guesses: Tensor, components: Tensor) -> Tensor:
 
 def _around(values: Tensor) -> Tensor:
     """Means over the window around each pixel, of what of it is in the image."""
-    reach = WINDOW // 2
-    rows = F.avg_pool2d(values, (1, WINDOW), 1, (0, reach), count_include_pad=False)
-    return F.avg_pool2d(rows, (WINDOW, 1), 1, (reach, 0), count_include_pad=False)
+    for _ in range(2):  # columns, then rows, both laid out as rows: that is several times faster than columns are
+        values = values.transpose(2, 3).contiguous()
+        values = F.avg_pool2d(values, (1, WINDOW), 1, (0, WINDOW // 2), count_include_pad=False)
+    return values
 
 
 def estimate_noise(noisy: Tensor, guesses: Tensor) -> list[list[float]]:

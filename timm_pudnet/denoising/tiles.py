@@ -63,14 +63,16 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512) -> Tensor:
     like = next(model.parameters())
     _, height, width = image.shape
     if height * width >= WORTH_FUSING:
-        model = reparameterize_model(model)  # a copy whose norms are part of its convs, which is faster
+        # A copy whose norms are part of its convs, with channels last: both are faster.
+        model = reparameterize_model(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     result = torch.empty_like(image)
     with torch.inference_mode():
         for top, left in product(range(0, height, step), range(0, width, step)):
             first_row, first_column = max(top - margin, 0), max(left - margin, 0)
             part = image[:, first_row : top + step + margin, first_column : left + step + margin].to(like)
             if in_chans == 3:
-                denoised = model(part.expand(3, -1, -1)[None])[0]
+                part = part.expand(3, -1, -1)[None].contiguous(memory_format=torch.channels_last)
+                denoised = model(part)[0]
                 denoised = denoised.mean(0, keepdim=True) if len(image) == 1 else denoised
             else:
                 denoised = model(part[:, None])[:, 0]
