@@ -10,6 +10,8 @@ import re
 import shlex
 import shutil
 import struct
+import subprocess
+import sys
 import tomllib
 import zlib
 from pathlib import Path
@@ -977,3 +979,19 @@ def test_info_tells_what_a_hypernetwork_is(tiny_folder):
 )
 def test_info_says_what_is_wrong_in_one_line(words, needles):
     fails('info', *words, needles=needles)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, 'wb') as closed:
+        done = subprocess.run(
+            [sys.executable, '-m', 'timm_pudnet.cli', 'info', 'test_resnet'],
+            env={**os.environ, 'PYTHONPATH': str(Path(timm_pudnet.__file__).parents[1])},
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert 'Error' not in done.stderr
+    assert done.returncode == 1

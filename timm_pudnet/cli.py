@@ -36,6 +36,8 @@ class _Commands(click.Group):
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
+        except BrokenPipeError:  # as of `timm-pudnet list | head`; click ends quietly then
+            raise
         except (PudNetError, OSError, FloatingPointError) as error:
             text = ' '.join(str(error).split())
             click.echo(f'Error: {text}', err=True)
