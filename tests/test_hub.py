@@ -277,7 +277,7 @@ def test_release_publishes_nothing_unless_all_are_complete(complete, tiny_folder
 # Those in hub/
 
 HUB = Path(timm_pudnet.__file__).parents[1] / 'hub'
-CLASSIFIERS = ['resnet18.fashion_set', 'resnet18.mixed']
+CLASSIFIERS = ['resnet18.fashion_set', 'resnet18.mixed', 'resnet18.cifar100_set', 'convnet3.cifar100_set']
 DENOISERS = ['blindspot_unet.mixed_noise']
 PUBLISHED = CLASSIFIERS + DENOISERS
 
