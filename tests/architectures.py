@@ -26,7 +26,8 @@ from timm_pudnet.config import first_line
 TABLE = Path(__file__).with_suffix('.jsonl')
 SMALL = 64  # side of the images, where the architecture takes them; else its own input size
 MOST = 100_000_000  # weights of a target whose hypernetwork is built; of larger ones the size is worked out
-FIELDS = {'generator': 'residual', 'sketch_width': 64, 'min_predicted': 0.0}
+WIDEST = 64  # sketch that weights are predicted from; wider ones, the default of large targets, would only cost time
+FIELDS = {'generator': 'residual', 'min_predicted': 0.0}
 
 
 def has_convs(name: str) -> bool:
@@ -47,22 +48,25 @@ def check(name: str) -> dict:
         'layers': len(plan.target.layers),
         'predicted': round(plan.target.predicted_share, 4),
         'hypernetwork': round(plan.parameters / plan.weights, 4),
+        'sketch_width': plan.config.sketch_width,
     }
+    rank = plan.config.generator_kwargs['rank']
+    fields = FIELDS | {'sketch_width': min(WIDEST, plan.config.sketch_width), 'generator_kwargs': {'rank': rank}}
     side = InputConfig(input_size=(plan.target.in_chans, SMALL, SMALL))
     if plan.weights > MOST:
         return row | {'result': 'size worked out'}
     started = time.perf_counter()
     try:
-        row['result'] = predict(name, side)
+        row['result'] = predict(name, fields | {'input': side})
     except (RuntimeError, AssertionError, ValueError, TypeError):  # too small for its windows, pools or position tables
-        row['result'] = predict(name, None)
+        row['result'] = predict(name, fields)
     return row | {'seconds': round(time.perf_counter() - started, 2)}
 
 
-def predict(name: str, side: InputConfig | None) -> str:
+def predict(name: str, fields: dict) -> str:
     """Predicts for a few random images; the input size that it was done at."""
     torch.manual_seed(0)
-    hypernet = PudNet.for_target(name, **FIELDS, **({} if side is None else {'input': side})).eval()
+    hypernet = PudNet.for_target(name, **fields).eval()
     size = hypernet.config.input.input_size
     images, labels = torch.rand(6, *size), torch.arange(6) % 2
     labelled = bool(hypernet.target.classifiers)

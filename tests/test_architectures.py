@@ -34,7 +34,7 @@ def test_weights_are_predicted_for_an_architecture_of_every_kind(name):
     row = check(name)
     assert row['result'].startswith('predicted at '), row
     assert row['layers'] >= 1
-    assert row['hypernetwork'] < (1.1 if row['weights'] > 8e6 else 1.6)
+    assert row['hypernetwork'] <= 1.1
 
 
 def rows():

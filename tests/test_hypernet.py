@@ -513,6 +513,24 @@ def test_auto_takes_the_paper_s_generator_where_it_fits_and_says_so_where_not():
     assert plan_hypernet('resnet50', generator='paper').parameters == pytest.approx(121e6, rel=0.01)
 
 
+def test_sketches_are_as_wide_as_suits_the_target_unless_a_width_is_asked_for():
+    sizes = {}
+    for name in ('resnet18', 'densenet121', 'mobilenetv3_small_050', 'mobilenetv2_035', 'test_efficientnet'):
+        plan = plan_hypernet(name, generator='residual')
+        assert plan.parameters <= 1.1 * plan.weights, name
+        sizes[name] = (plan.config.sketch_width, plan.config.generator_kwargs['rank'])
+    assert sizes['resnet18'] == (128, 4)
+    assert sizes['densenet121'] > sizes['mobilenetv2_035'] > sizes['test_efficientnet']
+    asked = plan_hypernet('test_efficientnet', generator='residual', sketch_width=64).config
+    assert (asked.sketch_width, asked.sketch_channels, asked.generator_kwargs) == (64, (16, 32), {})
+    ranked = plan_hypernet('mobilenetv2_035', generator='residual', generator_kwargs={'rank': 3}).config
+    assert ranked.generator_kwargs == {'rank': 3}
+    assert plan_hypernet('test_resnet', generator='paper').config.sketch_width == 128
+    made = PudNet.for_target('test_efficientnet', generator='residual')
+    assert made.config.sketch_width == sizes['test_efficientnet'][0]
+    assert made(torch.zeros(made.config.sketch_width))['conv_stem.weight'].isfinite().all()
+
+
 @pytest.mark.parametrize('generator', ['paper', 'residual'])
 def test_a_plan_is_what_is_made(generator):
     plan = plan_hypernet('test_resnet', generator=generator, sketch_width=16)

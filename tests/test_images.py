@@ -603,6 +603,71 @@ def test_damaged_files_are_skipped_and_named_once(damaged, action):
     read(source.subset(range(12)))  # does not repeat the warning
 
 
+def count_decoded(monkeypatch):
+    """Counts images decoded from here on."""
+    counted = []
+    original = images_room._Preprocess.any_image
+    monkeypatch.setattr(
+        images_room._Preprocess,
+        'any_image',
+        lambda self, image, name: (counted.append(name), original(self, image, name))[1],
+    )
+    return counted
+
+
+@pytest.mark.parametrize('batch_size', [2, 3, 256])
+def test_kept_images_are_decoded_once_and_come_again_to_the_bit(damaged, monkeypatch, batch_size):
+    source, again = open_images(damaged, input=RGB), open_images(damaged, input=RGB)
+    with pytest.warns(PudNetWarning, match='skipped'):
+        expected, labels = read(again)
+    decoded = count_decoded(monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', PudNetWarning)
+        passed = [(x.clone(), y) for x, y in source.batches(batch_size, keep=True)]
+    assert len(decoded) == len(again)
+    for _ in range(2):
+        found, found_labels = read(source, batch_size)
+        same(found, expected)
+        same(found, torch.cat([x for x, _ in passed]))
+        assert found_labels.tolist() == labels.tolist()
+        assert source.skipped == again.skipped != []
+    first = source.batches(2)
+    next(first)
+    read(source)  # passes do not disturb each other
+    same(torch.cat([x for x, _ in first]), expected[2:])
+    assert len(decoded) == len(again)
+    subset = source.subset([1, 0])
+    assert len(read(subset)[0]) <= 2
+    assert len(decoded) > len(again)
+
+
+@pytest.mark.parametrize('trouble', ['a small limit', 'a full disk', 'no temporary folder'])
+def test_images_that_cannot_be_kept_are_decoded_again(folder, monkeypatch, trouble):
+    source = open_images(folder, input=RGB)
+    expected, _ = read(source)
+    if trouble == 'a small limit':
+        monkeypatch.setattr(images_room, '_MOST_KEPT', 1000)
+    elif trouble == 'a full disk':
+        full = open('/dev/full', 'w+b', 0)  # noqa: SIM115
+        monkeypatch.setattr(images_room.tempfile, 'TemporaryFile', lambda buffering: full)
+    else:
+
+        def nowhere(buffering):
+            raise FileNotFoundError(2, 'No usable temporary directory found')
+
+        monkeypatch.setattr(images_room.tempfile, 'TemporaryFile', nowhere)
+    decoded = count_decoded(monkeypatch)
+    same(torch.cat([x for x, _ in source.batches(2, keep=True)]), expected)
+    same(read(source)[0], expected)
+    assert len(decoded) == 2 * len(source)
+
+
+def test_a_stream_that_was_kept_can_be_read_again():
+    source = open_images(OnceOnly(noise(3, 8, 8)), input=RGB)
+    first = torch.cat([x for x, _ in source.batches(2, keep=True)])
+    same(read(source)[0], first)
+
+
 def test_strict_raises_at_once(damaged):
     source = open_images(damaged, input=RGB, strict=True)
     with pytest.raises(InputError, match=r'cat/text.png: cannot be read \(empty or not an image\)'):

@@ -50,19 +50,20 @@ class AHRU(nn.Module):
         return torch.lerp(torch.stack(codes, -2), sketch.unsqueeze(-2), self.eta)
 
     def _walk(self, sketch: Tensor) -> Tensor:
-        """The same in place, which is faster: a hundred small layers are a hundred steps of small operations."""
+        """The same with nothing copied: a hundred small layers are a hundred steps of small operations."""
         width = len(sketch)
-        codes = sketch.new_empty(self.num_layers, width)
-        joined, gates = torch.cat([sketch, self.start]), sketch.new_empty(2 * width)  # [d, a]; r above z
-        reset_joined, candidate = joined.clone(), sketch.new_empty(width)  # [r * d, a]
-        (state, output), (reset, update) = joined.chunk(2), gates.chunk(2)
-        reset_state, same_output = reset_joined.chunk(2)
-        for code in codes.unbind():
-            torch.mv(self.gates.weight, joined, out=gates).sigmoid_()
-            torch.mul(reset, state, out=reset_state)
-            torch.mv(self.candidate.weight, reset_joined, out=candidate).tanh_()
-            state.lerp_(candidate, update)
-            torch.mv(self.output.weight, state, out=output).sigmoid_()
-            same_output.copy_(output)
-            code.copy_(output)
-        return codes.lerp_(sketch, self.eta)
+        # A row a step, [d, a, r * d]: the gates read its first two thirds, the candidate its last two.
+        rows = sketch.new_empty(self.num_layers + 1, 3 * width)
+        rows[0, :width], rows[0, width : 2 * width] = sketch, self.start
+        candidate_weight = self.candidate.weight.roll(width, 1)  # for [a, r * d]
+        gates, candidate = sketch.new_empty(2 * width), sketch.new_empty(width)
+        reset, update = gates.chunk(2)
+        states, outputs, resets = (part.unbind() for part in rows.chunk(3, 1))
+        befores, reset_befores = rows[:, : 2 * width].unbind(), rows[:, width:].unbind()
+        for step in range(self.num_layers):
+            torch.mv(self.gates.weight, befores[step], out=gates).sigmoid_()
+            torch.mul(reset, states[step], out=resets[step])
+            torch.mv(candidate_weight, reset_befores[step], out=candidate).tanh_()
+            torch.lerp(states[step], candidate, update, out=states[step + 1])
+            torch.mv(self.output.weight, states[step + 1], out=outputs[step + 1]).sigmoid_()
+        return torch.lerp(rows[1:, width : 2 * width], sketch, self.eta)

@@ -858,14 +858,14 @@ def _free_name(name: str, taken: set[str]) -> str:
 @click.option('--generator', default='auto', show_default=True, help='Kind of weight generator.')
 @click.option('--predict-norm', is_flag=True, help="Predict the norms' affine parameters too.")
 @click.option('--predict-linear', is_flag=True, help='Predict Linear layers inside blocks too, as 1x1 convs.')
-@click.option('--sketch-width', default=128, show_default=True, help='Width of the dataset sketch.')
+@click.option('--sketch-width', type=int, help='Width of the dataset sketch; by default one that suits the target.')
 @click.option('--model-kwargs', multiple=True, metavar='KEY=VALUE', help="An argument of timm's, conv_mlp=true say.")
 def info(
     name: str,
     generator: str,
     predict_norm: bool,
     predict_linear: bool,
-    sketch_width: int,
+    sketch_width: int | None,
     model_kwargs: tuple[str, ...],
 ) -> None:
     """Show what a hypernetwork for the timm architecture NAME would be, or what the hypernetwork NAME is."""
@@ -893,8 +893,8 @@ def info(
             generator=generator,
             predict_norm=predict_norm,
             predict_linear=predict_linear,
-            sketch_width=sketch_width,
             model_kwargs=dict(map(_key_value, model_kwargs)),
+            **({} if sketch_width is None else {'sketch_width': sketch_width}),
         )
     target, weights = plan.target, max(1, plan.weights)
     shares = {role: target.numel(role) / weights for role in ('predicted', 'shared')}
@@ -907,7 +907,7 @@ def info(
     click.echo(f'Calibrated {target.numel("calibrated"):,} norm statistics, on the images')
     click.echo(
         f'Generator  {plan.config.generator}: {plan.parameters:,} parameters, {plan.parameters / weights:.2f} times '
-        f"the target's, a file of about {plan.file_bytes / 1e6:.0f} MB"
+        f"the target's, a file of about {plan.file_bytes / 1e6:.0f} MB; sketches of width {plan.config.sketch_width}"
     )
     click.echo(
         f'Predicting about {plan.memory_bytes / 1e6:,.0f} MB of memory beside images and activations; its bytes move '

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -196,21 +196,28 @@ class ResidualGenerator(nn.Module):
 
     def forward(self, code: Tensor) -> Tensor:
         """The kernel tensor of a code `[m]`, in the layer's shape."""
-        kernel = self.base
+        # Torch looks attributes of modules up in Python, which takes as long as a small layer.
+        held = cast('dict[str, Tensor]', self._parameters)
+        kernel = held['base']
         if not self.changed:
             return kernel
-        size, (out_chans, in_chans, taps) = self.sizes, kernel.shape
-        given = torch.addmv(self.unchanged, self.steer, code)
+        if not (self.taps or self.channels):
+            changed = self._add_low_rank(kernel, torch.mv(held['steer'], code)) if self.rank else kernel
+            return changed.view(self.shape)
+        given = torch.addmv(self.unchanged, held['steer'], code)
+        taps, channels, rank = given.split(self.sizes)
         if self.taps:
-            kernel = mix_kernels(kernel, given[: size[0]].view(taps, taps))
+            kernel = mix_kernels(kernel, taps.view(self.taps, -1))
         if self.channels:
-            kernel = given[size[0] : size[0] + size[1]].view(in_chans, in_chans) @ kernel
+            kernel = channels.view(self.channels, -1) @ kernel
         if self.rank:
-            left = self.left * given[size[0] + size[1] :]
-            flat = kernel.view(out_chans, -1)
-            add = flat.addmm if kernel is self.base else flat.addmm_
-            kernel = add(left, self.right, alpha=self.scale)
+            kernel = self._add_low_rank(kernel, rank, in_place=True)
         return kernel.view(self.shape)
+
+    def _add_low_rank(self, kernel: Tensor, coefficients: Tensor, in_place: bool = False) -> Tensor:
+        held, flat = cast('dict[str, Tensor]', self._parameters), kernel.flatten(1)
+        add = flat.addmm_ if in_place else flat.addmm
+        return add(held['left'] * coefficients, held['right'], alpha=self.scale)
 
     @torch.no_grad()
     def start_from(self, value: Tensor) -> None:

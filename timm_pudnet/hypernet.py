@@ -59,6 +59,10 @@ if TYPE_CHECKING:
 
 MAX_SHARD_BYTES = 4_000_000_000  # weights above this size are saved as several files and an index
 MOST_PARAMETERS = 15_000_000  # of a hypernetwork with the paper's generators: 30 MB in half precision
+# Width of the sketch and rank of the changes, for residual generators where nobody asks for a width: the first with
+# which the hypernetwork has at most so many times the target's weights.
+RESIDUAL_SIZES = ((128, 4), (64, 4), (32, 4), (16, 4), (16, 2), (16, 1), (8, 1))
+MOST_OF_TARGET = 1.1
 
 
 class PudNet(nn.Module):
@@ -134,6 +138,8 @@ class PudNet(nn.Module):
                 predicts, for any images, is that network until it is trained. Otherwise the shared parameters start as
                 timm starts them.
             config: Further fields of `PudNetConfig`. Without `input`, the architecture's own input size, mean and std.
+                With generator `residual` and neither `sketch_width` nor `sketch_channels`, sketches are as wide (128,
+                64, 32, 16, 8) and changes of as high a rank as lets the hypernetwork be at most 1.1 times the target.
 
         Raises:
             InputError: timm does not know the target, or a field is out of range.
@@ -154,7 +160,7 @@ class PudNet(nn.Module):
         if tag and pretrained is True:
             config.setdefault('tag', tag)
         wanted = PudNetConfig(model_name=name if pretrained else model_name, **config)
-        hypernet = cls(dataclasses.replace(wanted, generator=_chosen(wanted) if generator == 'auto' else generator))
+        hypernet = cls(_chosen(wanted, generator, config))
         start = model.state_dict()
         if pretrained:
             hypernet.start_from(start)
@@ -473,7 +479,7 @@ def plan_hypernet(model_name: str, *, generator: str = 'auto', **config: Any) ->
     if 'input' not in config:  # of any size: only its channels matter here
         grey = (0.5,) * spec.in_chans
         wanted = dataclasses.replace(wanted, input=InputConfig(input_size=(spec.in_chans, 32, 32), mean=grey, std=grey))
-    wanted = dataclasses.replace(wanted, generator=_chosen(wanted) if generator == 'auto' else generator)
+    wanted = _chosen(wanted, generator, config)
     return Plan(config=wanted, target=spec, parameters=_num_parameters(wanted))
 
 
@@ -482,18 +488,34 @@ def _num_parameters(config: PudNetConfig) -> int:
         return sum(parameter.numel() for parameter in PudNet(config).parameters())
 
 
-def _chosen(config: PudNetConfig) -> str:
-    """The kind of generator that `auto` stands for."""
-    size = _num_parameters(dataclasses.replace(config, generator='paper'))
-    if size <= MOST_PARAMETERS:
-        return 'paper'
-    warnings.warn(
-        f"{config.model_name}: generator='residual', since the paper's would make a hypernetwork of "
-        f'{size / 1e6:.0f} million parameters',
-        PudNetWarning,
-        stacklevel=3,
-    )
-    return 'residual'
+def _chosen(config: PudNetConfig, generator: str, given: Mapping[str, Any]) -> PudNetConfig:
+    """The config with its kind of generator, and with the width of sketches where it is not among the given fields."""
+    if generator == 'auto':
+        generator = 'paper'
+        size = _num_parameters(dataclasses.replace(config, generator=generator))
+        if size > MOST_PARAMETERS:
+            generator = 'residual'
+            warnings.warn(
+                f"{config.model_name}: generator='residual', since the paper's would make a hypernetwork of "
+                f'{size / 1e6:.0f} million parameters',
+                PudNetWarning,
+                stacklevel=3,
+            )
+    config = dataclasses.replace(config, generator=generator)
+    if generator != 'residual' or not {'sketch_width', 'sketch_channels'}.isdisjoint(given):
+        return config
+    spec = target_of(config)
+    most = MOST_OF_TARGET * (spec.numel('predicted') + spec.numel('shared'))
+    for width, rank in RESIDUAL_SIZES:
+        sized = dataclasses.replace(
+            config,
+            sketch_width=width,
+            sketch_channels=(width // 8, width // 4),
+            generator_kwargs={'rank': rank, **config.generator_kwargs},
+        )
+        if _num_parameters(sized) <= most:
+            break
+    return sized
 
 
 def pretrained_model(model_name: str, source: bool | str, model_kwargs: Mapping[str, Any]) -> nn.Module:

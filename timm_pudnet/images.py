@@ -13,9 +13,12 @@ import math
 import operator
 import os
 import re
+import shutil
+import tempfile
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -67,6 +70,7 @@ _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # the weights of PIL'
 _quiet_lock = threading.Lock()
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 _PART = 16  # images that a thread decodes at a time
+_MOST_KEPT = 4 * 10**9  # bytes of decoded images in a temporary file
 _SMALL = 5e-4  # seconds for an image, below which threads only wait for each other
 
 
@@ -104,6 +108,7 @@ class ImageSource:
         self._strict = strict
         self._reported: set[tuple[str, str]] = set()  # shared with subsets, so that a bad file is named once
         self._started: tuple[Any, Iterator[Any]] | None = None  # a stream's first item and the rest of that pass
+        self._kept: _KeptImages | None = None  # what a full pass decoded
         self._batched = _is_batched(data)
         self._is_stream = isinstance(data, (DataLoader, IterableDataset))
         self._positions = np.arange(0 if self._is_stream else len(data))
@@ -120,11 +125,13 @@ class ImageSource:
             return count - count % self._data.batch_size if self._data.drop_last else count
         raise TypeError(f'the number of images of {self._where} is known only after reading them')
 
-    def batches(self, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def batches(self, batch_size: int = 256, *, keep: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Reads all images once, in order.
 
         Args:
             batch_size: Most images in a batch; a batch has fewer where images were skipped.
+            keep: Later passes read what this one decoded from a temporary file, at most 4 GB and half of the free disk;
+                where it does not suffice, they decode again.
 
         Yields:
             Images, float32 `[b, c, h, w]`, normalised by mean and std, and labels, int64 `[b]` or None; on the CPU.
@@ -137,20 +144,30 @@ class ImageSource:
         """
         if batch_size < 1:
             raise InputError(f'batch_size must be at least 1, got {batch_size}')
+        for x, y in self._decoded(batch_size, keep) if self._kept is None else self._kept:
+            for start in range(0, len(x), batch_size):
+                part = slice(start, start + batch_size)
+                yield self._preprocess.normalise(x[part]), (y[part] if y is not None else None)
+
+    def _decoded(self, batch_size: int, keep: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """A pass over the images themselves: `[b, c, h, w]`, uint8 or float in 0-1, and the labels of the readable."""
         skipped = self.skipped = []
         total = read = 0
+        # Arrays and tensors lie in memory as they are.
+        kept = _KeptImages.begin() if keep and not isinstance(self._data, (np.ndarray, Tensor)) else None
         for images, read_labels in self._groups(batch_size):
             rows = range(total, total + len(images))
             total += len(images)
-            x, kept = self._decode(images, rows, skipped)
-            if not kept:
+            x, readable = self._decode(images, rows, skipped)
+            if not readable:
                 continue
-            read += len(kept)
-            y = self._labels_of(rows, read_labels, kept)
-            for start in range(0, len(kept), batch_size):
-                part = slice(start, start + batch_size)
-                yield self._preprocess.normalise(x[part]), (y[part] if y is not None else None)
+            read += len(readable)
+            y = self._labels_of(rows, read_labels, readable)
+            if kept is not None:
+                kept = kept.add(x, y)
+            yield x, y
         self._finish(total, read, skipped)
+        self._kept = kept
 
     def subset(self, indices: Any) -> ImageSource:
         """The images at `indices`, in that order, with the class numbers and names of the whole set.
@@ -170,7 +187,7 @@ class ImageSource:
             raise InputError(f'subset: an index of {chosen.min()} to {chosen.max()} is outside 0 to {len(self) - 1}')
         part = object.__new__(ImageSource)
         part.__dict__.update(self.__dict__)
-        part.skipped = []
+        part.skipped, part._kept = [], None
         part._positions = self._positions[chosen]
         part.labels = None if self.labels is None else self.labels[torch.from_numpy(chosen.astype(np.int64))]
         part.description = part._describe()
@@ -325,6 +342,46 @@ class ImageSource:
                 PudNetWarning,
                 stacklevel=3,
             )
+
+
+class _KeptImages:
+    """Decoded images in a temporary file, which is gone with this object."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        self._room = min(_MOST_KEPT, shutil.disk_usage(tempfile.gettempdir()).free // 2)
+        self._parts: list[tuple[np.dtype, tuple[int, ...], Tensor | None]] = []
+
+    @classmethod
+    def begin(cls) -> _KeptImages | None:
+        """An empty one; None where there is no place for temporary files."""
+        try:
+            return cls()
+        except OSError:
+            return None
+
+    def add(self, images: Tensor, labels: Tensor | None) -> _KeptImages | None:
+        """Itself with these images; None where they found no room."""
+        pixels = images.contiguous().numpy()
+        self._room -= pixels.nbytes
+        try:
+            if self._room < 0 or self._file.write(pixels.data) != pixels.nbytes:
+                return None
+        except OSError:
+            return None
+        self._parts.append((pixels.dtype, pixels.shape, labels))
+        return self
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        place = 0
+        for dtype, shape, labels in self._parts:
+            pixels = np.empty(shape, dtype)
+            self._file.seek(place)
+            if self._file.readinto(pixels.data.cast('B')) != pixels.nbytes:
+                raise OSError(f'the temporary file of decoded images in {tempfile.gettempdir()} was cut')
+            place += pixels.nbytes
+            yield torch.from_numpy(pixels), labels
 
 
 def open_images(
