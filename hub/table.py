@@ -54,11 +54,11 @@ committed weights. Gaussian noise; sigma in units of the set's standard deviatio
 other denoisers by the network take into account too. *Plain* is one denoiser for all noise, trained on as many patches,
 calibrated in the same way (in brackets: with its own norm statistics). *Gains* are those of the predicted denoiser over one
 from the sketch of the same images with another sigma, over one predicted wholly for another sigma, and over *plain*.
-*Scratch* is the same network trained for 100 epochs on these very noisy images, each of which gives one crop of at most 128
-pixels an epoch, by Adam (rate 1e-3) without and with gradient centralisation, and its seconds over those of predicting; it
-was measured by its guesses alone, to be compared with those in brackets. Paper: PudNet at width not stated, trained on
-ImageNet; the unit of its sigma and the size of its images are not stated, so its numbers stand beside both readings. Ours has seen the training photographs of BSDS500 (noisy ones alone), and CIFAR-100, which comes
-from the same source as CIFAR-10; Fashion-MNIST is a set of another kind.
+*Scratch* is the same network trained for 100 epochs on these very noisy images, all of their pixels an epoch, by Adam
+(rate 1e-3) without and with gradient centralisation (in brackets: by guesses alone), and its seconds over those of
+predicting. Paper: PudNet at width not stated, trained on ImageNet; the unit of its sigma and the size of its images are not
+stated, so its numbers stand beside both readings. Ours has seen the training photographs of BSDS500 (noisy ones alone), and
+CIFAR-100, which comes from the same source as CIFAR-10; Fashion-MNIST is a set of another kind.
 
 | hypernetwork | set, images | sigma | noisy | non-local means | predicted (blind) / SSIM | plain | gain, sketch | gain, sigma | gain over \
 plain | scratch | paper |
@@ -118,7 +118,8 @@ def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, A
         found, gain = one['psnr'], one['gain']
         rivals = [row for row in scratch if (row['sigma'], row['reading']) == (one['sigma'], one['reading'])]
         ends = [
-            f'{row[name][-1]["psnr"]:.2f} in {row[name][-1]["seconds"] / row["predicted_seconds"]:,.0f}x'
+            f'{row[name][-1]["psnr"]:.2f} ({row[name][-1]["psnr_blind"]:.2f}) in '
+            f'{row[name][-1]["seconds"] / row["predicted_seconds"]:,.0f}x'
             for row in rivals
             for name in ('adam', 'adam_centralised')
         ]

@@ -144,6 +144,8 @@ class Handler(BaseHTTPRequestHandler):
     def create(self, repo):
         if self.headers.get('Authorization') != f'Bearer {TOKEN}':
             return self.refuse(401, None, 'Invalid username or password.')
+        if self.server.faults.get(repo) == 'silent':
+            time.sleep(5)
         if repo in self.server.refs:
             return self.answer(
                 409, {'url': f'{self.server.endpoint}/{repo}', 'error': 'You already created this model repo'}

@@ -208,7 +208,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
     shutil.copytree(whole, folder / 'shelf' / 'test_resnet.shelved')
     (folder / 'shelf' / 'test_resnet.shelved' / 'README.md').write_text('---\nlicense: mit\n---\nOurs.\n')
     release = ['release', str(ROOT / 'hub' / 'release'), 'org', '--hub', str(folder / 'shelf')]
-    server.faults.update({'org/conflict': 'conflict', 'org/once': 'conflict once'})
+    server.faults.update({'org/conflict': 'conflict', 'org/once': 'conflict once', 'org/silent': 'silent'})
     license = {'license': 'apache-2.0'}
     home = tmp_path_factory.mktemp('pusher')
     names = [
@@ -222,6 +222,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         'model',
         'once',
         'conflict',
+        'silent',
         'gone',
     ]
     names += ['cli dry', 'cli', 'cli again', 'cli conflict', 'release dry', 'release', 'release again']
@@ -237,6 +238,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         ['push_model', 'org/model'],
         ['push', str(whole), 'org/once', license],
         ['push', str(whole), 'org/conflict', license],
+        ['push', str(whole), 'org/silent', license],
         ['push', str(shards), 'org/test_resnet.tiny', {**license, 'dry_run': True}],
         ['cli', 'push', str(whole), 'org/cli', '--license', 'mit', '--dry-run'],
         ['cli', 'push', str(whole), 'org/cli', '--license', 'mit'],
@@ -330,6 +332,12 @@ def test_a_commit_that_meets_another_one_is_tried_again(pushed, server):
     assert server.count['org/once commit'] == 2
     assert '409' in outcomes['conflict']['error']
     assert outcomes['conflict']['error'].startswith('HubError: org/conflict')
+
+
+def test_a_hub_that_says_nothing_is_not_waited_for_without_end(pushed):
+    outcomes, _ = pushed
+    assert outcomes['silent']['error'].startswith('HubError: org/silent: ')
+    assert 'cannot be reached' in outcomes['silent']['error']
 
 
 def test_a_pushed_model_is_timm_s_without_this_package(pushed, server, tmp_path):

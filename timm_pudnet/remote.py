@@ -38,6 +38,7 @@ COMMIT = re.compile(r'[0-9a-f]{40}')
 # What a published hypernetwork has beside config and weights. Whatever else a repository holds is left there.
 BESIDE = re.compile(r'README\.md|recipe\.toml|classes\.json|expectation\.json|sha256\.json|results(\.[\w-]+)?\.json')
 TRIES = 4
+SILENCE = 3  # times HF_HUB_DOWNLOAD_TIMEOUT that the Hub may say nothing while something is published
 
 
 def local_folder(name: str | os.PathLike[str]) -> Path:
@@ -269,7 +270,8 @@ def changes(repo: str, files: Mapping[str, bytes | Path], ours: Callable[[str], 
         except RepositoryNotFoundError:
             return {}
 
-    there = _again(listing, repo)
+    with _not_forever():
+        there = _again(listing, repo)
     found = {}
     for name, content in files.items():
         if name not in there:
@@ -310,14 +312,30 @@ def commit(
         made = _api().create_commit(repo, operations, commit_message=message)
         return str(made.commit_url)
 
-    _again(lambda: _api().create_repo(repo, private=private, exist_ok=True), repo)
-    return _again(send, repo)
+    with _not_forever():
+        _again(lambda: _api().create_repo(repo, private=private, exist_ok=True), repo, tries=2)
+        return _again(send, repo)
 
 
 def _api() -> Any:
     from huggingface_hub import HfApi
 
     return HfApi(library_name='timm-pudnet')
+
+
+@contextmanager
+def _not_forever() -> Iterator[None]:
+    """Lets the Hub be silent for a while only: huggingface_hub itself waits for an answer to an upload without end."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    session: Any = get_session()
+    before = getattr(session, 'timeout', None)
+    session.timeout = SILENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def _again(call: Callable[[], T], what: str, tries: int = TRIES) -> T:

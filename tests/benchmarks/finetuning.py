@@ -50,7 +50,8 @@ def main(
     out: Path,
 ) -> None:
     network = timm_pudnet.load_hypernet(hypernet or model)
-    seen = set(network.config.class_names) if classes == 'unseen' else set()
+    # Folders are named as examples/image_folders.py names them: 'T-shirt-top'.
+    seen = {name.replace('/', '-') for name in network.config.class_names} if classes == 'unseen' else set()
     paths = [
         path for folder in folders for path in sorted(folder.glob('*/*')) if path.parent.name not in seen
     ]  # FOLDER/<class>/<image>
