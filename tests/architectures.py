@@ -50,8 +50,9 @@ def check(name: str) -> dict:
         'hypernetwork': round(plan.parameters / plan.weights, 4),
         'sketch_width': plan.config.sketch_width,
     }
-    rank = plan.config.generator_kwargs['rank']
-    fields = FIELDS | {'sketch_width': min(WIDEST, plan.config.sketch_width), 'generator_kwargs': {'rank': rank}}
+    width = min(WIDEST, plan.config.sketch_width)
+    fields = FIELDS | {'sketch_width': width, 'sketch_channels': (width // 8, width // 4)}
+    fields['generator_kwargs'] = plan.config.generator_kwargs
     side = InputConfig(input_size=(plan.target.in_chans, SMALL, SMALL))
     if plan.weights > MOST:
         return row | {'result': 'size worked out'}

@@ -144,8 +144,6 @@ class Handler(BaseHTTPRequestHandler):
     def create(self, repo):
         if self.headers.get('Authorization') != f'Bearer {TOKEN}':
             return self.refuse(401, None, 'Invalid username or password.')
-        if self.server.faults.get(repo) == 'silent':
-            time.sleep(5)
         if repo in self.server.refs:
             return self.answer(
                 409, {'url': f'{self.server.endpoint}/{repo}', 'error': 'You already created this model repo'}
@@ -157,8 +155,8 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.server
         hub.count[repo] += 1
         fault = hub.faults.get(repo)
-        if fault == 'slow':
-            time.sleep(3)
+        if fault in ('slow', 'silent'):
+            time.sleep(3 if fault == 'slow' else 5)
         if fault == 'down' or (fault == 'flaky' and hub.count[repo] in (1, 2, 4, 5)):
             return self.refuse(500)
         if fault in (403, 429):

@@ -524,7 +524,7 @@ def test_sketches_are_as_wide_as_suits_the_target_unless_a_width_is_asked_for():
     asked = plan_hypernet('test_efficientnet', generator='residual', sketch_width=64).config
     assert (asked.sketch_width, asked.sketch_channels, asked.generator_kwargs) == (64, (16, 32), {})
     ranked = plan_hypernet('mobilenetv2_035', generator='residual', generator_kwargs={'rank': 3}).config
-    assert ranked.generator_kwargs == {'rank': 3}
+    assert (ranked.sketch_width, ranked.generator_kwargs) == (128, {'rank': 3})
     assert plan_hypernet('test_resnet', generator='paper').config.sketch_width == 128
     made = PudNet.for_target('test_efficientnet', generator='residual')
     assert made.config.sketch_width == sizes['test_efficientnet'][0]

@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import struct
 import time
 import warnings
@@ -590,6 +591,7 @@ def test_damaged_files_are_skipped_and_named_once(damaged, action):
         x, y = read(source, 2)
         again, _ = read(source, 5)
     assert [warning.category for warning in caught] == [PudNetWarning]
+    assert caught[0].filename == __file__
     text = str(caught[0].message)
     assert text.startswith('skipped 7 of 12 images that could not be read: cat/text.png (empty or not an image), ')
     assert text.endswith(', ...')
@@ -635,7 +637,11 @@ def test_kept_images_are_decoded_once_and_come_again_to_the_bit(damaged, monkeyp
     next(first)
     read(source)  # passes do not disturb each other
     same(torch.cat([x for x, _ in first]), expected[2:])
+    for _, found_labels in source.batches():
+        found_labels += 5  # noqa: PLW2901
+    assert read(source)[1].tolist() == labels.tolist()
     assert len(decoded) == len(again)
+    assert len(pickle.loads(pickle.dumps(source))) == len(source)
     subset = source.subset([1, 0])
     assert len(read(subset)[0]) <= 2
     assert len(decoded) > len(again)
@@ -649,10 +655,10 @@ def test_images_that_cannot_be_kept_are_decoded_again(folder, monkeypatch, troub
         monkeypatch.setattr(images_room, '_MOST_KEPT', 1000)
     elif trouble == 'a full disk':
         full = open('/dev/full', 'w+b', 0)  # noqa: SIM115
-        monkeypatch.setattr(images_room.tempfile, 'TemporaryFile', lambda buffering: full)
+        monkeypatch.setattr(images_room.tempfile, 'TemporaryFile', lambda **_: full)
     else:
 
-        def nowhere(buffering):
+        def nowhere(**_):
             raise FileNotFoundError(2, 'No usable temporary directory found')
 
         monkeypatch.setattr(images_room.tempfile, 'TemporaryFile', nowhere)

@@ -20,7 +20,7 @@ from timm_pudnet import NotFoundError, OutputExistsError
 from timm_pudnet.cli import main
 from timm_pudnet.evaluation import HeldOutTest, Report, fit_expectation, make_report, measure_held_out, weights_digest
 from timm_pudnet.evaluation.expectation import HeldOutSet, Traits
-from timm_pudnet.evaluation.report import feature_map
+from timm_pudnet.evaluation.report import feature_map, first_images
 from timm_pudnet.images import open_images
 from timm_pudnet.predict import predict_model
 
@@ -100,6 +100,16 @@ def make():
         return Report(**{**told, **changes})
 
     return report
+
+
+def test_the_first_images_are_as_many_as_asked_for_whatever_batches_they_come_in():
+    labels = torch.arange(10)
+    source = open_images(list(torch.rand(10, 3, 8, 8)), labels, input=timm_pudnet.InputConfig())
+    list(source.batches(4, keep=True))  # what is kept comes in these batches again
+    found = list(first_images(source, 6))
+    assert [len(images) for images, _ in found] == [4, 2]
+    assert torch.cat([part for _, part in found]).tolist() == list(range(6))
+    assert len(torch.cat([images for images, _ in first_images(source, 99)])) == 10
 
 
 def test_the_page_needs_nothing_else_and_forbids_it(make):

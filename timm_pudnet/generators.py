@@ -196,7 +196,8 @@ class ResidualGenerator(nn.Module):
 
     def forward(self, code: Tensor) -> Tensor:
         """The kernel tensor of a code `[m]`, in the layer's shape."""
-        # Torch looks attributes of modules up in Python, which takes as long as a small layer.
+        # Torch looks attributes of modules up in Python, which takes as long as a small layer. (So parametrizations of
+        # these parameters are not seen.)
         held = cast('dict[str, Tensor]', self._parameters)
         kernel = held['base']
         if not self.changed:

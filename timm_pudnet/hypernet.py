@@ -138,8 +138,9 @@ class PudNet(nn.Module):
                 predicts, for any images, is that network until it is trained. Otherwise the shared parameters start as
                 timm starts them.
             config: Further fields of `PudNetConfig`. Without `input`, the architecture's own input size, mean and std.
-                With generator `residual` and neither `sketch_width` nor `sketch_channels`, sketches are as wide (128,
-                64, 32, 16, 8) and changes of as high a rank as lets the hypernetwork be at most 1.1 times the target.
+                With generator `residual`, and neither `sketch_width` nor `sketch_channels` nor a rank, sketches are as
+                wide (128, 64, 32, 16, 8) and changes of as high a rank as lets the hypernetwork be at most 1.1 times
+                the target, or nearly so. (A recipe has sketches of 128 where it names no other width.)
 
         Raises:
             InputError: timm does not know the target, or a field is out of range.
@@ -502,7 +503,8 @@ def _chosen(config: PudNetConfig, generator: str, given: Mapping[str, Any]) -> P
                 stacklevel=3,
             )
     config = dataclasses.replace(config, generator=generator)
-    if generator != 'residual' or not {'sketch_width', 'sketch_channels'}.isdisjoint(given):
+    asked = 'rank' in config.generator_kwargs or not {'sketch_width', 'sketch_channels'}.isdisjoint(given)
+    if generator != 'residual' or asked:
         return config
     spec = target_of(config)
     most = MOST_OF_TARGET * (spec.numel('predicted') + spec.numel('shared'))

@@ -130,8 +130,8 @@ class ImageSource:
 
         Args:
             batch_size: Most images in a batch; a batch has fewer where images were skipped.
-            keep: Later passes read what this one decoded from a temporary file, at most 4 GB and half of the free disk;
-                where it does not suffice, they decode again.
+            keep: Later passes read what this one decoded from a temporary file (in `TMPDIR`, else /var/tmp), at most
+                4 GB and half of the free disk; where it does not suffice, they decode again.
 
         Yields:
             Images, float32 `[b, c, h, w]`, normalised by mean and std, and labels, int64 `[b]` or None; on the CPU.
@@ -154,7 +154,9 @@ class ImageSource:
         skipped = self.skipped = []
         total = read = 0
         # Arrays and tensors lie in memory as they are.
-        kept = _KeptImages.begin() if keep and not isinstance(self._data, (np.ndarray, Tensor)) else None
+        kept = None
+        if keep and not isinstance(self._data, (np.ndarray, Tensor)):
+            kept = _KeptImages.begin(len(self._positions) * math.prod(self.input.input_size))  # bytes, if not more
         for images, read_labels in self._groups(batch_size):
             rows = range(total, total + len(images))
             total += len(images)
@@ -192,6 +194,9 @@ class ImageSource:
         part.labels = None if self.labels is None else self.labels[torch.from_numpy(chosen.astype(np.int64))]
         part.description = part._describe()
         return part
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_kept': None}  # a copy, in another process for instance, decodes again
 
     def _describe(self) -> str:
         what = 'labelled' if self.labelled else 'unlabelled'
@@ -340,7 +345,7 @@ class ImageSource:
             warnings.warn(
                 f'skipped {len(fresh):,} of {total:,} images that could not be read: {_name_some(fresh)}',
                 PudNetWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -348,18 +353,21 @@ class _KeptImages:
     """Decoded images in a temporary file, which is gone with this object."""
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        # /tmp is memory on some machines, /var/tmp on none.
+        folder = '/var/tmp' if os.path.isdir('/var/tmp') and 'TMPDIR' not in os.environ else tempfile.gettempdir()
+        self._room = min(_MOST_KEPT, shutil.disk_usage(folder).free // 2)
+        self._file = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
-        self._room = min(_MOST_KEPT, shutil.disk_usage(tempfile.gettempdir()).free // 2)
         self._parts: list[tuple[np.dtype, tuple[int, ...], Tensor | None]] = []
 
     @classmethod
-    def begin(cls) -> _KeptImages | None:
-        """An empty one; None where there is no place for temporary files."""
+    def begin(cls, num_bytes: int) -> _KeptImages | None:
+        """An empty one; None where there is no place for so much."""
         try:
-            return cls()
+            kept = cls()
         except OSError:
             return None
+        return kept if num_bytes <= kept._room else None
 
     def add(self, images: Tensor, labels: Tensor | None) -> _KeptImages | None:
         """Itself with these images; None where they found no room."""
@@ -370,18 +378,22 @@ class _KeptImages:
                 return None
         except OSError:
             return None
-        self._parts.append((pixels.dtype, pixels.shape, labels))
+        self._parts.append((pixels.dtype, pixels.shape, None if labels is None else labels.clone()))
         return self
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         place = 0
         for dtype, shape, labels in self._parts:
             pixels = np.empty(shape, dtype)
-            self._file.seek(place)
-            if self._file.readinto(pixels.data.cast('B')) != pixels.nbytes:
-                raise OSError(f'the temporary file of decoded images in {tempfile.gettempdir()} was cut')
+            if hasattr(os, 'preadv'):  # passes in several threads or processes do not share a place in the file
+                read = os.preadv(self._file.fileno(), [pixels.data.cast('B')], place)
+            else:
+                self._file.seek(place)
+                read = self._file.readinto(pixels.data.cast('B'))
+            if read != pixels.nbytes:
+                raise OSError('the temporary file of decoded images was cut')
             place += pixels.nbytes
-            yield torch.from_numpy(pixels), labels
+            yield torch.from_numpy(pixels), None if labels is None else labels.clone()
 
 
 def open_images(

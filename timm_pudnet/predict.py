@@ -232,7 +232,7 @@ def _predict(
     # First pass over the images: the sketch, and a sample of them for calibration.
     sketch = network.streaming_sketch(balance or ('class' if source.labelled else 'none'))
     sample = ImageSample.for_size(network.config.input.input_size)
-    for images, labels in source.batches(batch_size, keep=True):
+    for images, labels in source.batches(batch_size, keep=source.labelled and head != 'none'):
         _in_memory(lambda part, labels: sketch.add(part.to(device), labels), images, labels)
         sample.add(images, labels)
     num_classes = 0

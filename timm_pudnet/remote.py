@@ -270,8 +270,7 @@ def changes(repo: str, files: Mapping[str, bytes | Path], ours: Callable[[str], 
         except RepositoryNotFoundError:
             return {}
 
-    with _not_forever():
-        there = _again(listing, repo)
+    there = _again(listing, repo)
     found = {}
     for name, content in files.items():
         if name not in there:
@@ -312,9 +311,8 @@ def commit(
         made = _api().create_commit(repo, operations, commit_message=message)
         return str(made.commit_url)
 
-    with _not_forever():
-        _again(lambda: _api().create_repo(repo, private=private, exist_ok=True), repo, tries=2)
-        return _again(send, repo)
+    _again(lambda: _api().create_repo(repo, private=private, exist_ok=True), repo)
+    return _again(send, repo)
 
 
 def _api() -> Any:
@@ -325,24 +323,32 @@ def _api() -> Any:
 
 @contextmanager
 def _not_forever() -> Iterator[None]:
-    """Lets the Hub be silent for a while only: huggingface_hub itself waits for an answer to an upload without end."""
+    """Lets the Hub be silent for a while only, in requests for which huggingface_hub itself would wait without end."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    session: Any = get_session()
-    before = getattr(session, 'timeout', None)
-    session.timeout = SILENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT
+    def limit(request: Any) -> None:
+        limits = request.extensions.get('timeout') or dict.fromkeys(('connect', 'read', 'write', 'pool'))
+        most = SILENCE * constants.HF_HUB_DOWNLOAD_TIMEOUT
+        request.extensions['timeout'] = {what: most if seconds is None else seconds for what, seconds in limits.items()}
+
+    # None in huggingface_hub before 1.0, whose sessions are those of requests: these wait on.
+    hooks: Any = getattr(get_session(), 'event_hooks', None)
+    if hooks is None:
+        yield
+        return
+    hooks['request'].append(limit)
     try:
         yield
     finally:
-        session.timeout = before
+        hooks['request'].remove(limit)
 
 
 def _again(call: Callable[[], T], what: str, tries: int = TRIES) -> T:
     """Calls until it works, if it fails in a way that passes; the last failure becomes one line."""
     for number in range(1, tries + 1):
         try:
-            with _explained(what):
+            with _explained(what), _not_forever():
                 return call()
         except HubError as error:
             if number == tries or not error.passing:
@@ -424,7 +430,8 @@ def _unreachable(what: str, host: str, error: BaseException, passing: bool = Tru
     found = HubError(
         f'{what}: {host} cannot be reached, or broke off ({_reason(error)}): check the network, or HF_ENDPOINT'
     )
-    found.passing = passing and not type(error).__name__.startswith(('Connect', 'Proxy'))  # broken off, not away
+    name = type(error).__name__
+    found.passing = passing and not name.startswith(('Connect', 'Proxy')) and 'Timeout' not in name  # broken off
     return found
 
 

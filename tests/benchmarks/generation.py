@@ -1,6 +1,7 @@
 """What weight generation and prediction cost over the bytes they move, for networks small and large (DESIGN section 6).
 
-    python tests/benchmarks/generation.py [--out FILE.json] [--plot FILE.png] [--images 100 1000 10000] [--largest NAME]
+    python tests/benchmarks/generation.py [--out FILE.json] [--plot FILE.png] [--images 100 1000 10000]
+        [--files 3000] [--largest NAME]
 
 Run it on an otherwise idle machine. Ratios are of medians in one run: generation over reading the hypernetwork's bytes
 once and writing the target's once; the same with loading into a model; a prediction beside reading its images and one
@@ -12,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import tempfile
 import time
 import warnings
 from pathlib import Path
 
 import torch
 from prediction import in_its_own_process, median_seconds, moves_its_bytes, peak_mb
+from torchvision.io import write_jpeg
 
 import timm_pudnet
 from timm_pudnet.hypernet import library_versions
@@ -111,7 +114,23 @@ class Noise(torch.utils.data.Dataset):
 
 def streamed(count, queue):
     """A prediction over so many images, the two parts that it cannot do without, and the peak of memory."""
-    images = Noise(count)
+    queue.put(timed(Noise(count)))
+
+
+def from_files(count, queue):
+    """The same from a folder of so many JPEG files of 500x375 pixels, more than one batch of calibration takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        shades = torch.rand(3, 12, 16)
+        for number in range(count):
+            path = Path(folder, str(number % 4), f'{number}.jpg')
+            path.parent.mkdir(exist_ok=True)
+            pixels = torch.nn.functional.interpolate(shades.roll(number, 2)[None], (375, 500), mode='bicubic')[0]
+            write_jpeg((255 * pixels.clamp(0, 1)).byte(), str(path))
+        queue.put(timed(folder))
+
+
+def timed(images):
+    """Seconds of a prediction from some images, and of reading them and one forward pass."""
     started = time.perf_counter()
     model = timm_pudnet.predict_model('resnet18', images)
     predicted = time.perf_counter() - started
@@ -125,7 +144,14 @@ def streamed(count, queue):
             model(batch)
             forward += time.perf_counter() - marked
             marked = time.perf_counter()
-    queue.put({'predict_s': predicted, 'read_s': read, 'forward_s': forward, 'peak_mb': peak_mb()})
+    return {
+        'predict_s': predicted,
+        'read_s': read,
+        'forward_s': forward,
+        'predict_over_both': predicted / (read + forward),
+        'share_of_decode_speed': read / predicted,
+        'peak_mb': peak_mb(),
+    }
 
 
 def predicted(name, queue):
@@ -179,6 +205,7 @@ def main():
     parser.add_argument('--out', type=Path, help='write the JSON here too')
     parser.add_argument('--plot', type=Path, help='draw it here')
     parser.add_argument('--images', type=int, nargs='*', default=[100, 1000, 10_000])
+    parser.add_argument('--files', type=int, nargs='*', default=[3000])
     parser.add_argument('--largest', help='an architecture to plan, make and predict')
     arguments = parser.parse_args()
     warnings.simplefilter('ignore')
@@ -187,6 +214,7 @@ def main():
         'library_versions': library_versions(),
         'generation': {name: generation(name, kwargs) for name, kwargs in TARGETS.items()},
         'streamed': {str(count): in_its_own_process(streamed, count) for count in arguments.images},
+        'files': {str(count): in_its_own_process(from_files, count) for count in arguments.files},
     }
     if arguments.largest:
         result['largest'] = in_its_own_process(predicted, arguments.largest)

@@ -15,7 +15,7 @@ import html
 import io
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -418,6 +418,15 @@ def sample_images(source: ImageSource) -> list[tuple[int | None, Tensor]]:
     return found
 
 
+def first_images(source: ImageSource, most: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Batches of the first so many images."""
+    for images, labels in source.batches(most):
+        yield images[:most], None if labels is None else labels[:most]
+        most -= len(images)
+        if most <= 0:
+            return
+
+
 @torch.inference_mode()
 def sample_features(model: nn.Module, source: ImageSource) -> tuple[Tensor, Tensor | None]:
     """Features `[p, d]` of at most 1,000 images, and their classes where they have any."""
@@ -426,7 +435,7 @@ def sample_features(model: nn.Module, source: ImageSource) -> tuple[Tensor, Tens
         source = source.subset(torch.arange(0, count, -(-count // MOST_ON_A_MAP)))
         batches = source.batches()
     except (TypeError, ValueError):  # a stream
-        batches = iter([next(source.batches(MOST_ON_A_MAP))])
+        batches = first_images(source, MOST_ON_A_MAP)
     device, rows, found = next(model.parameters()).device, [], []
     for images, labels in batches:
         maps = model.forward_features(images.to(device))  # type: ignore[operator]
