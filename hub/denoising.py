@@ -53,7 +53,7 @@ from timm_pudnet.denoising import (
 from timm_pudnet.denoising.pictures import list_pictures, read_picture
 from timm_pudnet.evaluation import mean_interval
 from timm_pudnet.evaluation.scratch import centralise_gradients
-from timm_pudnet.files import weights_sha256
+from timm_pudnet.files import config_sha256, weights_sha256
 from timm_pudnet.hypernet import library_versions, written_whole
 
 EPOCHS = (1, 10, 30, 100, 300)  # of scratch, after which it is tested
@@ -96,6 +96,7 @@ def main(
     result: dict[str, Any] = {
         'protocol': protocol,
         'weights_sha256': weights_sha256(hypernet),
+        'config_sha256': config_sha256(hypernet),
         'folder': folder,
         'images': len(clean),
         'standard_deviation': spread,

@@ -28,6 +28,7 @@ from torch.testing import assert_close
 import timm_pudnet
 from timm_pudnet import hub
 from timm_pudnet.cli import main
+from timm_pudnet.files import config_sha256
 
 pytestmark = pytest.mark.filterwarnings('default::timm_pudnet.PudNetWarning')  # they are shown, as lines
 
@@ -617,6 +618,7 @@ def test_evaluation_is_of_unseen_classes_only_and_beside_the_control(trained, sh
     assert groups.digest == results['groups_digest']
     digest = hashlib.sha256((tmp_path / 'hypernet' / 'model.safetensors').read_bytes()).hexdigest()
     assert results['weights_sha256'] == {'model.safetensors': digest}
+    assert results['config_sha256'] == config_sha256(tmp_path / 'hypernet')
     assert (results['images'], results['split'], results['support_split']) == ('my shapes', 'test', None)
     assert str(tmp_path / 'hypernet' / 'results.json') in result.stdout
 

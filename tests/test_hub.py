@@ -28,7 +28,7 @@ from timm_pudnet import (
     push,
 )
 from timm_pudnet.evaluation import TestGroups
-from timm_pudnet.files import weights_sha256
+from timm_pudnet.files import config_sha256, weights_sha256
 from timm_pudnet.hub import resolve_hypernet
 
 UNSEEN = {'Shirt', 'Sneaker', 'Bag', 'Ankle boot'}
@@ -221,6 +221,7 @@ def complete(tiny_folder, tmp_path):
     row = {'mean': 61.25, 'interval': 1.5}
     results = {'accuracy': {'predicted': row}, 'classes': ['mug'], 'n_way': 5, 'n_shot': 10, 'groups': 500}
     results['weights_sha256'] = weights_sha256(folder)
+    results['config_sha256'] = config_sha256(folder)
     (folder / 'results.json').write_text(json.dumps(results))
     return folder
 
@@ -230,6 +231,11 @@ def change_results(folder, **changes):
     (folder / 'results.json').write_text(json.dumps({**found, **changes}))
 
 
+def change_config(folder, **changes):
+    found = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**found, **changes}))
+
+
 INCOMPLETE = {
     'no recipe': (lambda folder: (folder / 'recipe.toml').unlink(), ['recipe.toml']),
     'no results': (lambda folder: (folder / 'results.json').unlink(), ['no results', 'evaluate']),
@@ -237,6 +243,10 @@ INCOMPLETE = {
     'results of other weights': (
         lambda folder: PudNet.for_target('test_resnet', sketch_width=8).save_pretrained(folder, overwrite=True),
         ['results.json', 'other weights', 'evaluate'],
+    ),
+    'results of another config': (
+        lambda folder: change_config(folder, prior_images=3.0),
+        ['results.json', 'config.json', 'evaluate'],
     ),
     'results on a seen class': (lambda folder: change_results(folder, classes=['mug', 'hat']), ['hat', 'seen']),
     'no accuracy': (lambda folder: change_results(folder, accuracy={}), ['results.json', 'evaluate']),

@@ -385,7 +385,7 @@ def evaluate(
     from safetensors import SafetensorError
 
     from timm_pudnet import evaluation
-    from timm_pudnet.files import weights_sha256
+    from timm_pudnet.files import config_sha256, weights_sha256
     from timm_pudnet.hub import load_hypernet
     from timm_pudnet.hypernet import usable_device, written_whole
     from timm_pudnet.images import open_images
@@ -415,7 +415,9 @@ def evaluate(
     if save and not Path(hypernet).is_dir():
         raise InputError(f'--save needs the folder of a hypernetwork, {hypernet} is none')
     network = load_hypernet(hypernet)
-    hashes = weights_sha256(hypernet) if save else {}  # now: the file may be another one when the measuring is done
+    hashes: dict[str, Any] = {}
+    if save:  # now: the files may be others when the measuring is done
+        hashes = {'weights_sha256': weights_sha256(hypernet), 'config_sha256': config_sha256(hypernet)}
     if not network.target.classifiers:
         raise InputError(
             f'{network.name} predicts a {network.config.model_name}, which does not classify; denoisers are '
@@ -471,7 +473,7 @@ def evaluate(
     click.echo(evaluation.format_table(result))
     if save:
         named = Path(images).name if Path(images).is_absolute() else images
-        result.update(weights_sha256=hashes, images=named, split=split, support_split=support_split)
+        result.update(**hashes, images=named, split=split, support_split=support_split)
         ending = 'json' if protocol is None else f'{protocol}.json'
         results, listed = (Path(hypernet) / f'{name}.{ending}' for name in ('results', 'groups'))
         verb = 'Replaced  ' if results.exists() else 'Wrote     '

@@ -27,6 +27,8 @@ WEIGHTS_NAME = 'model.safetensors'
 INDEX_NAME = 'model.safetensors.index.json'
 HASHES_NAME = 'sha256.json'  # of every published file, by name
 SHARD = re.compile(r'model-\d{5}-of-\d{5}\.safetensors')
+# Of a config, how a hypernetwork came about and what it is called; all the rest changes what it predicts.
+HISTORY = ('training', 'library_versions', 'class_names', 'tag')
 
 MAX_JSON_BYTES = 4_000_000  # parsed, at most 130 MB of Python objects
 MAX_DEPTH = 32
@@ -285,3 +287,10 @@ def weights_sha256(folder: str | os.PathLike[str]) -> dict[str, str]:
     Results that were measured name it, so that whoever publishes the folder can tell whether they are of these weights.
     """
     return {path.name: sha256(path) for path in weight_files(folder)}
+
+
+def config_sha256(folder: str | os.PathLike[str]) -> str:
+    """The sha256 of what in the config of a hypernetwork's folder changes its predictions, whatever it came from."""
+    config = read_json(Path(folder) / CONFIG_NAME)
+    settings = {key: value for key, value in config.items() if key not in HISTORY} if isinstance(config, dict) else {}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -30,6 +30,7 @@ from timm_pudnet.files import (
     INDEX_NAME,
     SHARD,
     WEIGHTS_NAME,
+    config_sha256,
     read_header,
     read_json,
     sha256,
@@ -416,7 +417,7 @@ def hypernet_files(folder: Path, repo: str, license: str | None = None) -> dict[
     if not (folder / 'recipe.toml').is_file():
         raise InputError(f'{folder} has no recipe.toml: put the recipe there that it was trained by')
     results: dict[str, dict[str, Any]] = {}
-    hashes = weights_sha256(folder)
+    hashes, settings = weights_sha256(folder), config_sha256(folder)
     for path in _results_of(folder):
         found = read_json(path)
         if not isinstance(found, dict) or not _measured(found):
@@ -426,6 +427,8 @@ def hypernet_files(folder: Path, repo: str, license: str | None = None) -> dict[
             raise InputError(f'{path} does not say which weights it was measured on: {again} again')
         if measured_on != hashes:
             raise InputError(f'{path} was measured on other weights than {folder} has: {again} again')
+        if found.get('config_sha256', settings) != settings:
+            raise InputError(f'{path} was measured with another {CONFIG_NAME} than {folder} has: {again} again')
         seen = sorted(set(found.get('classes', ())) & set(hypernet.config.class_names))
         if seen:
             raise InputError(f'{path} was measured on {shown(seen[0])}, a class seen in training: {again} again')
