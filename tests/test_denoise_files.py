@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import types
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -384,7 +385,8 @@ def folders(tmp_path):
 def test_every_image_is_denoised_under_its_name_in_its_format_and_depth(folders, predicted):
     out = succeeds(folders / 'noisy', '--out', folders / 'out', '--hypernet', 'mine', '--device', 'cpu').stdout
     names = ['colour.png', 'deep/colour.tif', 'deep/grey.png', 'deep/thin.bmp']
-    assert predicted == [([str(folders / 'noisy' / name) for name in names], 'mine', 'cpu')]
+    asked = [[str(folders / 'noisy' / name) for name in names if ('grey' in name) == grey] for grey in (True, False)]
+    assert predicted == [(paths, 'mine', 'cpu') for paths in asked]
     files = [path for path in (folders / 'out').rglob('*') if path.is_file()]
     assert sorted(path.relative_to(folders / 'out').as_posix() for path in files) == [*names, 'side-by-side.png']
     for name in names:
@@ -394,10 +396,25 @@ def test_every_image_is_denoised_under_its_name_in_its_format_and_depth(folders,
         assert_close(found.pixels, expected, rtol=0, atol=0.51 / found.white)
     for needle in ('4 images', '3 in colour', '1 grey', '1x50 to 60x40', '8 and 16 bit', 'BMP, PNG, TIFF', 'on cpu'):
         assert needle in out
+    assert 'for the grey ones and for those in colour' in out
     for needle in (str(folders / 'out'), 'side-by-side.png', 'predict_denoiser', "hypernet='mine'"):
         assert needle in out
     assert 'PSNR' not in out
     assert not [path for path in folders.iterdir() if path.name.startswith('.')]
+
+
+def test_grey_images_and_those_in_colour_are_each_denoised_by_their_own_network(folders, predicted, monkeypatch):
+    module = sys.modules['timm_pudnet.denoising.predict']
+
+    def predict_denoiser(images, **_):
+        model = Average().eval()
+        nn.init.constant_(model.scale, 0.0 if all(Path(image).name.startswith('grey') for image in images) else 1.0)
+        return model
+
+    monkeypatch.setattr(module, 'predict_denoiser', predict_denoiser)
+    succeeds(folders / 'noisy', '--out', folders / 'out')
+    assert read_picture(folders / 'out' / 'deep' / 'grey.png').pixels.max() == 0
+    assert read_picture(folders / 'out' / 'colour.png').pixels.mean() > 0.2
 
 
 def test_the_noise_is_measured_against_clean_images_and_each_number_is_kept(folders, predicted):
@@ -458,7 +475,7 @@ def test_what_cannot_be_read_is_left_out_and_counted_or_an_error_with_strict(fol
     result = succeeds(folders / 'noisy', '--out', folders / 'out')
     assert 'Warning: skipped 2 of 6 images' in result.stderr
     assert 'nan.tif' in result.stderr
-    assert len(predicted[0][0]) == 4
+    assert sum(len(paths) for paths, _, _ in predicted) == 4
     assert not (folders / 'out' / 'nan.tif').exists()
 
 

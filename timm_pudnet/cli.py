@@ -703,7 +703,8 @@ def denoise(
 ) -> None:
     """Denoise IMAGES, a folder (its subfolders are kept) or a file, by one network predicted for all of them.
 
-    Every image is written under its name, in its format and bit depth, with its alpha channel as it was.
+    Grey images and those in colour, whose noise is of other kinds, each have a network of their own. Every image is
+    written under its name, in its format and bit depth, with its alpha channel as it was.
     """
     from tqdm import tqdm
 
@@ -746,10 +747,18 @@ def denoise(
     click.echo(f'Found      {_of_kinds(found)} in {images}{"" if clean is None else f", clean ones in {clean}"}')
 
     started = time.perf_counter()
-    model = predict_denoiser([str(paths[name]) for name in found], hypernet=hypernet, device=where)
+    models = {
+        channels: predict_denoiser(
+            [str(paths[name]) for name, facts in found.items() if facts['channels'] == channels],
+            hypernet=hypernet,
+            device=where,
+        )
+        for channels in sorted({facts['channels'] for facts in found.values()})
+    }
     seconds = time.perf_counter() - started
-    count = sum(parameter.numel() for parameter in model.parameters())
-    click.echo(f'Predicted  {count / 1e6:.2f}M weights for all of them on {where} in {seconds:.2f} s')
+    count = sum(parameter.numel() for parameter in models[min(models)].parameters())
+    whom = 'all of them' if len(models) == 1 else 'the grey ones and for those in colour'
+    click.echo(f'Predicted  {count / 1e6:.2f}M weights for {whom} on {where} in {seconds:.2f} s')
     taken = {name.split('/')[0].lower() for name in found}
     sheet_name, json_name = _free_name('side-by-side.png', taken), _free_name('denoised.json', taken)
     rows = []
@@ -757,7 +766,7 @@ def denoise(
         started = time.perf_counter()
         for name, facts in tqdm(found.items(), desc='Denoising', unit='image', delay=2):
             picture = pictures.read_picture(paths[name])
-            pixels = picture.rounded(denoise(model, picture.pixels))
+            pixels = picture.rounded(denoise(models[facts['channels']], picture.pixels))
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             pictures.write_picture(picture, pixels, beside / name)
             versions = [picture.pixels, pixels]
@@ -780,7 +789,7 @@ def denoise(
     click.echo(f'Wrote      {out}; noisy and denoised ones side by side: {out / sheet_name}')
     if partners:
         click.echo(f'           PSNR and SSIM of each image: {out / json_name}')
-    click.echo('Next, in Python, to keep this denoiser:')
+    click.echo(f'Next, in Python, to keep this denoiser{"" if len(models) == 1 else " (give images of one kind)"}:')
     more = '' if hypernet is None else f', hypernet={hypernet!r}'
     click.echo(
         f'\n    import timm_pudnet\n    model = timm_pudnet.predict_denoiser({str(images)!r}{more})\n'
