@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import struct
+import threading
 
 import numpy as np
 import pytest
@@ -41,6 +42,28 @@ from timm_pudnet.adapt import ridge_classifier
 from timm_pudnet.sketch import ImageSample
 
 NAMES = ('cup', 'jar', 'pan')
+
+
+@pytest.mark.parametrize('bounds', [(-2.0, 2.0), (1.5, 2.0)])
+def test_leaving_out_random_draws_never_waits_for_one(bounds, monkeypatch):
+    def full_of_leftovers(like, **_):
+        return torch.full_like(like.detach(), 1e9)
+
+    monkeypatch.setattr(torch, 'empty_like', full_of_leftovers)
+    left_out = torch.nn.Parameter(torch.zeros(64))
+
+    def run():
+        with room._NoRandomInit():
+            torch.nn.init.trunc_normal_(torch.nn.Parameter(torch.full((64,), 1e9)), 0, 1, *bounds)
+            torch.nn.init.normal_(left_out)
+        done.append(True)
+
+    done = []
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert done
+    assert not left_out.any()
 
 
 @pytest.fixture(scope='module')

@@ -372,13 +372,18 @@ def build_model(
 
 
 class _NoRandomInit(TorchFunctionMode):
-    """Leaves out the random draws of a model's making, since every tensor of it is loaded right after."""
+    """Leaves out the random draws of a model's making, since every parameter of it is loaded right after."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Passes every call on but random fills, those of `torch.nn.init` and of tensors."""
+        """Passes every call on but random fills of parameters.
+
+        Other tensors are filled: torch's own `trunc_normal_` draws into one again and again until all is within bounds.
+        """
         name = getattr(func, '__name__', '')
         if name in ('uniform_', 'normal_', 'trunc_normal_') or name.startswith(('kaiming_', 'xavier_')):
-            return args[0] if args else (kwargs or {})['tensor']
+            tensor = args[0] if args else (kwargs or {})['tensor']
+            if isinstance(tensor, nn.Parameter):
+                return tensor
         return func(*args, **(kwargs or {}))
 
 
