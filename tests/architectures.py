@@ -30,6 +30,11 @@ WIDEST = 64  # sketch that weights are predicted from; wider ones, the default o
 FIELDS = {'generator': 'residual', 'min_predicted': 0.0}
 
 
+def timm_models() -> list[str]:
+    """Timm's own architectures, without those that this package registers."""
+    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('timm.')]
+
+
 def has_convs(name: str) -> bool:
     """Whether an architecture has convs beyond one that cuts images into patches."""
     with torch.device('meta'):
@@ -112,7 +117,7 @@ def main() -> None:
     done = set()
     if arguments.table.exists():
         done = {json.loads(line)['name'] for line in arguments.table.read_text().splitlines()}
-    for name in arguments.names or timm.list_models():
+    for name in arguments.names or timm_models():
         if not arguments.names and (name in done or not has_convs(name)):
             continue
         row = row_of(name)

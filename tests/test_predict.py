@@ -44,6 +44,19 @@ from timm_pudnet.sketch import ImageSample
 NAMES = ('cup', 'jar', 'pan')
 
 
+def test_an_architecture_that_fetches_a_part_of_itself_is_one_line_without_a_network(monkeypatch, one_line):
+    kwargs = {'sketch_width': 8, 'min_predicted': 0.0, 'generator': 'residual'}
+    network = PudNet.for_target('vit_small_resnet26d_224', **kwargs).eval()
+
+    def create_model(*args, **kwargs):
+        raise FileNotFoundError('cannot find the file on the Hub')
+
+    monkeypatch.setattr(room.timm, 'create_model', create_model)
+    with pytest.raises(NotFoundError) as error:
+        room.build_model(network, network.target, network(torch.zeros(8)), 2, None, {})
+    one_line(error, 'vit_small_resnet26d_224', 'timm fetches', 'on the Hub')
+
+
 @pytest.mark.parametrize('bounds', [(-2.0, 2.0), (1.5, 2.0)])
 def test_leaving_out_random_draws_never_waits_for_one(bounds, monkeypatch):
     def full_of_leftovers(like, **_):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from timm_pudnet.adapt import HEADS, calibrate
-from timm_pudnet.config import InputConfig, InputError, NotFoundError, OutputExistsError, PudNetWarning
+from timm_pudnet.config import InputConfig, InputError, NotFoundError, OutputExistsError, PudNetWarning, first_line
 from timm_pudnet.hub import Pushed, push, resolve_hypernet
 from timm_pudnet.hypernet import PudNet, folder_written_whole, target_of, usable_device
 from timm_pudnet.images import ImageSource, open_images
@@ -364,8 +364,13 @@ def build_model(
     }
     overlay.update(timm_kwargs.pop('pretrained_cfg_overlay', None) or {})
     kwargs = {**network.config.model_kwargs, **timm_kwargs, 'num_classes': num_classes}
+    name = network.config.model_name
     with _NoRandomInit():
-        model = timm.create_model(network.config.model_name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+        try:
+            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+        except OSError as error:  # vit_small_resnet26d_224 for one
+            reason = first_line(error)
+            raise NotFoundError(f'{name}: timm fetches pretrained weights of a part of it first ({reason})') from error
     model.pretrained_cfg.pop('state_dict', None)  # type: ignore[union-attr, operator]
     model.default_cfg = model.pretrained_cfg
     return model
