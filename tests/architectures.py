@@ -3,7 +3,7 @@
     python tests/architectures.py [--table tests/architectures.jsonl] [NAME ...]
 
 Goes on where an earlier run stopped: an architecture that the table holds is left out. `tests/test_architectures.py`
-checks the table and runs a sample anew. Timm's own architectures alone; those of which timm fetches a part need a network.
+checks the table and runs a sample anew. Timm's own alone; those of which timm fetches a part need a network.
 """
 
 from __future__ import annotations
