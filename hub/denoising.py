@@ -269,7 +269,7 @@ def from_scratch(
     side = min(CROP, *(min(image.shape[1:]) for image in noisy))
     crops_of = torch.tensor([max(1, round(image[0].numel() / side**2)) for image in noisy])
     turns = torch.arange(len(noisy)).repeat_interleave(crops_of)
-    patches = noisy_patches(noisy, network.config.input.input_size[0], network.config.input.input_size[1])
+    patches = noisy_patches(noisy, *network.config.input.input_size[:2])
     seconds, points = 0.0, []
     for epoch in range(1, epochs + 1):
         started = time.perf_counter()
@@ -292,14 +292,17 @@ def from_scratch(
         seconds += time.perf_counter() - started
         if epoch in (*EPOCHS, epochs):
             model.eval()
-            point = {'epoch': epoch, 'seconds': seconds}
-            for kind in ('psnr_blind', 'psnr'):
-                if kind == 'psnr':
-                    know_noise(model, patches)
-                found = [float(psnr(denoise(model, n).clamp(0, 1), c)) for n, c in zip(noisy, clean, strict=True)]
-                point[kind] = sum(found) / len(found)
+            blind = mean_psnr(model, noisy, clean)
+            know_noise(model, patches)
+            point = {'epoch': epoch, 'seconds': seconds, 'psnr_blind': blind, 'psnr': mean_psnr(model, noisy, clean)}
             points.append(point)
     return points
+
+
+def mean_psnr(model: nn.Module, noisy: list[Tensor], clean: list[Tensor]) -> float:
+    """PSNR of the denoised images, the mean over them."""
+    found = [float(psnr(denoise(model, n).clamp(0, 1), c)) for n, c in zip(noisy, clean, strict=True)]
+    return sum(found) / len(found)
 
 
 if __name__ == '__main__':

@@ -668,6 +668,25 @@ def test_images_that_cannot_be_kept_are_decoded_again(folder, monkeypatch, troub
     assert len(decoded) == 2 * len(source)
 
 
+def test_a_stream_that_outgrows_the_room_is_read_again(monkeypatch):
+    monkeypatch.setattr(images_room, '_MOST_KEPT', 3 * 768)  # it has seven images, which is not known before
+    asked = []
+
+    class Counted(Dataset):
+        def __len__(self):
+            return 7
+
+        def __getitem__(self, index):
+            asked.append(index)
+            return torch.full((3, 16, 16), index, dtype=torch.uint8)
+
+    source = open_images(DataLoader(Counted(), batch_size=2), input=RGB)
+    first = torch.cat([x for x, _ in source.batches(2, keep=True)])
+    before = len(asked)
+    same(read(source)[0], first)
+    assert len(asked) == before + 7
+
+
 def test_a_stream_that_was_kept_can_be_read_again():
     source = open_images(OnceOnly(noise(3, 8, 8)), input=RGB)
     first = torch.cat([x for x, _ in source.batches(2, keep=True)])

@@ -506,8 +506,7 @@ def _chosen(config: PudNetConfig, generator: str, given: Mapping[str, Any]) -> P
     asked = 'rank' in config.generator_kwargs or not {'sketch_width', 'sketch_channels'}.isdisjoint(given)
     if generator != 'residual' or asked:
         return config
-    spec = target_of(config)
-    most = MOST_OF_TARGET * (spec.numel('predicted') + spec.numel('shared'))
+    target = target_of(config)
     for width, rank in RESIDUAL_SIZES:
         sized = dataclasses.replace(
             config,
@@ -515,7 +514,8 @@ def _chosen(config: PudNetConfig, generator: str, given: Mapping[str, Any]) -> P
             sketch_channels=(width // 8, width // 4),
             generator_kwargs={'rank': rank, **config.generator_kwargs},
         )
-        if _num_parameters(sized) <= most:
+        plan = Plan(config=sized, target=target, parameters=_num_parameters(sized))
+        if plan.parameters <= MOST_OF_TARGET * plan.weights:
             break
     return sized
 

@@ -38,7 +38,7 @@ COMMIT = re.compile(r'[0-9a-f]{40}')
 # What a published hypernetwork has beside config and weights. Whatever else a repository holds is left there.
 BESIDE = re.compile(r'README\.md|recipe\.toml|classes\.json|expectation\.json|sha256\.json|results(\.[\w-]+)?\.json')
 TRIES = 4
-SILENCE = 3  # times HF_HUB_DOWNLOAD_TIMEOUT that the Hub may say nothing while something is published
+SILENCE = 3  # times HF_HUB_DOWNLOAD_TIMEOUT that the Hub may say nothing, where huggingface_hub has no limit of its own
 
 
 def local_folder(name: str | os.PathLike[str]) -> Path:
