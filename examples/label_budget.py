@@ -3,7 +3,8 @@
     python examples/label_budget.py examples/fashion --out budget.json
 
 A part of the images is kept aside for the test. Of the others so many a class are drawn, several times, and give
-sketch, statistics and head; the table has the mean accuracy over the draws by both heads.
+sketch, statistics and head; the table has the mean accuracy over the draws by both heads, and by the one that the rest
+teaches too, without its labels.
 """
 
 import json
@@ -35,18 +36,22 @@ def main(
         if int(pool.labels.bincount().min()) < count:
             print(f'{count} labels a class: a class has fewer')
             break
-        found = {'centroid': [], 'ridge': []}
+        found = {}
         for draw in range(draws):
             generator = torch.Generator().manual_seed(draw)
             picks = []
             for label in pool.labels.unique().tolist():
                 members = (pool.labels == label).nonzero().flatten()
                 picks += members[torch.randperm(len(members), generator=generator)[:count]].tolist()
-            for head, shares in found.items():
-                model = timm_pudnet.predict_model(model_name, pool.subset(picks), hypernet=network, head=head)
-                shares.append(100 * accuracy(model, shown))
-        rows.append({'labels': count, **{head: mean_interval(shares) for head, shares in found.items()}})
-        cells = [f'{head} {row["mean"]:5.1f} +- {row["interval"]:.1f}' for head, row in list(rows[-1].items())[1:]]
+            rest = sorted({*range(len(pool))}.difference(picks))
+            ways = {'centroid': {'head': 'centroid'}, 'ridge': {'head': 'ridge'}}
+            if rest:
+                ways['with the rest unlabelled'] = {'unlabelled': pool.subset(rest)}
+            for way, asked in ways.items():
+                model = timm_pudnet.predict_model(model_name, pool.subset(picks), hypernet=network, **asked)
+                found.setdefault(way, []).append(100 * accuracy(model, shown))
+        rows.append({'labels': count, **{way: mean_interval(shares) for way, shares in found.items()}})
+        cells = [f'{way} {row["mean"]:5.1f} +- {row["interval"]:.1f}' for way, row in list(rows[-1].items())[1:]]
         print(f'{count:4} labels a class: {", ".join(cells)}')
     if out is not None:
         out.write_text(json.dumps({'images': images, 'tested': len(tested), 'draws': draws, 'rows': rows}, indent=2))

@@ -22,6 +22,7 @@ PAPER = {
     ('resnet18.mixed', 'results.cifar10'): '51.05',
     ('resnet18.mixed', 'results.fashion-set'): '96.24',
 }
+PROTOCOLS = {'resnet18.fashion_set': 'fashion-set', 'resnet18.cifar100_superclass': 'cifar100-set by superclass'}
 HEAD = """# Hypernetworks
 
 Every accuracy is in percent on classes that were never seen in training, with its 95 % interval, from a results file that
@@ -35,6 +36,18 @@ good as the predicted network, over the seconds of predicting.
 | hypernetwork | protocol | labels a class | predicted | ridge head | plain | swapped | gain | gain, other domain | gain over \
 plain | scratch | paper |
 |---|---|---|---|---|---|---|---|---|---|---|---|
+"""
+UNLABELLED = """
+## With images without labels
+
+The same groups and networks, with as many further images of each of their classes and of no other, labels hidden; these teach
+the head by self-training (`predict_model(..., unlabelled=...)`), that of every network alike. *Ridge head* is that of the labels
+alone. The paper and the table above have no such images. Self-training's settings were chosen on the 40 classes of
+Tiny-ImageNet, so they are no untouched test of it.
+
+| hypernetwork | protocol | labels + images without, a class | predicted | ridge head | gain over ridge head | plain | raw pixels | \
+gain over plain | paper |
+|---|---|---|---|---|---|---|---|---|---|
 """
 # Of its tables X and XI, PudNet, PSNR and SSIM.
 PAPER_DENOISING = {
@@ -86,21 +99,44 @@ def scratch(result: dict[str, Any]) -> str:
     return ' / '.join(found)
 
 
+def named(folder: str, protocol: str, result: dict[str, Any]) -> list[str]:
+    """The first cells of a line."""
+    where = PROTOCOLS.get(folder, 'cifar100-set') if protocol in ('results', 'unlabelled') else protocol
+    return [f'[{folder}]({folder}/README.md)', f'{where.removesuffix("-unlabelled")}, {result["n_way"]}-way']
+
+
+def plain(accuracy: dict[str, dict[str, float]]) -> str:
+    """The control, calibrated, and in brackets with its own statistics."""
+    own = f' ({accuracy["plain_own_statistics"]["mean"]:.2f})' if 'plain_own_statistics' in accuracy else ''
+    return cell(accuracy.get('plain')) + own
+
+
+def unlabelled_row(folder: str, protocol: str, result: dict[str, Any]) -> str:
+    """A line of the table of images without labels."""
+    accuracy = result['accuracy_self_training']
+    cells = [
+        *named(folder, protocol, result),
+        f'{result["n_shot"]} + {result["n_unlabelled"]}',
+        cell(accuracy['predicted']),
+        cell(result['accuracy_ridge']['predicted']),
+        cell(result['self_training_gain'], signed=True),
+        plain(accuracy),
+        cell(accuracy.get('raw_pixels')),
+        cell(result.get('self_training_gain_over_plain'), signed=True),
+        PAPER.get((folder, f'results.{protocol}'.removesuffix('unlabelled').rstrip('.-')), '-'),
+    ]
+    return f'| {" | ".join(cells)} |'
+
+
 def row(folder: str, protocol: str, result: dict[str, Any]) -> str:
     """A line of the table."""
     accuracy = result['accuracy']
-    plain = cell(accuracy.get('plain'))
-    if 'plain_own_statistics' in accuracy:
-        plain += f' ({accuracy["plain_own_statistics"]["mean"]:.2f})'
-    where = 'fashion-set' if folder == 'resnet18.fashion_set' else 'cifar100-set'
-    where = where if protocol == 'results' else protocol
     cells = [
-        f'[{folder}]({folder}/README.md)',
-        f'{where}, {result["n_way"]}-way',
+        *named(folder, protocol, result),
         str(result['n_shot']),
         cell(accuracy['predicted']),
         cell(result.get('accuracy_ridge', {}).get('predicted')),
-        plain,
+        plain(accuracy),
         cell(accuracy.get('swapped_sketch')),
         cell(result.get('conditioning_gain'), signed=True),
         cell(result.get('conditioning_gain_over_other_domain'), signed=True),
@@ -143,7 +179,7 @@ def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, A
 
 def text() -> str:
     """The whole README."""
-    lines, denoisers = [], []
+    lines, unlabelled, denoisers = [], [], []
     for path in sorted(HUB.glob('*/results*.json')):
         protocol = path.stem.removeprefix('results.')
         result = json.loads(path.read_text(encoding='utf-8'))
@@ -151,11 +187,14 @@ def text() -> str:
             rivals = path.with_name(f'scratch.{protocol}.json')
             scratch = json.loads(rivals.read_text(encoding='utf-8'))['noises'] if rivals.exists() else []
             denoisers += denoiser_rows(path.parent.name, result, scratch)
+        elif result.get('n_unlabelled'):
+            unlabelled.append(unlabelled_row(path.parent.name, protocol, result))
         else:
             lines.append(row(path.parent.name, protocol, result))
     notes = HUB / 'not_run.md'
     tail = f'\n{notes.read_text(encoding="utf-8")}' if notes.exists() else ''
-    return f'{HEAD}{chr(10).join(lines)}\n{DENOISERS}{chr(10).join(denoisers)}\n{tail}'
+    further = f'{UNLABELLED}{chr(10).join(unlabelled)}\n' if unlabelled else ''
+    return f'{HEAD}{chr(10).join(lines)}\n{further}{DENOISERS}{chr(10).join(denoisers)}\n{tail}'
 
 
 if __name__ == '__main__':

@@ -18,6 +18,7 @@ from timm_pudnet.adapt import (
     centroid_logits,
     class_centroids,
     ridge_classifier,
+    self_training_classifier,
 )
 from timm_pudnet.config import InputError
 from timm_pudnet.target import batch_norms
@@ -320,3 +321,110 @@ def test_an_empty_class_of_the_ridge_is_named():
         stream.classifier()
     with pytest.raises(InputError, match='no image of class 1: '):
         ridge_classifier(torch.ones(2, 5), torch.tensor([0, 2]), 3)
+
+
+def plain_self_training(labelled, labels, unlabelled, num_classes):
+    """numpy: ridge on hard and soft labels by least squares, five rounds and the last fit."""
+
+    def softmax(scores):
+        powers = np.exp(np.log(99 * (num_classes - 1)) * (scores - scores.max(1, keepdims=True)))
+        return powers / powers.sum(1, keepdims=True)
+
+    weight, bias = plain_ridge(labelled, labels, num_classes)
+    x, rest = labelled.double().numpy(), unlabelled.double().numpy()
+    first = guess = softmax(rest @ weight.double().numpy().T + bias.double().numpy())
+    both = np.concatenate([x, rest])
+    centred = both - both.mean(0)
+    penalty = (centred**2).sum() / len(both)
+    for step in range(6):
+        y = np.concatenate([np.eye(num_classes)[labels.numpy()], guess])
+        rows = np.concatenate([centred, np.sqrt(penalty) * np.eye(x.shape[1])])
+        goal = np.concatenate([y - y.mean(0), np.zeros((x.shape[1], num_classes))])
+        weight = np.linalg.lstsq(rows, goal, rcond=None)[0].T
+        class_means = [np.average(both, axis=0, weights=y[:, k]) for k in range(num_classes)]
+        bias = -weight @ np.mean(class_means, axis=0)
+        if step < 5:
+            guess = 0.7 * softmax(rest @ weight.T + bias) + 0.3 * first
+    return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
+
+
+def self_trained(features, labels, unlabelled, whitening=None):
+    ridge = StreamingRidge(4)
+    ridge.add(features, labels)
+    return self_training_classifier(ridge, unlabelled, whitening)
+
+
+@pytest.mark.parametrize('whitened', [False, True])
+@pytest.mark.parametrize('count', [1, 300])
+def test_self_training_is_that_of_a_plain_rewrite(count, whitened):
+    features, labels = labelled_features(12)
+    unlabelled = labelled_features(400)[0][-count:] + 0.3
+    _, _, whitening = spread_within_classes()
+    if not whitened:
+        whitening = torch.eye(9)
+    weight, bias = plain_self_training(features @ whitening, labels, unlabelled @ whitening, 4)
+    expected = weight @ whitening, bias
+    found = self_trained(features, labels, unlabelled, whitening if whitened else None)
+    assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    alone = ridge_classifier(features, labels, 4, whitening)[0]
+    assert (found[0] - alone).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('shares', [(1, 1, 1, 1), (8, 4, 2, 1)])
+def test_unlabelled_images_help_where_labels_are_few(shares):
+    """Four clouds in 32 dimensions, two labels each: what the others tell about the clouds, also in unequal numbers."""
+    torch.manual_seed(0)
+    right = {'alone': 0.0, 'with': 0.0}
+    for _ in range(10):
+        places = 1.2 * torch.randn(4, 32)
+        counts = torch.tensor(shares) * 400 // sum(shares)
+        rest = places.repeat_interleave(counts, 0) + 2 * torch.randn(int(counts.sum()), 32)
+        labels, tests = torch.arange(4).repeat(2), torch.arange(4).repeat(200)
+        features, tested = places[labels] + 2 * torch.randn(8, 32), places[tests] + 2 * torch.randn(800, 32)
+        for name, (weight, bias) in {
+            'alone': ridge_classifier(features, labels, 4),
+            'with': self_trained(features, labels, rest),
+        }.items():
+            right[name] += float(((tested @ weight.t() + bias).argmax(1) == tests).float().mean()) / 10
+    assert right['with'] > right['alone'] + 0.05, right
+
+
+def test_neither_order_nor_scale_changes_self_training():
+    features, labels = labelled_features(12)
+    unlabelled, query = labelled_features(100)[0], torch.randn(50, 9)
+    answers = []
+    for scale, order in ((1.0, torch.arange(100)), (1e-3, torch.arange(100).flip(0)), (1e4, torch.randperm(100))):
+        weight, bias = self_trained(scale * features, labels, scale * unlabelled[order])
+        answers.append(scale * query @ weight.t() + bias)
+    assert_close(answers[1], answers[0], rtol=1e-3, atol=1e-4)
+    assert_close(answers[2], answers[0], rtol=1e-3, atol=1e-4)
+    assert answers[0].std(0).min() > 0.01
+
+
+def test_self_training_of_features_without_spread_is_finite():
+    for weight, bias in (
+        self_trained(torch.full((4, 3), 0.1), torch.arange(4), torch.full((2, 3), 0.1)),
+        self_trained(torch.zeros(4, 3), torch.arange(4), torch.zeros(1, 3)),
+    ):
+        assert weight.isfinite().all()
+        assert bias.isfinite().all()
+
+
+def test_thousands_of_images_that_are_alike_are_no_error():
+    rows = torch.full((1, 64), 30.0) + 1e-4 * torch.randn(64)
+    labels = torch.arange(4).repeat(500)
+    weight, bias = self_trained(rows.repeat(2000, 1), labels, rows.repeat(3000, 1))
+    assert weight.isfinite().all()
+    assert bias.isfinite().all()
+
+
+def test_self_training_of_one_class_is_refused():
+    ridge = StreamingRidge(1)
+    ridge.add(torch.randn(3, 5), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(InputError, match='one class only'):
+        self_training_classifier(ridge, torch.randn(9, 5))
+
+
+def test_a_class_without_a_labelled_image_is_named_in_spite_of_others():
+    with pytest.raises(InputError, match='no image of class 3: '):
+        self_trained(torch.randn(3, 5), torch.arange(3), torch.randn(9, 5))

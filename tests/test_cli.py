@@ -23,6 +23,7 @@ import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import timm_pudnet
@@ -138,6 +139,51 @@ def test_a_prediction_says_what_it_found_and_did_and_wrote(images, work, predict
     assert model.num_classes == 3
     share = float(re.search(r'Accuracy +([\d.]+)%', out)[1])
     assert share > 60
+
+
+def test_images_without_labels_teach_the_head(images, work, predict, pictures, write_folder):
+    write_folder(work / 'rest', pictures(30, seed=9)[0])
+    out = succeeds(*predict(images, '--unlabelled', 'rest')).stdout
+    for needle in ('Also       30 unlabelled images in rest, for the head', '18 give the weights', 'Accuracy'):
+        assert needle in out
+    assert 'Repeated' not in out
+    page = (work / 'model' / 'report' / 'index.html').read_text()
+    assert 'Unlabelled images' in page
+    assert 'Head' in page
+    assert 'ridge' in page
+    alone = succeeds(*predict(images, '--head', 'ridge', out='alone')).stdout
+    weights = [load_file(work / name / 'model.safetensors')['fc.weight'] for name in ('model', 'alone')]
+    assert (weights[0] - weights[1]).abs().max() > 1e-4
+    assert 'unlabelled' not in alone
+
+
+def test_images_kept_aside_that_are_among_those_without_labels_are_told(images, work, predict):
+    """All images below a folder are taken, loose ones too."""
+    shutil.copytree(images, 'rest')
+    shutil.copy(next((images / 'cup').iterdir()), 'rest/loose.png')
+    out = succeeds(*predict(images, '--unlabelled', 'rest')).stdout
+    assert 'Also       25 unlabelled images' in out
+    assert 'Repeated   6 of the images kept aside' in out
+
+
+def test_images_without_labels_that_cannot_be_read_are_counted(images, work, predict):
+    shutil.copytree(images, 'rest')
+    for path in [*sorted(Path('rest/cup').iterdir())[:2], next((images / 'cup').iterdir())]:
+        path.write_bytes(b'no image')
+    succeeds(*predict(images, '--unlabelled', 'rest'))
+    assert '3 images could not be read' in (work / 'model' / 'report' / 'index.html').read_text()
+
+
+@pytest.mark.parametrize(
+    ('more', 'needles'),
+    [
+        (('--unlabelled', 'nowhere'), ['nowhere']),
+        (('--unlabelled', '{images}', '--head', 'centroid'), ['head centroid', 'unlabelled']),
+    ],
+)
+def test_images_without_labels_that_cannot_be_used_are_refused(more, needles, images, work, predict):
+    fails(*predict(images, *(str(text).format(images=images) for text in more)), needles=needles)
+    assert not list(work.iterdir())
 
 
 def test_without_out_nothing_is_written_and_that_is_said(images, work, tiny_folder, nothing_written):
@@ -621,6 +667,21 @@ def test_evaluation_is_of_unseen_classes_only_and_beside_the_control(trained, sh
     assert results['config_sha256'] == config_sha256(tmp_path / 'hypernet')
     assert (results['images'], results['split'], results['support_split']) == ('my shapes', 'test', None)
     assert str(tmp_path / 'hypernet' / 'results.json') in result.stdout
+
+
+def test_evaluation_with_images_without_labels(trained, shapes, tmp_path):
+    hypernet = shutil.copytree(trained[0], tmp_path / 'hypernet')
+    line = (*evaluation(hypernet, shapes / 'my shapes'), '--n-unlabelled', '5', '--save', '--protocol', 'unlabelled')
+    result = succeeds(*line, '--without', 'mean_sketch', '--without', 'random_weights')
+    found = json.loads((hypernet / 'results.unlabelled.json').read_text())
+    assert (found['n_unlabelled'], found['support_images']) == (5, 6)
+    assert set(found['accuracy_self_training']) == {'predicted', 'swapped_sketch', 'raw_pixels'}
+    for needle in ('and 5 images without', 'self-training', 'self_training_gain'):
+        assert needle in result.stdout, needle
+    groups = timm_pudnet.evaluation.TestGroups.load(hypernet / 'groups.unlabelled.json')
+    assert (groups.digest, groups.n_unlabelled) == (found['groups_digest'], 5)
+    fails(*line, '--without', 'mean', needles=['mean', 'mean_sketch'])
+    fails(*evaluation(hypernet, shapes / 'my shapes'), '--n-unlabelled', '99', needles=['26 images', '104'])
 
 
 @pytest.fixture(scope='module')

@@ -11,7 +11,13 @@ import timm
 import torch
 from torch.testing import assert_close
 
-from timm_pudnet.adapt import StreamingCentroids, StreamingRidge, calibrate, ridge_classifier
+from timm_pudnet.adapt import (
+    StreamingCentroids,
+    StreamingRidge,
+    calibrate,
+    ridge_classifier,
+    self_training_classifier,
+)
 from timm_pudnet.config import DamagedFileError, InputConfig, InputError
 from timm_pudnet.evaluation import (
     TestGroups,
@@ -24,6 +30,7 @@ from timm_pudnet.evaluation import (
     weights_digest,
 )
 from timm_pudnet.hypernet import PudNet
+from timm_pudnet.predict import predict_model
 from timm_pudnet.training import ImageBank
 from timm_pudnet.training.conditions import Condition
 
@@ -661,3 +668,149 @@ def test_scratch_that_never_gets_there_says_so(hypernet, bank, support_bank, mon
     assert_close(result['adam']['seconds_ratio'], result['adam']['curve'][0]['seconds']['mean'] / 0.5)
     with pytest.raises(InputError, match='2 groups, there are 1'):
         compare_scratch(hypernet, bank, groups, support_bank, 2, progress=False)
+
+
+# Images without labels
+
+
+@pytest.mark.parametrize('with_bank', [False, True])
+def test_unlabelled_images_are_in_neither_support_nor_query(with_bank, bank, support_bank, tmp_path):
+    given = support_bank if with_bank else None
+    asked = {'count': 8, 'n_way': 3, 'n_shot': 2, 'n_query': 3, 'support_bank': given}
+    groups = TestGroups.draw(bank, **asked, n_unlabelled=4)
+    same = TestGroups.draw(bank, **asked)
+    assert_close((groups.support, groups.query), (same.support, same.query), rtol=0, atol=0)
+    assert groups.digest != same.digest
+    groups.save(tmp_path / 'groups.json')
+    loaded = TestGroups.load(tmp_path / 'groups.json')
+    assert (loaded.digest, loaded.n_unlabelled) == (groups.digest, 4)
+    assert groups.first(3).n_unlabelled == 4
+    seen = []
+    for number in range(8):
+        support, query = loaded.images(number, bank, given, InputConfig(), torch.device('cpu'))
+        rest = loaded.unlabelled(number, bank, given, InputConfig(), torch.device('cpu'))
+        assert support.labels.tolist() == [0, 0, 1, 1, 2, 2]
+        assert rest.labels.tolist() == [0] * 12
+        classes = (given or bank).labels
+        assert torch.equal(classes[rest.places], classes[support.places][::2].repeat_interleave(4))
+        places = [*support.places.tolist(), *rest.places.tolist(), *([] if with_bank else query.places.tolist())]
+        assert len(set(places)) == len(places)
+        seen.append(tuple(rest.places.tolist()))
+    assert len(set(seen)) == 8
+    changed = json.loads((tmp_path / 'groups.json').read_text()) | {'n_unlabelled': '4'}
+    (tmp_path / 'groups.json').write_text(json.dumps(changed))
+    with pytest.raises(DamagedFileError, match='n_unlabelled'):
+        TestGroups.load(tmp_path / 'groups.json')
+
+
+def test_more_unlabelled_images_than_there_are_are_refused(bank, support_bank, one_line):
+    with pytest.raises(InputError) as error:
+        TestGroups.draw(bank, n_way=2, n_shot=3, n_query=3, n_unlabelled=5)
+    one_line(error, "'red'", '10 images', '11')
+    with pytest.raises(InputError, match="'red' has 6 images for support, a group needs 7"):
+        TestGroups.draw(bank, n_way=2, n_shot=3, n_query=3, n_unlabelled=4, support_bank=support_bank)
+    with pytest.raises(InputError, match='n_shot all leaves no image'):
+        TestGroups.draw(bank, n_shot='all', n_query=3, n_unlabelled=1, support_bank=support_bank)
+    for number in (-1, 2.5, 5000):
+        with pytest.raises(InputError) as error:
+            TestGroups.draw(bank, n_way=2, n_shot=3, n_query=3, n_unlabelled=number)
+        one_line(error, 'n_unlabelled', '0 to 2048', str(number))
+
+
+@pytest.mark.parametrize('whole', [True, False])
+def test_a_self_trained_head_is_that_of_predict_model(whole, bank, monkeypatch):
+    """The same images through the public function, which is never shown labels of the unlabelled ones."""
+    if not whole:
+        small_batches(monkeypatch)
+    torch.manual_seed(3)
+    net = PudNet.for_target('test_resnet', sketch_width=16, input=InputConfig(input_size=(3, 16, 16)))
+    noisy = ImageBank(
+        (bank.images.float() * 0.2 + 100 + 60 * torch.randn(bank.images.shape)).clamp(0, 255).byte(),
+        bank.labels,
+        bank.class_names,
+    )
+    groups = TestGroups.draw(noisy, count=6, n_way=4, n_shot=1, n_query=3, n_unlabelled=6)
+    result = evaluate(net, noisy, groups, progress=False)
+    right = 0
+    for number in range(6):
+        support, query = groups.images(number, noisy, None, net.config.input, torch.device('cpu'))
+        rest = groups.unlabelled(number, noisy, None, net.config.input, torch.device('cpu'))
+        given, others = noisy.images[support.places], noisy.images[rest.places]
+        model = predict_model('test_resnet', given, support.labels, unlabelled=others, hypernet=net)
+        with torch.inference_mode():
+            images = torch.cat([part for part, _ in query.batches()])
+            right += int((model(images).argmax(1) == query.labels).sum())
+    found = result['accuracy_self_training']
+    assert_close(found['predicted']['mean'], 100 * right / 72, rtol=1e-4, atol=1e-4)
+    assert set(found) == set(result['accuracy_ridge'])
+    assert_close(
+        result['self_training_gain']['mean'], found['predicted']['mean'] - result['accuracy_ridge']['predicted']['mean']
+    )
+    assert_close(
+        result['self_training_gain_over_raw_pixels']['mean'], found['predicted']['mean'] - found['raw_pixels']['mean']
+    )
+    assert (result['n_unlabelled'], result['support_images']) == (6, 4)
+    assert 'self-training' in format_table(result)
+    assert len({row['mean'] for row in found.values()}) > 1
+    alone = evaluate(net, noisy, TestGroups(groups.support, groups.query), progress=False)
+    assert (alone['accuracy'], alone['accuracy_ridge']) == (result['accuracy'], result['accuracy_ridge'])
+
+
+def test_the_draw_of_unlabelled_images_stays_what_it_was(bank):
+    """Published groups keep their number alone; these are the places that it stands for."""
+    groups = TestGroups.draw(bank, count=3, n_way=2, n_shot=2, n_query=3, n_unlabelled=2)
+    found = [
+        groups.unlabelled(number, bank, None, InputConfig(), torch.device('cpu')).places.tolist() for number in range(3)
+    ]
+    assert found == [[28, 4, 21, 37], [0, 36, 23, 19], [32, 36, 22, 34]]
+
+
+def test_scratch_has_no_use_for_images_without_labels(hypernet, bank, support_bank, one_line):
+    groups = TestGroups.draw(bank, n_way=2, n_shot=2, n_query=3, n_unlabelled=2, support_bank=support_bank)
+    with pytest.raises(InputError) as error:
+        compare_scratch(hypernet, bank, groups, support_bank, 1)
+    one_line(error, 'scratch', 'without unlabelled')
+
+
+def test_hidden_labels_are_hidden(hypernet, bank, monkeypatch):
+    """The head gets two labels a class and the other images in one heap; which class they are of changes nothing."""
+    given = []
+
+    def record(labelled, unlabelled, whitening):
+        given.append((labelled.centroids.counts.tolist(), unlabelled[unlabelled.sum(1).argsort()]))
+        return self_training_classifier(labelled, unlabelled, whitening)
+
+    monkeypatch.setattr(measure, 'self_training_classifier', record)
+    groups = TestGroups.draw(bank, count=4, n_way=4, n_shot=2, n_query=2, n_unlabelled=3)
+    hidden = groups.unlabelled(0, bank, None, InputConfig(), torch.device('cpu')).places
+    first = groups.first(1)
+    before = evaluate(hypernet, bank, first, progress=False)
+    # The images of hidden labels change places with each other: other images in these classes, the same set.
+    images = bank.images.clone()
+    images[hidden] = bank.images[hidden[torch.randperm(12, generator=torch.Generator().manual_seed(0))]]
+    after = evaluate(hypernet, ImageBank(images, bank.labels, bank.class_names), first, progress=False)
+    assert after['accuracy_self_training'] == before['accuracy_self_training']
+    half = len(given) // 2
+    assert half == len(before['accuracy_self_training'])
+    for (counts, rows), (others, mixed) in zip(given[:half], given[half:], strict=True):
+        assert counts == others == [2, 2, 2, 2]
+        assert rows.shape[0] == 12
+        if rows.shape[1] > 20:  # not the pixels, which are in a basis of their span
+            assert_close(mixed, rows, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['swapped_sketch', 'mean_sketch', 'random_weights', 'raw_pixels', 'plain'])
+def test_a_control_can_be_left_out(name, hypernet, bank, groups):
+    plain = timm.create_model('test_resnet', num_classes=0)
+    controls = {'plain': (plain, torch.eye(plain.num_features))}
+    result = evaluate(hypernet, bank, groups, controls=controls, without=[name], progress=False)
+    assert list(result['accuracy']) == [arm for arm in [*ARMS, 'plain', 'plain_own_statistics'] if arm != name]
+    gains = {'swapped_sketch': 'conditioning_gain', 'mean_sketch': 'conditioning_gain_over_mean_sketch'}
+    assert gains.get(name, f'gain_over_{name}') not in result
+
+
+@pytest.mark.parametrize('name', ['predicted', 'swapped', 'other_domain_sketch'])
+def test_what_is_not_measured_cannot_be_left_out(name, hypernet, bank, groups, one_line):
+    with pytest.raises(InputError) as error:
+        evaluate(hypernet, bank, groups, without=[name], progress=False)
+    one_line(error, name, 'mean_sketch')

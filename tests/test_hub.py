@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch.testing import assert_close
 
 import timm_pudnet
@@ -29,7 +30,7 @@ from timm_pudnet import (
 )
 from timm_pudnet.evaluation import TestGroups
 from timm_pudnet.files import config_sha256, weights_sha256
-from timm_pudnet.hub import resolve_hypernet
+from timm_pudnet.hub import hypernet_card, resolve_hypernet
 
 UNSEEN = {'Shirt', 'Sneaker', 'Bag', 'Ankle boot'}
 
@@ -287,7 +288,13 @@ def test_release_publishes_nothing_unless_all_are_complete(complete, tiny_folder
 # Those in hub/
 
 HUB = Path(timm_pudnet.__file__).parents[1] / 'hub'
-CLASSIFIERS = ['resnet18.fashion_set', 'resnet18.mixed', 'resnet18.cifar100_set', 'convnet3.cifar100_set']
+CLASSIFIERS = [
+    'resnet18.fashion_set',
+    'resnet18.mixed',
+    'resnet18.cifar100_set',
+    'resnet18.cifar100_superclass',
+    'convnet3.cifar100_set',
+]
 DENOISERS = ['blindspot_unet.mixed_noise']
 PUBLISHED = CLASSIFIERS + DENOISERS
 
@@ -353,6 +360,43 @@ def test_published_results_are_of_the_published_weights_and_unseen_classes(publi
         assert groups.digest == results['groups_digest']
         assert results['accuracy']['predicted']['mean'] > results['chance']
     assert (published / 'README.md').is_file()
+
+
+def test_groups_with_unlabelled_images_are_the_published_ones():
+    """What the table says of them: the same support and query as without, so the same accuracy by the labels alone."""
+    found = list(HUB.glob('*/groups*unlabelled.json'))
+    assert found
+    for path in found:
+        without = path.with_name(path.name.replace('-unlabelled', '').replace('.unlabelled', ''))
+        with_them, alone = (json.loads(file.read_text()) for file in (path, without))
+        assert with_them.pop('n_unlabelled') > 0
+        assert with_them == alone
+        results = [
+            json.loads(file.with_name(file.name.replace('groups', 'results')).read_text()) for file in (path, without)
+        ]
+        for head in ('accuracy', 'accuracy_ridge'):
+            means = [result[head]['predicted']['mean'] for result in results]
+            assert_close(means[0], means[1], rtol=0, atol=0.05)
+
+
+def test_a_card_says_how_many_images_had_no_labels(tiny_folder, tmp_path):
+    row = {'predicted': {'mean': 61.0, 'interval': 1.0}}
+    trained = {'predicted': {'mean': 67.0, 'interval': 1.0}}
+    results = {
+        'results.json': {'n_way': 5, 'n_shot': 10, 'groups': 3, 'accuracy': row},
+        'results.unlabelled.json': {
+            **{'n_way': 5, 'n_shot': 10, 'groups': 3, 'n_unlabelled': 75, 'accuracy': row},
+            **{'accuracy_ridge': row, 'accuracy_self_training': trained},
+        },
+    }
+    card = hypernet_card(tmp_path, load_hypernet(tiny_folder), results, 'org/name', 'mit')
+    assert '10 labels and 75 images without a class, 3 groups' in card
+    assert '| predicted | 67.00 ± 1.00 |' in card
+    assert '| predicted | 61.00 ± 1.00 |' in card
+    found = ModelCard(card).data.eval_results
+    heads = ['centroid', 'centroid', 'ridge', 'self-trained ridge']
+    assert [result.metric_name.split(', ')[1] for result in found] == [f'{head} head' for head in heads]
+    assert [result.metric_args.get('n_unlabelled') for result in found] == [None, 75, 75, 75]
 
 
 def test_a_published_sketch_tells_sets_apart(published):

@@ -38,7 +38,7 @@ from timm_pudnet import (
     save_model,
 )
 from timm_pudnet import predict as room
-from timm_pudnet.adapt import ridge_classifier
+from timm_pudnet.adapt import StreamingRidge, ridge_classifier, self_training_classifier
 from timm_pudnet.sketch import ImageSample
 
 NAMES = ('cup', 'jar', 'pan')
@@ -420,6 +420,99 @@ def test_order_changes_nothing_in_the_ridge(order, net, support, query):
     )
     with torch.inference_mode():
         assert_close(found(query[0]), model(query[0]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('two_passes', [False, True])
+def test_unlabelled_images_teach_the_head_alone(two_passes, net, support, query, pictures, monkeypatch):
+    pixels, names = support
+    pixels, names, rest = pixels[:6], names[:6], pictures(30, seed=5)[0]
+    if two_passes:
+        monkeypatch.setattr(ImageSample, 'for_size', lambda size: ImageSample(4))
+    found = predict_model('test_resnet', pixels, names, unlabelled=rest, hypernet=net, batch_size=4)
+    alone = predict_model('test_resnet', pixels, names, hypernet=net, head='ridge', batch_size=4)
+    for key, value in alone.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value) != key.startswith('fc.'), key
+    images, _ = in_one_batch(net, np.concatenate([pixels, rest]))
+    with torch.inference_mode():
+        features = found.forward_head(found.forward_features(images), pre_logits=True)
+        right = (found(query[0]).argmax(1) == query[1]).float().mean()
+    ridge = StreamingRidge(3)
+    ridge.add(features[:6], torch.tensor(numbers(names)))
+    expected = self_training_classifier(ridge, features[6:], net.whitening)
+    assert_close((found.fc.weight.detach(), found.fc.bias.detach()), expected, rtol=1e-3, atol=1e-4)
+    assert right > 0.9
+
+
+def test_labels_of_unlabelled_images_are_not_looked_at(net, support, pictures, write_folder, tmp_path, query):
+    rest = pictures(12, seed=5)[0]
+    write_folder(tmp_path / 'flat', rest)
+    write_folder(tmp_path / 'classes', rest, ['a', 'b'] * 6)
+    models = [
+        predict_model('test_resnet', *support, unlabelled=given, hypernet=net, batch_size=size)
+        for given, size in ((rest, 5), (rest[::-1].copy(), 256), (tmp_path / 'flat', 256), (tmp_path / 'classes', 7))
+    ]
+    for model in models[1:]:
+        state_close(model.state_dict(), models[0].state_dict(), 1e-4)
+        assert model.pretrained_cfg['label_names'] == NAMES
+    assert models[0].num_classes == 3
+
+
+class SomeLabels(PicturesWithoutNumbers):
+    """A semi-supervised set as people have them: the first image has a label, others have -1, or what is no label."""
+
+    def __getitem__(self, position):
+        return super().__getitem__(position), [0, -1, {'box': 3}][position % 3]
+
+
+@pytest.mark.parametrize('kind', ['dataset', 'loose images beside a class folder', 'folders like splits', 'loader'])
+def test_whatever_labels_the_unlabelled_have_all_their_images_are_used(
+    kind, net, support, pictures, write_folder, tmp_path
+):
+    rest = pictures(12, seed=5)[0]
+    given = SomeLabels(rest, ['cup'] * 12)
+    if kind == 'loader':
+        given = DataLoader(TensorDataset(nchw(rest), torch.tensor([0, *[-1] * 11])), batch_size=5)
+    elif kind != 'dataset':
+        write_folder(tmp_path, rest, ['a'] * 3 + ['.'] * 9 if 'loose' in kind else ['train', 'test'] * 6)
+        given = tmp_path
+    model, expected = (
+        predict_model('test_resnet', *support, unlabelled=unlabelled, hypernet=net) for unlabelled in (given, rest)
+    )
+    state_close(model.state_dict(), expected.state_dict(), 1e-4)
+
+
+def test_of_very_many_unlabelled_images_a_sample_is_used(net, support, pictures, monkeypatch):
+    monkeypatch.setattr('timm_pudnet.predict.MOST_UNLABELLED', 9)
+    monkeypatch.setattr(ImageSample, 'for_size', lambda size: ImageSample(7))
+    used = []
+
+    def record(labelled, unlabelled, whitening):
+        used.append(unlabelled)
+        return self_training_classifier(labelled, unlabelled, whitening)
+
+    monkeypatch.setattr('timm_pudnet.predict.self_training_classifier', record)
+    rest = pictures(40, seed=5)[0]
+    for order in (slice(None), slice(None, None, -1)):
+        predict_model('test_resnet', *support, unlabelled=rest[order].copy(), hypernet=net, batch_size=6)
+    assert len(used[0]) == 9
+    in_order = [rows[rows.sum(1).argsort()] for rows in used]
+    assert_close(in_order[0], in_order[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'needles'),
+    [
+        ({'head': 'centroid'}, ['head centroid', 'unlabelled']),
+        ({'head': 'none'}, ['head none', 'unlabelled']),
+        ({'num_classes': 0}, ['head none', 'unlabelled']),
+        ({'labels': None}, ['label', 'images']),
+    ],
+)
+def test_what_unlabelled_images_do_not_go_with_is_told_in_one_line(kwargs, needles, net, support, one_line):
+    pixels, names = support
+    with pytest.raises(InputError) as error:
+        predict_model('test_resnet', pixels, **{'labels': names, **kwargs}, unlabelled=pixels, hypernet=net)
+    one_line(error, *needles)
 
 
 @pytest.mark.parametrize('counts', [{'cup': 3, 'jar': 2}, {'cup': 1, 'jar': 1}, {'cup': 9, 'jar': 1, 'pan': 4}])

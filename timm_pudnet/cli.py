@@ -73,9 +73,13 @@ def _data_options(split: str) -> Callable[[Callable[..., None]], Callable[..., N
 @click.option(
     '--head',
     type=click.Choice(['centroid', 'ridge', 'none']),
-    default='centroid',
-    show_default=True,
-    help='Classifier: class centroids, ridge regression, or none for a feature model.',
+    help='Classifier: class centroids (default), ridge regression (default with --unlabelled), or none for a feature '
+    'model.',
+)
+@click.option(
+    '--unlabelled',
+    help='More images of the same classes, without labels: a folder or a timm dataset name. The head learns from them '
+    'too (self-training).',
 )
 @click.option(
     '--holdout', default=0.25, show_default=True, help='Share of the labelled images kept aside for the test.'
@@ -92,7 +96,8 @@ def predict(
     images: str,
     out: Path | None,
     hypernet: str | None,
-    head: Literal['centroid', 'ridge', 'none'],
+    head: Literal['centroid', 'ridge', 'none'] | None,
+    unlabelled: str | None,
     holdout: float,
     seed: int,
     device: str | None,
@@ -102,6 +107,7 @@ def predict(
     split: str,
 ) -> None:
     """Predict MODEL_NAME's weights for IMAGES, a folder (one subfolder a class) or a timm dataset name."""
+    head = head or ('centroid' if unlabelled is None else 'ridge')
     import torch
 
     from timm_pudnet import evaluation
@@ -120,6 +126,10 @@ def predict(
     expectation = _expectation_of(network)
     source = open_images(images, input=config, split=split, data_dir=data_dir, strict=strict)
     click.echo(f'Found      {source.description}')
+    others = None
+    if unlabelled is not None:
+        others = open_images(unlabelled, input=config, split=split, data_dir=data_dir, strict=strict, with_labels=False)
+        click.echo(f'Also       {others.description}, for the head')
     kept, tested = evaluation.split_held_out(source, holdout if head != 'none' else 0, seed)
     single = []
     if tested is not None and source.class_names:
@@ -130,7 +140,7 @@ def predict(
         click.echo(f'Kept aside {len(tested):,} of them for the test, {len(kept):,} give the weights')
     chans, height, width = config.input_size
     started = time.perf_counter()
-    model = room.predict_model(model_name, kept, hypernet=network, head=head, device=device)
+    model = room.predict_model(model_name, kept, unlabelled=others, hypernet=network, head=head, device=device)
     seconds = time.perf_counter() - started
     where = next(model.parameters()).device
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -141,7 +151,7 @@ def predict(
     told: dict[str, Any] = {}
     if expectation is not None:
         told = _expect(expectation, network, model, kept, head)
-    test = None if tested is None else evaluation.measure_held_out(model, kept, tested)
+    test = None if tested is None else evaluation.measure_held_out(model, kept, tested, others)
     for row in () if test is None else test.lines():
         click.echo(row)
     if not source.labelled:
@@ -152,8 +162,13 @@ def predict(
         click.echo('Not saved: add --out FOLDER to keep the model and a page about it')
         return
     notes = [f'Only one image each, none kept aside: {_some(tuple(single))}'] if single else []
-    skipped = {*kept.skipped, *(tested.skipped if tested is not None else ())}
-    notes += [f'{len(skipped):,} images could not be read and were left out.'] if skipped else []
+    skipped = sum(len(part.skipped) for part in (kept, tested, others) if part is not None)
+    notes += [f'{skipped:,} images could not be read and were left out.'] if skipped else []
+    if others is not None:
+        notes.append(
+            f'{others.description} taught the head too; they are not shown here, and what raw pixels reach is by the '
+            'labelled images alone.'
+        )
     classes = f'{len(source.class_names):,} classes' if source.class_names else 'no labels'
     gave = f'{classes}; {len(kept):,} gave the weights' if tested is not None else f'{classes}; all gave the weights'
     tiles = [('Predicted in', f'{seconds:.2f} s', f'{count / 1e6:.1f}M weights, on {where}')]
@@ -182,6 +197,7 @@ def predict(
             'Images': source.description,
             'Hypernetwork': f'{network.name}, weights {evaluation.weights_digest(network)}',
             'Head': head,
+            **({'Unlabelled images': others.description} if others is not None else {}),
             'Input': f'{chans}x{height}x{width}',
             'Model': f'{count:,} weights, {size:.1f} MB on disk',
             'sha256 of model.safetensors': sha256(files['model.safetensors']),
@@ -354,6 +370,8 @@ def _try_recipe(recipe: Any, banks: Any, device: str | None) -> None:
 @click.option('--other-data-dir', help='Root of the timm dataset of --other.')
 @click.option('--scratch', default=0, help='Train from scratch too, on so many groups; needs --support-split.')
 @click.option('--scratch-epochs', default=10, show_default=True, help='Epochs of training from scratch.')
+@click.option('--without', multiple=True, help='A control to leave out, for want of time: swapped_sketch, ...')
+@click.option('--n-unlabelled', default=0, help='Further images a class whose labels are hidden, for self-training.')
 @click.option('--save', is_flag=True, help='Write results.json and groups.json into the folder of HYPERNET.')
 @click.option('--protocol', help='Name for --save: writes results.NAME.json and groups.NAME.json instead.')
 @click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
@@ -373,6 +391,8 @@ def evaluate(
     other_data_dir: str | None,
     scratch: int,
     scratch_epochs: int,
+    without: tuple[str, ...],
+    n_unlabelled: int,
     save: bool,
     protocol: str | None,
     device: str | None,
@@ -408,6 +428,8 @@ def evaluate(
         )
     if scratch and support_split is None:
         raise InputError('--scratch trains on all images of the support split: add --support-split')
+    if scratch and n_unlabelled:
+        raise InputError('--scratch trains on labelled images: leave out one of it and --n-unlabelled')
     if other_data_dir and not other:
         raise InputError('--other-data-dir is the root of the set that --other names: add --other, or leave it out')
     if protocol is not None and not (save and re.fullmatch(r'[\w-]+', protocol)):
@@ -449,6 +471,7 @@ def evaluate(
         seed=seed,
         support_bank=support_bank,
         conditions=conditions,
+        n_unlabelled=n_unlabelled,
     )
     rivals = {}
     for path in controls:
@@ -463,7 +486,14 @@ def evaluate(
             raise InputError(f'--control {path} holds no timm model: {error}') from error
     network = network.to(usable_device(device))
     result = evaluation.evaluate(
-        network, bank, drawn, support_bank=support_bank, other=other_bank, controls=rivals, seed=seed
+        network,
+        bank,
+        drawn,
+        support_bank=support_bank,
+        other=other_bank,
+        controls=rivals,
+        without=without,
+        seed=seed,
     )
     if scratch:
         assert support_bank is not None

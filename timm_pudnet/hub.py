@@ -504,8 +504,8 @@ def hypernet_card(
             evaluated += [_psnr_result(file, found, one) for one in found['noises']]
             continue
         kind = str(found.get('images') or (listed[0] if len(listed) == 1 else 'unnamed'))
-        budget = f'{found["n_way"]}-way, {found.get("n_shot")} labels a class, {found.get("groups")} groups'
-        for key, head in (('accuracy', 'centroid'), ('accuracy_ridge', 'ridge')):
+        heads = {'accuracy': 'centroid', 'accuracy_ridge': 'ridge', 'accuracy_self_training': 'self-trained ridge'}
+        for key, head in heads.items():
             row = found.get(key, {}).get('predicted')
             if row is None:
                 continue
@@ -516,18 +516,25 @@ def hypernet_card(
                     dataset_name=f'{kind}, classes unseen in training ({file})',
                     dataset_split=found.get('split'),
                     metric_type='accuracy',
-                    metric_name=f'accuracy in percent, {head} head, {budget}',
+                    metric_name=f'accuracy in percent, {head} head, {_budget(found)}',
                     metric_value=round(float(row['mean']), 2),
                     metric_args={
                         'interval': round(float(row['interval']), 2),
                         'interval_is': 'half-width, 95 %',
                         'n_way': found['n_way'],
                         'n_shot': found.get('n_shot'),
+                        **({'n_unlabelled': found['n_unlabelled']} if found.get('n_unlabelled') else {}),
                     },
                 )
             )
     card.data = type(card.data)(eval_results=evaluated, model_name=hypernet.name, **data)
     return str(card)
+
+
+def _budget(found: Mapping[str, Any]) -> str:
+    """Classes, labels and groups of a result, in words."""
+    others = f' and {found["n_unlabelled"]} images without' if found.get('n_unlabelled') else ''
+    return f'{found["n_way"]}-way, {found.get("n_shot")} labels{others} a class, {found.get("groups")} groups'
 
 
 def _psnr_result(file: str, found: Mapping[str, Any], condition: Mapping[str, Any]) -> Any:
@@ -580,9 +587,9 @@ def _plain_card(hypernet: PudNet, results: Mapping[str, Mapping[str, Any]], repo
                 lines.append(f'| {one["sigma"]} ({shown(one["reading"])}) | {" | ".join(cells)} |')
             lines.append('')
             continue
-        rows = found['accuracy'].items()
+        rows = found.get('accuracy_self_training', found['accuracy']).items()
         lines += [
-            f'{found["n_way"]}-way, {found.get("n_shot")} labels a class, {found.get("groups")} groups (`{file}`):\n',
+            f'{_budget(found)} (`{file}`):\n',
             '| weights | accuracy |',
             '|---|---|',
             *(f'| {shown(name)} | {row["mean"]:.2f} ± {row["interval"]:.2f} |' for name, row in rows),

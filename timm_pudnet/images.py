@@ -96,6 +96,7 @@ class ImageSource:
         class_names: tuple[str, ...] | None = None,
         names: Sequence[str] | None = None,
         strict: bool = False,
+        with_labels: bool = True,
     ) -> None:
         self.labels = labels
         self.class_names = class_names
@@ -114,7 +115,7 @@ class ImageSource:
         self._positions = np.arange(0 if self._is_stream else len(data))
         if not self._is_stream and not len(data):
             raise InputError(f'no images: {where} is empty')
-        self.labelled = self._peek()
+        self.labelled = self._peek(with_labels)
         self.description = self._describe()
 
     def __len__(self) -> int:
@@ -211,8 +212,8 @@ class ImageSource:
         classes = len(self.labels.unique())
         return f'{count:,} {plural} in {classes:,} {"class" if classes == 1 else "classes"} {where}'
 
-    def _peek(self) -> bool:
-        """Whether there are labels; looks at the first item only, and keeps it for the first pass."""
+    def _peek(self, with_labels: bool) -> bool:
+        """Whether there are labels to take; looks at the first item only, and keeps it for the first pass."""
         if self._is_stream:
             stream = iter(self._data)
             first = next(stream, None)
@@ -231,7 +232,7 @@ class ImageSource:
                     break
         else:
             return False
-        if labels is None:
+        if labels is None or not with_labels:
             return False
         # timm's datasets give -1 where there is no label.
         return bool((_to_label_tensor(labels if self._batched else [labels], self._where) >= 0).any())
@@ -404,6 +405,7 @@ def open_images(
     split: str = 'train',
     data_dir: str | os.PathLike[str] | None = None,
     strict: bool = False,
+    with_labels: bool = True,
 ) -> ImageSource:
     """Takes images in any form that people have them in, and says at once what is wrong with them.
 
@@ -420,6 +422,7 @@ def open_images(
         split: Which part of a timm dataset.
         data_dir: Where a timm dataset lies.
         strict: Raise for an image that cannot be read, instead of skipping it with a warning.
+        with_labels: False takes the images alone: all that lie below a folder, and no label is looked at.
 
     Returns:
         The images, to be read in batches. Class numbers follow the names of class folders in timm's natural order
@@ -449,7 +452,7 @@ def open_images(
         images = _timm_dataset(images, data_dir, split, input.input_size[0])
     elif isinstance(images, (str, os.PathLike)):
         where = os.fspath(images)
-        images, names, found_labels, class_names = scan_folder(where)
+        images, names, found_labels, class_names = scan_folder(where, with_labels)
     elif isinstance(images, Image.Image):
         raise InputError('one PIL image: pass a list of images, or the folder that holds them')
     elif isinstance(images, (np.ndarray, Tensor)):
@@ -478,12 +481,19 @@ def open_images(
             raise InputError('labels do not fit a DataLoader that shuffles; pass shuffle=False, or the Dataset itself')
         if not is_stream and len(found_labels) != len(data):
             raise InputError(f'{len(found_labels)} labels for {len(data)} images')
-    elif is_stream:
+    elif is_stream and with_labels:
         class_names = _class_names(getattr(data, 'dataset', data))
-    elif is_dataset:
+    elif is_dataset and with_labels:
         found_labels, class_names = _dataset_labels(data)
     return ImageSource(
-        data, input, where=where, labels=found_labels, class_names=class_names, names=names, strict=strict
+        data,
+        input,
+        where=where,
+        labels=found_labels,
+        class_names=class_names,
+        names=names,
+        strict=strict,
+        with_labels=with_labels,
     )
 
 
@@ -683,8 +693,13 @@ def _name_some(entries: Sequence[tuple[str, str]]) -> str:
     return ', '.join(f'{name} ({reason})' for name, reason in entries[:3]) + (', ...' if len(entries) > 3 else '')
 
 
-def scan_folder(root: str) -> tuple[list[str], list[str], Tensor | None, tuple[str, ...] | None]:
-    """Paths, names relative to the folder, labels and class names; the last two are None for a flat folder."""
+def scan_folder(
+    root: str, with_labels: bool = True
+) -> tuple[list[str], list[str], Tensor | None, tuple[str, ...] | None]:
+    """Paths, names relative to the folder, labels and class names.
+
+    The last two are None for a flat folder, and for all images below a folder without labels.
+    """
     parent, name = os.path.split(os.path.abspath(root))
     if not os.path.exists(root):
         near = close_names(name, os.listdir(parent)) if os.path.isdir(parent) else ''
@@ -708,8 +723,9 @@ def scan_folder(root: str) -> tuple[list[str], list[str], Tensor | None, tuple[s
         kinds = ', '.join(sorted(others))
         what = f'{others.total()} other files ({kinds})' if others else 'the folder is empty'
         raise InputError(f'no images in {root}: {what}; images end in {", ".join(IMAGE_EXTENSIONS[:4])}, ...')
-    if not classes:
-        return loose, [os.path.relpath(path, root) for path in loose], None, None
+    if not classes or not with_labels:
+        paths = [*loose, *(path for name in classes for path in found[name])]
+        return paths, [os.path.relpath(path, root) for path in paths], None, None
     if len(classes) > 1 and _SPLIT_NAMES.issuperset(name.lower() for name in classes):
         raise InputError(f'{root} holds splits, not classes: pass {os.path.join(root, classes[0])} or another of them')
     if loose:

@@ -19,12 +19,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from timm_pudnet.adapt import HEADS, calibrate
+from timm_pudnet.adapt import HEADS, MOST_UNLABELLED, StreamingRidge, calibrate, self_training_classifier
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, OutputExistsError, PudNetWarning, first_line
 from timm_pudnet.hub import Pushed, push, resolve_hypernet
 from timm_pudnet.hypernet import PudNet, folder_written_whole, target_of, usable_device
 from timm_pudnet.images import ImageSource, open_images
-from timm_pudnet.sketch import Balance, ImageSample
+from timm_pudnet.sketch import Balance, ImageSample, content_keys
 from timm_pudnet.target import TargetSpec
 
 Head = Literal['centroid', 'ridge', 'none']
@@ -38,8 +38,9 @@ def predict_model(
     images: Any,
     labels: Any = None,
     *,
+    unlabelled: Any = None,
     hypernet: PudNet | str | os.PathLike[str] | None = None,
-    head: Head = 'centroid',
+    head: Head | None = None,
     device: str | torch.device | None = None,
     balance: Balance | None = None,
     batch_size: int = 256,
@@ -61,10 +62,15 @@ def predict_model(
             `Dataset`, a `DataLoader`, or a timm dataset name such as `torch/cifar10`. Images of any size are resized.
         labels: Class of every image, as numbers or names; else those of the data. Without labels the model has no
             classifier and gives features.
+        unlabelled: More images of the same classes, in any form that `images` may have; labels of theirs are not
+            looked at. They teach the head alone, by self-training (`adapt.self_training_classifier`; of more than
+            4,096 a sample). They help most where there are as many of each class and none of others, and
+            little where most guesses are wrong.
         hypernet: A `PudNet`, its folder, its name, or `org/name@revision` on the Hub; by default the one that serves
             the architecture.
         head: What is written into the classifier: `centroid` (eq. 7), `ridge` (a ridge regression to the classes, in
-            closed form, `adapt.StreamingRidge`), or `none` for a feature model in spite of labels.
+            closed form, `adapt.StreamingRidge`), or `none` for a feature model in spite of labels. By default
+            `centroid`; with unlabelled images `ridge`, which alone can use them.
         device: Where to predict; by default CUDA where there is one. The model is returned there.
         balance: How the sketch weighs images: `none`, `class` or `kmeans`; by default `class` where there are labels.
         batch_size: Images read at a time. Changes nothing in the result.
@@ -87,6 +93,8 @@ def predict_model(
         >>> model(torch.rand(1, 3, 32, 32)).shape, model.pretrained_cfg['label_names']
         (torch.Size([1, 2]), ('cup', 'jar'))
     """
+    if head is None:
+        head = 'centroid' if unlabelled is None else 'ridge'
     if head not in (*HEADS, 'none'):
         raise InputError(f'head {head!r}: use {", ".join(HEADS)} or none')
     if not isinstance(batch_size, int) or batch_size < 1:
@@ -96,6 +104,8 @@ def predict_model(
             raise InputError(f'{name}: the weights come from the images; leave it out')
     if timm_kwargs.get('num_classes') == 0 or timm_kwargs.get('features_only'):
         head = 'none'
+    if unlabelled is not None and head != 'ridge':
+        raise InputError(f'head {head} cannot use unlabelled images: leave head out (it is ridge then), or these')
     if model_name == 'blindspot_unet':
         raise InputError(
             f'{model_name} gives images, not classes: predict_denoiser takes noisy images (timm-pudnet denoise)'
@@ -105,8 +115,15 @@ def predict_model(
     spec = _target_asked_for(network, model_name, timm_kwargs)
     home, modes = network.device, {module: module.training for module in network.modules()}
     source = open_images(images, labels, input=network.config.input, split=split, data_dir=data_dir, strict=strict)
+    others = None
+    if unlabelled is not None:
+        if not source.labelled:
+            raise InputError(f'{source.description}: none has a label, so give the unlabelled ones as images too')
+        others = open_images(
+            unlabelled, input=network.config.input, split=split, data_dir=data_dir, strict=strict, with_labels=False
+        )
     try:
-        return _predict(network.to(device).eval(), spec, source, head, device, balance, batch_size, timm_kwargs)
+        return _predict(network.to(device).eval(), spec, source, others, head, device, balance, batch_size, timm_kwargs)
     except torch.OutOfMemoryError as error:
         raise InputError(f'{device} has not enough memory for {model_name} on one image: use device="cpu"') from error
     finally:
@@ -223,6 +240,7 @@ def _predict(
     network: PudNet,
     spec: TargetSpec,
     source: ImageSource,
+    others: ImageSource | None,
     head: Head,
     device: torch.device,
     balance: Balance | None,
@@ -281,10 +299,15 @@ def _predict(
             images = images[: _fewer(len(images), error)]
     if classifiers:
         streams = [HEADS[head](num_classes, source.class_names) for _ in classifiers]
+        rest = [ImageSample(MOST_UNLABELLED) for _ in classifiers if others is not None]  # their features
 
         def add(images: Tensor, labels: Tensor) -> None:
             for stream, rows in zip(streams, features(images.to(device)), strict=True):
                 stream.add(rows, labels)
+
+        def add_unlabelled(images: Tensor, keys: Tensor) -> None:
+            for part, rows in zip(rest, features(images.to(device)), strict=True):
+                part.add(rows.cpu(), keys=keys)
 
         if sample.complete and len(images) == sample.seen:
             assert labels is not None
@@ -295,10 +318,21 @@ def _predict(
                 for images, labels in source.batches(batch_size):
                     assert labels is not None
                     _in_memory(add, images, labels)
-        for classifier, stream in zip(classifiers, streams, strict=True):
+        with torch.inference_mode():
+            for images, _ in others.batches(batch_size) if others is not None else ():
+                keys = content_keys(images)
+                wanted = rest[0].wanted(keys)
+                if wanted.any():
+                    _in_memory(add_unlabelled, images[wanted], keys[wanted])
+        for place, (classifier, stream) in enumerate(zip(classifiers, streams, strict=True)):
             assert isinstance(classifier, nn.Linear | nn.Conv2d)
             width, whitening = classifier.weight.shape[1], network.whitening  # that of the first one's features
-            weight, bias = stream.classifier(whitening if width == len(whitening) else torch.eye(width))
+            whitening = whitening if width == len(whitening) else torch.eye(width)
+            if others is None:
+                weight, bias = stream.classifier(whitening)
+            else:
+                assert isinstance(stream, StreamingRidge)
+                weight, bias = self_training_classifier(stream, rest[place].images, whitening)
             if classifier.bias is None and bias.any():
                 raise InputError(f'{network.config.model_name}: its classifier has no bias, which head {head!r} needs')
             with torch.no_grad():

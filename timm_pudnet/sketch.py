@@ -159,7 +159,7 @@ class ImageSample:
             self.top_label = max(self.top_label, int(labels.max()))
         keys = content_keys(images) if keys is None else keys
         if len(self._keys) == self.size:
-            chosen = keys < self._keys[-1]
+            chosen = self.wanted(keys)
             keys, images, labels = keys[chosen], images[chosen], None if labels is None else labels[chosen]
         if not len(images):
             return
@@ -169,6 +169,10 @@ class ImageSample:
         order = keys.argsort(stable=True)[: self.size]
         self._keys, self._images = keys[order], images[order]
         self._labels = None if labels is None else labels[order]
+
+    def wanted(self, keys: Tensor) -> Tensor:
+        """Which images of these keys it would take in now, a bool `[n]`; so their features need not be computed."""
+        return keys < self._keys[-1] if len(self._keys) == self.size else torch.ones_like(keys, dtype=torch.bool)
 
     @property
     def complete(self) -> bool:

@@ -105,6 +105,25 @@ def prediction(name):
     }
 
 
+def unlabelled(name, labelled=100, count=5_000):
+    """A prediction from few labelled images and many without labels, against one where all have labels."""
+    images = torch.randint(256, (count, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    labels = torch.arange(count) % 4
+    ways = {
+        'self_training': lambda: timm_pudnet.predict_model(
+            name, images[:labelled], labels[:labelled], unlabelled=images[labelled:]
+        ),
+        'all_labelled': lambda: timm_pudnet.predict_model(name, images, labels, head='ridge'),
+    }
+    seconds = {way: median_seconds(run, 5) for way, run in ways.items()}
+    return {
+        'images': count,
+        'labelled': labelled,
+        **{f'{way}_ms': 1e3 * value for way, value in seconds.items()},
+        'self_training_over_all_labelled': seconds['self_training'] / seconds['all_labelled'],
+    }
+
+
 class Noise(torch.utils.data.Dataset):
     """Images made when asked for, so that only the prediction's own memory counts."""
 
@@ -156,6 +175,7 @@ def main():
         'library_versions': library_versions(),
         'generation': generation(timm_pudnet.load_hypernet('resnet18.fashion_set')),
         'prediction': prediction('resnet18'),
+        'unlabelled': unlabelled('resnet18'),
         'memory': memory('resnet18'),
     }
     text = json.dumps(result, indent=2)

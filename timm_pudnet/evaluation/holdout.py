@@ -97,14 +97,18 @@ REPEATED = 'the accuracy is too good by them; remove the copies'
 
 
 @torch.inference_mode()
-def measure_held_out(model: nn.Module, used: ImageSource, tested: ImageSource) -> HeldOutTest:
-    """Tests a model with a classifier on images that gave it nothing; `used` are those that did."""
+def measure_held_out(
+    model: nn.Module, used: ImageSource, tested: ImageSource, unlabelled: ImageSource | None = None
+) -> HeldOutTest:
+    """Tests a model with a classifier on images that gave it nothing; `used` are those that did, and `unlabelled`."""
     device = next(model.parameters()).device
     num_classes = int(model.num_classes)  # type: ignore[arg-type]
     raw, keys = StreamingCentroids(num_classes), set()
     for images, labels in used.batches():
         assert labels is not None
         raw.add(images.flatten(1), labels)
+        keys.update(content_keys(images).tolist())
+    for images, _ in () if unlabelled is None else unlabelled.batches():
         keys.update(content_keys(images).tolist())
     centroids = raw.result()
     every = -(-len(tested) // MOST_ON_A_MAP)

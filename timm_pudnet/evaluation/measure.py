@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from timm_pudnet.adapt import (
     centroid_logits,
     class_centroids,
     ridge_classifier,
+    self_training_classifier,
 )
 from timm_pudnet.config import InputError
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
@@ -29,9 +30,9 @@ from timm_pudnet.hypernet import PudNet, library_versions
 from timm_pudnet.target import create_feature_model
 from timm_pudnet.training.episodes import ImageBank
 
-# Features of the support, with labels and in batches, and features of the query, from their images.
-Features = tuple[Iterable[tuple[Tensor, Tensor]], Tensor]
-Extractor = Callable[[GroupImages, GroupImages], Features]
+# Features of the support, with labels and in batches, of the query and of the images without labels, from their images.
+Features = tuple[Iterable[tuple[Tensor, Tensor]], Tensor, Tensor]
+Extractor = Callable[[GroupImages, GroupImages, GroupImages], Features]
 
 OVER_GROUPS = '95 %, over groups, normal approximation'
 OVER_QUERIES = "95 %, over the queries of the one group: half of Wilson's binomial interval; of gains normal and paired"
@@ -46,15 +47,17 @@ def evaluate(
     support_bank: ImageBank | None = None,
     other: ImageBank | None = None,
     controls: Mapping[str, tuple[nn.Module, Tensor]] | None = None,
+    without: Collection[str] = (),
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Accuracy of predicted networks over groups of unseen classes, beside the controls.
 
     For every group the support images give the sketch, the norm statistics and the class centroids; the query images
-    are classified by eq. 7 in eval mode, so no query image touches anything that classifies it. Every network below
-    gets the same support and head; predicted networks and controls get their whitening, and all but the controls'
-    `..._own_statistics` are calibrated on the support:
+    are classified by eq. 7 in eval mode, so no query image touches anything that classifies it. Images without labels
+    teach the self-trained head, and nothing else. Every network below gets the same support and head; predicted
+    networks and controls get their whitening, and all but the controls' `..._own_statistics` are calibrated on the
+    support:
 
     - `predicted`: the hypernetwork with the group's own sketch;
     - `predicted_without_whitening`: the same network, eq. 7 of its features as they are, as in the paper;
@@ -73,6 +76,7 @@ def evaluate(
         support_bank: Other images of the same classes, which the support is taken from instead.
         other: Images of another data set, for `other_domain_sketch`; they are seen as they are, under no condition.
         controls: Feature models and their whitenings, as `train_plain` gives them, by name.
+        without: Networks above to leave out by name, where there is no time for all; any but the first two.
         seed: Of the random weights.
         progress: Show a progress bar.
 
@@ -82,7 +86,8 @@ def evaluate(
 
     Returns:
         A mapping that JSON can hold: `accuracy` in percent, by eq. 7, with the half-width of the 95 % interval over
-        groups, `accuracy_ridge` likewise with the ridge head (all but `predicted_without_whitening`);
+        groups, `accuracy_ridge` likewise with the ridge head (all but `predicted_without_whitening`), and
+        `accuracy_self_training` with that of labelled and unlabelled images where the groups have some;
         `conditioning_gain`, `conditioning_gain_over_mean_sketch`, `conditioning_gain_over_other_domain` and
         `gain_over_<control>` of the differences in `accuracy` group by group. With one group the intervals are over
         its queries; `interval` says which.
@@ -101,6 +106,16 @@ def evaluate(
         'raw_pixels': {'raw_pixels': None},
     }
     _check_controls(hypernet, controls or {}, {score for names in readings.values() for score in names})
+    optional = {
+        'random_weights',
+        'raw_pixels',
+        *(f'{name}_own_statistics' for name in controls or {}),
+        *(controls or {}),
+    }
+    optional |= {'swapped_sketch', 'mean_sketch'} if count > 1 else set()
+    optional |= {'other_domain_sketch'} if other is not None else set()
+    if unknown := set(without) - optional:
+        raise InputError(f'{min(unknown)} cannot be left out: use {", ".join(sorted(optional))}')
     if other is not None and other.images.shape[1:] != bank.images.shape[1:]:
         raise InputError(
             f'the images of the other domain are {list(other.images.shape[1:])}, not {list(bank.images.shape[1:])}'
@@ -117,9 +132,9 @@ def evaluate(
     initial = {key: value.clone() for key, value in model.state_dict().items()}
 
     def with_weights(weights: dict[str, Tensor], calibrated: bool = True) -> Extractor:
-        def run(support: GroupImages, query: GroupImages) -> Features:
+        def run(support: GroupImages, query: GroupImages, rest: GroupImages) -> Features:
             features = support_features(model, weights, support, config.prior_images if calibrated else None)
-            return features, torch.cat([model(images) for images, _ in query.batches()])
+            return features, _rows(model, query), _rows(model, rest)
 
         return run
 
@@ -143,21 +158,25 @@ def evaluate(
         for arm in (name, f'{name}_own_statistics'):
             readings[arm] = {arm: learned.to(device)}
         arms[f'{name}_own_statistics'] = lambda number, own=own: with_weights(own, calibrated=False)
+    arms = {name: arm for name, arm in arms.items() if name not in without}
 
     # Whether each query of each group is classified rightly, by head and score.
-    right: dict[str, dict[str, list[Tensor]]] = {'centroid': {}, 'ridge': {}}
+    right: dict[str, dict[str, list[Tensor]]] = {'centroid': {}, 'ridge': {}, 'self_training': {}}
     support_images = 0
     for number in tqdm(range(count), disable=not progress, unit='group'):
         support, query = images(number)
+        rest = groups.unlabelled(number, bank, support_bank, config.input, device)
         support_images += len(support)
         for name, arm in arms.items():
-            features, tested = arm(number)(support, query)
-            for reading, guesses in _read(features, tested, readings[name], support, groups.query.shape[1]).items():
-                for head, found in guesses.items():
-                    right[head].setdefault(reading, []).append(found == query.labels)
+            found = arm(number)(support, query, rest)
+            for reading, guesses in _read(found, readings[name], support, groups.query.shape[1]).items():
+                for head, guessed in guesses.items():
+                    right[head].setdefault(reading, []).append(guessed == query.labels)
 
-    def gain(name: str) -> dict[str, float]:
-        return _gain(right['centroid']['predicted'], right['centroid'][name])
+    def gains(named: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        """What the predicted network has over others that were measured, by the names of the gains."""
+        found = right['centroid']
+        return {name: _gain(found['predicted'], found[arm]) for name, arm in named.items() if arm in arms}
 
     result = {
         'hypernet': hypernet.name,
@@ -167,6 +186,7 @@ def evaluate(
         'n_way': groups.query.shape[1],
         'n_shot': 'all' if groups.support is None else groups.support.shape[2],
         'n_query': groups.query.shape[2],
+        'n_unlabelled': groups.n_unlabelled,
         'support_images': support_images / count,
         'separate_support': support_bank is not None,
         'conditions': groups.conditions is not None,
@@ -180,13 +200,25 @@ def evaluate(
         'library_versions': library_versions(),
         'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {device.type}',
     }
+    if groups.n_unlabelled:
+        trained = right['self_training']
+        result['accuracy_self_training'] = {name: accuracy_interval(values) for name, values in trained.items()}
+        result['self_training_gain'] = _gain(trained['predicted'], right['ridge']['predicted'])
+        result.update(
+            {
+                f'self_training_gain_over_{name}': _gain(trained['predicted'], trained[name])
+                for name in trained
+                if name != 'predicted'
+            }
+        )
     if count > 1:
-        result['conditioning_gain'] = gain('swapped_sketch')
-        result['conditioning_gain_over_mean_sketch'] = gain('mean_sketch')
+        result.update(
+            gains({'conditioning_gain': 'swapped_sketch', 'conditioning_gain_over_mean_sketch': 'mean_sketch'})
+        )
     if other is not None:
         result['other_classes'] = list(other.class_names)
-        result['conditioning_gain_over_other_domain'] = gain('other_domain_sketch')
-    result.update({f'gain_over_{name}': gain(name) for name in controls or {}})
+        result.update(gains({'conditioning_gain_over_other_domain': 'other_domain_sketch'}))
+    result.update(gains({f'gain_over_{name}': name for name in controls or {}}))
     return result
 
 
@@ -233,27 +265,38 @@ def support_features(
     return ((model(images), labels) for images, labels in support.batches())
 
 
-def _raw_pixels(support: GroupImages, query: GroupImages) -> Features:
-    flat = ((images.flatten(1), labels) for images, labels in support.batches())
-    return flat, torch.cat([images.flatten(1) for images, _ in query.batches()])
+def _rows(network: Callable[[Tensor], Tensor], shown: GroupImages) -> Tensor:
+    """Features `[n, d]`; of no images `[0, 0]`."""
+    parts = [network(images) for images, _ in shown.batches()] if len(shown) else [torch.empty(0, 0)]
+    return torch.cat(parts)
+
+
+def _raw_pixels(support: GroupImages, query: GroupImages, rest: GroupImages) -> Features:
+    tested, others = (_rows(lambda images: images.flatten(1), part) for part in (query, rest))
+    if not support.fits:
+        return ((images.flatten(1), labels) for images, labels in support.batches()), tested, others
+    # More pixels than images: in a basis of the images' span every head finds the same classes, at once.
+    rows = torch.cat([support.sample.flatten(1), others]) if len(others) else support.sample.flatten(1)
+    basis = torch.linalg.qr(rows.t())[0] if len(rows) < rows.shape[1] else torch.eye(rows.shape[1], device=rows.device)
+    given, others = (rows @ basis).tensor_split([len(support)])
+    return [(given, support.labels)], tested @ basis, others
 
 
 def _read(
-    features: Iterable[tuple[Tensor, Tensor]],
-    tested: Tensor,
-    spaces: Mapping[str, Tensor | None],
-    support: GroupImages,
-    n_way: int,
+    features: Features, spaces: Mapping[str, Tensor | None], support: GroupImages, n_way: int
 ) -> dict[str, dict[str, Tensor]]:
     """Guessed classes of the query by each head, for each reading of an arm; its first reading has a ridge head."""
+    given, tested, rest = features
     first, space = next(iter(spaces.items()))
+    stream, ridge = StreamingCentroids(n_way), StreamingRidge(n_way)
     if support.fits:
-        ((rows, labels),) = features
+        ((rows, labels),) = given
         centroids = class_centroids(rows, labels.to(rows.device), n_way)
         weight, bias = ridge_classifier(rows, labels, n_way, space)
+        if len(rest):
+            ridge.add(rows, labels)
     else:
-        stream, ridge = StreamingCentroids(n_way), StreamingRidge(n_way)
-        for rows, labels in features:
+        for rows, labels in given:
             stream.add(rows, labels)
             ridge.add(rows, labels)
         centroids, (weight, bias) = stream.result().to(tested.device), ridge.classifier(space)
@@ -262,6 +305,9 @@ def _read(
         for name, space in spaces.items()
     }
     guesses[first]['ridge'] = (tested.cpu() @ weight.t() + bias).argmax(1)
+    if len(rest):
+        weight, bias = self_training_classifier(ridge, rest, space)
+        guesses[first]['self_training'] = (tested.cpu() @ weight.t() + bias).argmax(1)
     return guesses
 
 
@@ -299,13 +345,17 @@ def format_table(result: dict[str, Any]) -> str:
     """The accuracies of a result, by both heads, and its gains, as lines of text."""
     labels = result['n_shot'] if result['n_shot'] != 'all' else f'all {result["support_images"]:g}'
     budget = f'{labels} labels' + (' a class' if result['n_shot'] != 'all' else '')
+    if result.get('n_unlabelled'):
+        budget += f', and {result["n_unlabelled"]} images without'
+    heads = [head for head in ('ridge', 'self_training') if f'accuracy_{head}' in result]
+    titles = ''.join(f'{head.replace("_", "-"):^16}' for head in ('centroid', *heads))
     lines = [
         f'{result["hypernet"]}: {result["groups"]} groups, {result["n_way"]}-way, {budget}',
-        f'  {"":36}{"centroid":^16}{"ridge":^16}',
+        f'  {"":36}{titles}'.rstrip(),
     ]
-    ridge = result.get('accuracy_ridge', {})
     for name, row in result['accuracy'].items():
-        lines.append(f'  {name:36}{_cell(row)}{_cell(ridge[name]) if name in ridge else ""}'.rstrip())
+        others = [result[f'accuracy_{head}'].get(name) for head in heads]
+        lines.append(f'  {name:36}{_cell(row)}{"".join(_cell(other) for other in others if other)}'.rstrip())
     lines += [f'  {name:36}{_cell(row)}'.rstrip() for name, row in result.items() if 'gain' in name]
     if 'interval' in result:
         lines.append(f'  +- {result["interval"]}')

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from timm_pudnet.adapt import MOST_UNLABELLED
 from timm_pudnet.config import DamagedFileError, InputConfig, InputError
 from timm_pudnet.hypernet import written_whole
 from timm_pudnet.sketch import ImageSample
@@ -33,6 +34,8 @@ class TestGroups:
             where there is one. None for all images of the group's classes in the support bank.
         query: `[groups, n_way, n_query]`: they are tested; no image is in both.
         conditions: The imaging condition of each group, under which its support and query are seen; None for none.
+        n_unlabelled: Images a class that come without their labels; of those of the class in the support's bank that
+            are in neither support nor query, so many by a draw that the group's number seeds.
     """
 
     __test__ = False  # not a pytest class, in spite of its name
@@ -40,6 +43,7 @@ class TestGroups:
     support: Tensor | None
     query: Tensor
     conditions: tuple[Condition, ...] | None = None
+    n_unlabelled: int = 0
 
     @classmethod
     def draw(
@@ -53,6 +57,7 @@ class TestGroups:
         seed: int = 0,
         support_bank: ImageBank | None = None,
         conditions: bool = False,
+        n_unlabelled: int = 0,
     ) -> TestGroups:
         """Draws groups from the classes of a bank.
 
@@ -65,6 +70,7 @@ class TestGroups:
             seed: Of all draws.
             support_bank: Other images of the same classes, the train split for instance.
             conditions: Whether to draw an imaging condition for every group; the images are the same ones then.
+            n_unlabelled: Further images a class, without labels; support and query are the same ones then.
 
         Raises:
             InputError: There are too few classes, or a class has too few images.
@@ -75,14 +81,21 @@ class TestGroups:
                 raise InputError(f'{name} must be at least 1, got {value}')
         if not 2 <= n_way <= len(bank.class_names):
             raise InputError(f'n_way is {n_way}, but there are {len(bank.class_names)} classes')
+        if not isinstance(n_unlabelled, int) or not 0 <= n_unlabelled * n_way <= MOST_UNLABELLED:
+            raise InputError(
+                f'n_unlabelled must be a whole number from 0 to {MOST_UNLABELLED // n_way}, for a head is fitted to '
+                f'{MOST_UNLABELLED:,} such images at most; got {n_unlabelled}'
+            )
+        if n_unlabelled and n_shot == 'all':
+            raise InputError('n_shot all leaves no image of a class without its label: give a number')
         if n_shot == 'all' and support_bank is None:
             raise InputError('n_shot all needs a support bank: images of the classes beside those that are tested')
         if support_bank is None:
-            _refuse_small_classes(bank, shot + n_query)
+            _refuse_small_classes(bank, shot + n_query + n_unlabelled)
         else:
             check_same_classes(bank, support_bank)
             _refuse_small_classes(bank, n_query)
-            _refuse_small_classes(support_bank, max(1, shot), ' for support')
+            _refuse_small_classes(support_bank, max(1, shot + n_unlabelled), ' for support')
         generator = torch.Generator().manual_seed(seed)
 
         def pick(members: Tensor, number: int) -> Tensor:
@@ -101,7 +114,12 @@ class TestGroups:
                     support.append(torch.stack([pick(support_bank.members[label], shot) for label in classes]))
         _, chans, height, width = bank.images.shape
         shown = [Condition.draw(generator, chans, square=height == width) for _ in range(count * conditions)]
-        return cls(torch.stack(support) if shot else None, torch.stack(query), tuple(shown) if conditions else None)
+        return cls(
+            torch.stack(support) if shot else None,
+            torch.stack(query),
+            tuple(shown) if conditions else None,
+            n_unlabelled,
+        )
 
     def __len__(self) -> int:
         return len(self.query)
@@ -112,6 +130,7 @@ class TestGroups:
             None if self.support is None else self.support[:count],
             self.query[:count],
             None if self.conditions is None else self.conditions[:count],
+            self.n_unlabelled,
         )
 
     def check(self, bank: ImageBank, support_bank: ImageBank | None = None) -> None:
@@ -130,6 +149,8 @@ class TestGroups:
         for places, images in ((self.support, support_bank or bank), (self.query, bank)):
             if places is not None and not 0 <= int(places.min()) <= int(places.max()) < len(images.labels):
                 raise InputError(f'these groups are not of this bank: it has {len(images.labels)} images')
+        for number in range(len(self)) if self.n_unlabelled else ():
+            self._unlabelled(number, bank, support_bank)
 
     def classes(self, number: int, bank: ImageBank) -> list[int]:
         """The classes of a group, by their numbers in the bank."""
@@ -150,6 +171,31 @@ class TestGroups:
             GroupImages(bank, list(self.query[number]), config, device, condition, 2 * number + 1),
         )
 
+    def unlabelled(
+        self, number: int, bank: ImageBank, support_bank: ImageBank | None, config: InputConfig, device: torch.device
+    ) -> GroupImages:
+        """The images of a group that come without labels, as one heap."""
+        condition = None if self.conditions is None else self.conditions[number]
+        places = [self._unlabelled(number, bank, support_bank)]
+        return GroupImages(support_bank or bank, places, config, device, condition, 2**32 + number)
+
+    def _unlabelled(self, number: int, bank: ImageBank, support_bank: ImageBank | None) -> Tensor:
+        """Places of a group's images without labels, in the bank of its support."""
+        given, picks = support_bank or bank, [torch.empty(0, dtype=torch.long)]
+        if self.n_unlabelled:
+            assert self.support is not None
+            generator = torch.Generator().manual_seed(number)
+            used = self.support[number] if support_bank else torch.cat([self.support[number], self.query[number]], 1)
+            for label in self.classes(number, bank):
+                rest = given.members[label][~torch.isin(given.members[label], used)]
+                if len(rest) < self.n_unlabelled:
+                    raise InputError(
+                        f'class {given.class_names[label]!r} has {len(rest)} images beside those of group {number}, '
+                        f'{self.n_unlabelled} without labels are asked for'
+                    )
+                picks.append(rest[torch.randperm(len(rest), generator=generator)[: self.n_unlabelled]])
+        return torch.cat(picks)
+
     @property
     def digest(self) -> str:
         """A short hash that tells one list of groups from another."""
@@ -161,6 +207,8 @@ class TestGroups:
             lists['conditions'] = [
                 {**dataclasses.asdict(condition), 'order': list(condition.order)} for condition in self.conditions
             ]
+        if self.n_unlabelled:
+            lists['n_unlabelled'] = self.n_unlabelled
         return lists
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -179,6 +227,9 @@ class TestGroups:
             data = json.loads(Path(path).read_text(encoding='utf-8'))
             support = None if data['support'] == 'all' else torch.tensor(data['support'])
             query, conditions = torch.tensor(data['query']), data.get('conditions')
+            unlabelled = data.get('n_unlabelled', 0)
+            if not isinstance(unlabelled, int) or unlabelled < 0 or (unlabelled and support is None):
+                raise ValueError(f'n_unlabelled is {unlabelled!r}')
             for places in (query,) if support is None else (support, query):
                 if places.ndim != 3 or places.shape[:2] != query.shape[:2] or places.is_floating_point():
                     raise ValueError(f'places of the shape {list(places.shape)}')
@@ -186,7 +237,7 @@ class TestGroups:
                 conditions = tuple(Condition(**condition) for condition in conditions)
                 if len(conditions) != len(query):
                     raise ValueError(f'{len(conditions)} conditions for {len(query)} groups')
-            return cls(support, query, conditions)
+            return cls(support, query, conditions, unlabelled)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedFileError(f'{path} holds no groups: {error}') from error
 

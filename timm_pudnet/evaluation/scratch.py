@@ -153,7 +153,7 @@ def compare_scratch(
         progress: Show a progress bar.
 
     Raises:
-        InputError: The groups are not of these banks, or are fewer than `count`.
+        InputError: The groups are not of these banks, are fewer than `count`, or have images without labels.
 
     Returns:
         A mapping that JSON can hold: `predicted` with `accuracy` and `seconds`, and for `adam` and
@@ -166,6 +166,8 @@ def compare_scratch(
     groups.check(bank, support_bank)
     if not 1 <= count <= len(groups):
         raise InputError(f'scratch is asked for {count} groups, there are {len(groups)}')
+    if groups.n_unlabelled:
+        raise InputError('scratch trains on labelled images: draw the groups without unlabelled ones')
     config, device = hypernet.config, hypernet.device
     with torch.random.fork_rng():
         model = create_feature_model(hypernet.target).to(device).eval()
