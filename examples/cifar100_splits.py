@@ -1,0 +1,119 @@
+"""How much does the choice of unseen classes matter on CIFAR-100? A short recipe on several choices of 20 of the 100.
+
+    python examples/cifar100_splits.py ../shared/data/splits.json --out hub/resnet18.cifar100_superclass/choices.json
+
+Takes the recipes of `hub/resnet18.cifar100_superclass`, shortened: an ordinary ResNet-18 of the seen classes, then the
+hypernetwork that starts from it. Trains both once for every choice in the file, and measures each on groups of its
+unseen classes, beside the ordinary ResNet-18 that it started from (*base*: it has seen `--images` fewer). Choices that
+are in the output file already are not trained again, so it can be stopped and started, and run in parts at once.
+"""
+
+import argparse
+import dataclasses
+import fcntl
+import json
+import tempfile
+from pathlib import Path
+
+import timm_pudnet
+from timm_pudnet.evaluation import TestGroups, mean_interval
+from timm_pudnet.hypernet import written_whole
+from timm_pudnet.training import ImageBank, Recipe, meta_train, train_plain
+from timm_pudnet.training.episodes import bank_input
+
+RECIPES = Path(__file__).parents[1] / 'hub' / 'resnet18.cifar100_superclass'
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('splits', type=Path, help='JSON: {"cifar100-set": {name: {"unseen": [class, ...]}}}')
+    parser.add_argument('--data', default='.data/cifar100', help='folder with train and test, a folder a class in each')
+    parser.add_argument('--base-images', type=int, default=150_000, help='images that the first training sees')
+    parser.add_argument('--images', type=int, default=10_000, help='images that the hypernetwork sees')
+    parser.add_argument('--groups', type=int, default=500, help='test groups of each choice')
+    parser.add_argument(
+        '--part', type=int, nargs=2, default=(0, 1), metavar=('I', 'N'), help='only the I-th of N parts'
+    )
+    parser.add_argument('--out', type=Path, required=True)
+    arguments = parser.parse_args()
+
+    first, second = (Recipe.load(RECIPES / name) for name in ('base.toml', 'recipe.toml'))
+    banks = {}
+    for split in ('train', 'test'):
+        source = timm_pudnet.open_images(f'{arguments.data}/{split}', input=bank_input(second.hypernet.input))
+        banks[split] = ImageBank.from_source(source)
+    names = banks['train'].class_names
+    choices = json.loads(arguments.splits.read_text())['cifar100-set']
+    for number, (key, choice) in enumerate(sorted(choices.items())):
+        if number % arguments.part[1] != arguments.part[0] or key in read(arguments):
+            continue
+        seen = [name for name in names if name not in choice['unseen']]
+        bank = banks['train'].select(seen)
+        with tempfile.TemporaryDirectory() as folder:
+            base = Path(folder) / 'base'
+            recipe = shortened(first, seen, arguments.base_images)
+            control = train_plain(recipe, banks=[bank], progress=False)
+            timm_pudnet.save_model(control[0], base)
+            recipe = dataclasses.replace(shortened(second, seen, arguments.images), start=str(base))
+            hypernet = meta_train(recipe, banks=[bank], progress=False)
+        test = banks['test'].select(choice['unseen'])
+        groups = TestGroups.draw(test, count=arguments.groups, n_way=5)
+        result = timm_pudnet.evaluate(
+            hypernet,
+            test,
+            groups,
+            controls={'base': control},
+            without=('mean_sketch', 'random_weights'),
+            progress=False,
+        )
+        row = {name: result[name] for name in ('classes', 'accuracy', 'conditioning_gain', 'training')}
+        with open(f'{arguments.out}.lock', 'w') as lock:  # another part may write at this moment
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = {**read(arguments), key: row}
+            with written_whole(arguments.out) as beside:
+                beside.write_text(json.dumps(settings(arguments) | summary(done), indent=2) + '\n')
+        print(key, {name: round(row['mean'], 2) for name, row in result['accuracy'].items()}, flush=True)
+
+
+def shortened(recipe, seen, images):
+    """A recipe with other classes and a shorter schedule."""
+    return dataclasses.replace(
+        recipe,
+        data=(dataclasses.replace(recipe.data[0], classes=tuple(seen), unseen=()),),
+        schedule=dataclasses.replace(recipe.schedule, images=images),
+    )
+
+
+def settings(arguments):
+    """What all choices in one file have in common."""
+    return {
+        'base_images_each': arguments.base_images,
+        'images_each': arguments.images,
+        'groups_each': arguments.groups,
+    }
+
+
+def read(arguments):
+    """The choices that were measured already, by the same settings."""
+    if not arguments.out.exists():
+        return {}
+    found = json.loads(arguments.out.read_text())
+    if any(found[name] != value for name, value in settings(arguments).items()):
+        raise SystemExit(f'{arguments.out} is of other numbers of images or groups: choose another --out')
+    return found['choices']
+
+
+def summary(done):
+    """Mean over the random choices; the interval is that of the choices, each one value."""
+    random = [choice for key, choice in done.items() if key.startswith('random')]
+    arms = next(iter(done.values()))['accuracy']
+    means = {name: [choice['accuracy'][name]['mean'] for choice in random] for name in arms}
+    return {
+        'number_of_random_choices': len(random),
+        'mean_over_random_choices': {name: mean_interval(values) for name, values in means.items() if len(values) > 1},
+        'choices': done,
+    }
+
+
+if __name__ == '__main__':
+    main()
