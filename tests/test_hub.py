@@ -291,6 +291,7 @@ HUB = Path(timm_pudnet.__file__).parents[1] / 'hub'
 CLASSIFIERS = [
     'resnet18.fashion_set',
     'resnet18.mixed',
+    'resnet18.mixed64',
     'resnet18.cifar100_set',
     'resnet18.cifar100_superclass',
     'convnet3.cifar100_set',
