@@ -12,6 +12,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import textwrap
 import tomllib
 import zlib
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch.testing import assert_close
 import timm_pudnet
 from timm_pudnet import hub
 from timm_pudnet.cli import main
-from timm_pudnet.files import config_sha256
+from timm_pudnet.files import config_sha256, weights_sha256
 
 pytestmark = pytest.mark.filterwarnings('default::timm_pudnet.PudNetWarning')  # they are shown, as lines
 
@@ -669,6 +670,15 @@ def test_evaluation_is_of_unseen_classes_only_and_beside_the_control(trained, sh
     assert str(tmp_path / 'hypernet' / 'results.json') in result.stdout
 
 
+def test_a_folder_is_measured_itself_whatever_hypernetwork_has_its_name(trained, shapes, tmp_path, monkeypatch):
+    shutil.copytree(trained[0], tmp_path / 'resnet18')
+    monkeypatch.chdir(tmp_path)
+    succeeds(*evaluation('resnet18', shapes / 'my shapes', '--save'))
+    results = json.loads((tmp_path / 'resnet18' / 'results.json').read_text())
+    assert results['hypernet'] == timm_pudnet.load_hypernet(trained[0]).name
+    assert results['weights_sha256'] == weights_sha256(trained[0])
+
+
 def test_evaluation_with_images_without_labels(trained, shapes, tmp_path):
     hypernet = shutil.copytree(trained[0], tmp_path / 'hypernet')
     line = (*evaluation(hypernet, shapes / 'my shapes'), '--n-unlabelled', '5', '--save', '--protocol', 'unlabelled')
@@ -1018,6 +1028,26 @@ def test_info_shows_the_plan_of_an_architecture():
         assert needle in text, (needle, text)
     text = succeeds('info', 'convnext_tiny', '--model-kwargs', 'conv_mlp=true', '--generator', 'residual').output
     assert '% predicted' in text
+
+
+def test_a_folder_of_something_else_does_not_hide_an_architecture(tmp_path, monkeypatch):
+    (tmp_path / 'test_resnet').mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert 'weights' in succeeds('info', 'test_resnet').output
+
+
+@pytest.mark.parametrize('seed', ['-1', '99999999999999999999'])
+def test_a_seed_out_of_range_is_one_line(images, seed):
+    fails('predict', 'resnet18', images, '--seed', seed, needles=['--seed', seed])
+
+
+def test_the_lines_that_load_a_model_of_ours_import_us(images, tmp_path, fresh_process):
+    convnet3 = timm_pudnet.PudNet.for_target('convnet3', sketch_width=8, generator='residual')
+    convnet3.save_pretrained(tmp_path / 'net')
+    printed = succeeds('predict', 'convnet3', images, '--hypernet', tmp_path / 'net', '--out', tmp_path / 'out').stdout
+    lines = printed.partition('Next, in Python')[2].partition(':\n')[2].partition('Report')[0]
+    code, _, errors = fresh_process('-c', textwrap.dedent(lines.strip('\n')))
+    assert code == 0, errors
 
 
 def test_info_tells_what_a_hypernetwork_is(tiny_folder):

@@ -262,6 +262,17 @@ def test_bad_arguments_are_told_in_one_line(changes, needles, compare, pictures,
     one_line(error, *needles)
 
 
+def test_a_loader_that_shuffles_is_not_read_twice(compare, pictures, one_line):
+    pixels, names = pictures(24)
+    labels = torch.tensor([sorted(set(names)).index(name) for name in names])
+    dataset = torch.utils.data.TensorDataset(torch.from_numpy(pixels).permute(0, 3, 1, 2), labels)
+    loader = torch.utils.data.DataLoader(dataset, 8, shuffle=True)
+    with pytest.raises(InputError) as error:
+        compare(loader, None, arms=['pretrained'])
+    one_line(error, 'shuffle=False')
+    assert set(compare(loader, None, arms=[])['arms']) == {'predicted'}
+
+
 def test_too_few_images_are_told_in_one_line(compare, pictures, one_line):
     with pytest.raises(InputError) as error:
         compare(*pictures(3))

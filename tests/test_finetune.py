@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import timm_pudnet
-from timm_pudnet import InputError, NotFoundError, PudNetWarning
+from timm_pudnet import InputError, NotFoundError, PudNet, PudNetWarning
 from timm_pudnet.target import batch_norms
 from timm_pudnet.training import FineTuning, ImageBank, finetune, finetune_epochs
 from timm_pudnet.training.finetune import MODES, fit_classifier, measured, split_copies, tuning_for
@@ -324,6 +324,33 @@ def test_numbers_for_classes_and_grey_images(small):
     )
     tuned = finetune(model, bank.images[:, :1], bank.labels, epochs=2, progress=False)
     assert tuned.pretrained_cfg['label_names'] == ('0', '1', '2')
+
+
+@pytest.mark.parametrize('chans', [1, 4])
+def test_channels_are_those_of_the_first_conv(chans):
+    # timm's config goes on saying 3
+    model = timm.create_model('test_resnet', in_chans=chans, num_classes=2, pretrained_cfg_overlay=SIZE)
+    images = torch.randint(256, (12, chans, 32, 32), dtype=torch.uint8)
+    assert finetune(model, images, [0, 1] * 6, epochs=1, progress=False)(torch.rand(1, chans, 32, 32)).shape == (1, 2)
+    assert PudNet.for_target('test_resnet', model_kwargs={'in_chans': chans}).config.input.input_size[0] == chans
+
+
+@pytest.mark.parametrize('form', ['dataset', 'loader'])
+def test_labels_that_come_with_the_images(form, small, model):
+    bank, _ = small
+    images = torch.utils.data.TensorDataset(bank.images, bank.labels)
+    if form == 'loader':
+        images = torch.utils.data.DataLoader(images, 5, shuffle=True)
+    tuned = finetune(model, images, epochs=2, progress=False)
+    assert tuned.pretrained_cfg['label_names'] == ('0', '1', '2')
+
+
+def test_no_batch_of_a_single_image_has_statistics_of_its_own(model, small):
+    bank, _ = small
+    for size in (1, 2):
+        for _ in finetune_epochs(model, bank.part(torch.arange(9)), None, short(batch_size=size, head_first=False)):
+            pass
+    assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
 @pytest.mark.parametrize(

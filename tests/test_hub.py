@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from huggingface_hub import ModelCard
 from torch.testing import assert_close
@@ -30,7 +31,7 @@ from timm_pudnet import (
 )
 from timm_pudnet.evaluation import TestGroups
 from timm_pudnet.files import config_sha256, weights_sha256
-from timm_pudnet.hub import hypernet_card, resolve_hypernet
+from timm_pudnet.hub import hypernet_card, hypernet_files, model_files, resolve_hypernet
 
 UNSEEN = {'Shirt', 'Sneaker', 'Bag', 'Ankle boot'}
 
@@ -263,6 +264,32 @@ def test_a_folder_that_is_not_complete_is_not_published(case, complete, one_line
     with pytest.raises(PudNetError) as error:
         push(complete, 'org/name')
     one_line(error, complete, *needles)
+
+
+def test_a_licence_is_asked_for_where_the_card_says_none_and_never_changed(complete, tmp_path, one_line):
+    assert b'license: mit' in hypernet_files(complete, 'org/name', 'mit')['README.md']
+    (complete / 'README.md').write_text('---\nlicense: apache-2.0\n---\nOurs.\n')
+    assert b'license: apache-2.0' in hypernet_files(complete, 'org/name', 'apache-2.0')['README.md']
+    with pytest.raises(InputError) as error:
+        hypernet_files(complete, 'org/name', 'mit')
+    one_line(error, complete, 'apache-2.0', 'mit', '--license')
+
+    model = timm_pudnet.save_model(timm.create_model('test_resnet', num_classes=2), tmp_path / 'model')
+    (model / 'README.md').write_text('# Mine\n')
+    assert model_files(model, 'org/name')['README.md'] == b'# Mine\n'
+    assert model_files(model, 'org/name', 'mit')['README.md'] == b'---\nlicense: mit\n---\n# Mine\n'
+
+
+def test_the_card_of_a_model_of_ours_imports_us(tmp_path):
+    for name, needles in (
+        ('convnet3', ['import timm_pudnet', 'pipeline_tag: image-classification']),
+        ('blindspot_unet', ['import timm_pudnet', 'pipeline_tag: image-to-image']),
+        ('test_resnet', ['pipeline_tag: image-classification']),
+    ):
+        folder = timm_pudnet.save_model(timm.create_model(name), tmp_path / name)
+        card = model_files(folder, 'org/name')['README.md'].decode()
+        assert all(needle in card for needle in needles)
+        assert ('import timm_pudnet' in card) == (name != 'test_resnet')
 
 
 @pytest.mark.parametrize('repo', ['name', 'org/name@v1', '../name', 'org/na me'])

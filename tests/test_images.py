@@ -16,7 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from timm_pudnet import images as images_room
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetError, PudNetWarning
@@ -431,10 +442,37 @@ def test_targets_and_classes_of_a_dataset_are_known_before_reading():
     part = open_images(Subset(dataset, [2, 0, 1]), input=RGB)  # b has no image, so it is no class
     assert part.labels.tolist() == read(part)[1].tolist() == [1, 0, 1]
     assert part.class_names == ('a', 'c')
-    other = open_images(Pairs(items, targets=[0, 2, 2, 1], target_transform=abs), input=RGB)
-    assert other.labels is None
+    nested = open_images(Subset(Subset(dataset, [3, 2, 0, 1]), [1, 0]), input=RGB)
+    assert nested.labels.tolist() == read(nested)[1].tolist() == [1, 0]
+    assert nested.class_names == ('b', 'c')
+    moved = Pairs(items, targets=[0, 2, 2, 1], classes=['a', 'b', 'c'], target_transform=abs)
+    other = open_images(moved, input=RGB)
+    assert other.labels is other.class_names is None, 'the names are those of the numbers before'
+    assert open_images(DataLoader(moved, collate_fn=stack), input=RGB).class_names is None
     assert read(other)[1].tolist() == [0, 2, 2, 1]
     assert open_images(DataLoader(dataset, collate_fn=stack), input=RGB).class_names == ('a', 'b', 'c')
+
+
+@pytest.mark.parametrize(
+    'how',
+    [
+        {'shuffle': True},
+        {'sampler': SubsetRandomSampler(range(4))},
+        {'sampler': WeightedRandomSampler([1.0] * 4, 4)},
+        {'batch_sampler': BatchSampler(RandomSampler(range(4)), 2, False)},
+    ],
+)
+def test_labels_beside_a_loader_of_another_order_are_refused(how):
+    dataset = Pairs(list(torch.rand(4, 3, 8, 8)))
+    with pytest.raises(InputError, match='shuffles'):
+        open_images(DataLoader(dataset, **how), [0, 1, 0, 1], input=RGB)
+    for in_order in (
+        DataLoader(dataset, 2),
+        DataLoader(dataset, None),
+        DataLoader(Stream(list(torch.rand(4, 3, 8, 8))), 2),
+        DataLoader(dataset, batch_sampler=BatchSampler(SequentialSampler(dataset), 3, False)),
+    ):
+        assert read(open_images(in_order, [0, 1, 0, 1], input=RGB))[1].tolist() == [0, 1, 0, 1]
 
 
 @leaves_files_open

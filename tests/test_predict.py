@@ -895,7 +895,16 @@ def test_a_model_in_channels_last_is_saved_and_left_as_it_is(model, tmp_path):
     assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
-def test_an_existing_folder_or_file_is_left_alone(model, tmp_path, one_line, nothing_written):
+def test_names_of_classes_that_do_not_fit_their_labels_are_told(net, one_line):
+    class Far(torch.utils.data.TensorDataset):
+        classes = ('a', 'b')
+
+    with pytest.raises(InputError) as error:
+        predict_model('test_resnet', Far(torch.rand(4, 3, 32, 32), torch.tensor([5, 6, 7, 5])), hypernet=net)
+    one_line(error, 'label 7', '2 classes')
+
+
+def test_an_existing_folder_or_file_is_left_alone(model, tmp_path, one_line, nothing_written, monkeypatch):
     (tmp_path / 'folder').mkdir()
     (tmp_path / 'folder' / 'notes.txt').write_text('mine')
     (tmp_path / 'file').write_text('mine')
@@ -911,6 +920,12 @@ def test_an_existing_folder_or_file_is_left_alone(model, tmp_path, one_line, not
         with pytest.raises(PudNetError) as error:
             save_model(model, tmp_path / 'file' / 'model')
         one_line(error, tmp_path / 'file')
+    monkeypatch.chdir(tmp_path / 'empty')
+    for here in ('.', tmp_path / 'empty'):  # nothing can be renamed to it
+        with nothing_written(tmp_path), pytest.raises(OutputExistsError) as error:
+            save_model(model, here)
+        one_line(error, here, 'exists')
+    monkeypatch.chdir(tmp_path)
     save_model(model, str(tmp_path / 'empty'))  # an empty folder is as good as none
     assert sorted(path.name for path in (tmp_path / 'empty').iterdir()) == ['config.json', 'model.safetensors']
 
@@ -995,6 +1010,27 @@ def test_a_device_without_memory_for_an_image_is_told_in_one_line(net, support, 
 
 
 # What timm's arguments make of the model
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'needles'),
+    [
+        ({'out_indices': (1, 2)}, ['out_indices=(1, 2)']),
+        ({'features_only': True, 'out_indices': (1, 99)}, ['(1, 99)']),
+        ({'features_only': True, 'feature_cls': 'foo'}, ["feature_cls='foo'"]),
+    ],
+)
+def test_what_timm_refuses_of_a_feature_model_is_one_line(net, support, kwargs, needles, one_line):
+    with pytest.raises(InputError) as error:
+        create_model('test_resnet', pretrained_from=support[0], hypernet=net, **kwargs)
+    one_line(error, 'test_resnet', *needles)
+
+
+def test_a_feature_model_is_not_saved(net, support, tmp_path, nothing_written, one_line):
+    model = create_model('test_resnet', pretrained_from=support[0], hypernet=net, features_only=True)
+    with nothing_written(tmp_path), pytest.raises(InputError) as error:
+        save_model(model, tmp_path / 'model')
+    one_line(error, 'FeatureListNet')
 
 
 @pytest.mark.parametrize('cls', ['list', 'hook', 'getter'])

@@ -54,6 +54,9 @@ def main() -> None:
     """Predict the weights of timm's convolutional networks for images that they have never seen."""
 
 
+_SEED = click.IntRange(0, 2**31 - 1)
+
+
 def _data_options(split: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def add(command: Callable[..., None]) -> Callable[..., None]:
         command = click.option('--split', default=split, show_default=True, help='Split of a timm dataset.')(command)
@@ -84,7 +87,7 @@ def _data_options(split: str) -> Callable[[Callable[..., None]], Callable[..., N
 @click.option(
     '--holdout', default=0.25, show_default=True, help='Share of the labelled images kept aside for the test.'
 )
-@click.option('--seed', default=0, show_default=True, help='Of the choice of images kept aside.')
+@click.option('--seed', type=_SEED, default=0, show_default=True, help='Of the choice of images kept aside.')
 @click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
 @click.option('--strict', is_flag=True, help='An unreadable image is an error, not a warning.')
 @click.option('--report/--no-report', default=True, help='Write a page about the prediction too, OUT/report.')
@@ -208,11 +211,8 @@ def predict(
             'Python': platform.python_version(),
         }
         written = dataclasses.replace(page, facts=facts).write(out / 'report')
-    click.echo(f'Wrote      {out} ({size:.0f} MB, timm format). Next, in Python, without this package if you like:')
-    click.echo(
-        f'\n    import timm\n    model = timm.create_model({f"local-dir:{out}"!r}, pretrained=True).eval()\n'
-        '    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n'
-    )
+    click.echo(f'Wrote      {out} ({size:.0f} MB, timm format). {_loading(out, model_name)}')
+    click.echo('    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n')
     if written:
         click.echo(f'Report     {written}: open it in a browser; it needs no network')
         if importlib.util.find_spec('matplotlib') is None:
@@ -316,12 +316,13 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         hypernet.save_pretrained(out, half=True)
         if recipe.resolve() != (out / 'recipe.toml').resolve():
             shutil.copyfile(recipe, out / 'recipe.toml')
-    words = ['timm-pudnet', 'evaluate', str(out), loaded.data[0].images]
+    name = str(out) if len(out.parts) > 1 else f'./{out}'  # a folder's name, whatever hypernetwork is called so
+    words = ['timm-pudnet', 'evaluate', name, loaded.data[0].images]
     root = data_dir or loaded.data[0].data_dir
     words += ['--data-dir', root] if root else []
     words += ['--control', str(result)] if plain else []
     if loaded.denoising is not None:
-        words = ['timm-pudnet', 'denoise', 'NOISY', '--hypernet', str(out), '--out', 'denoised']
+        words = ['timm-pudnet', 'denoise', 'NOISY', '--hypernet', name, '--out', 'denoised']
     then = 'Next, where the hypernetwork is trained too' if plain else 'Next'
     click.echo(f'Wrote      {result}. {then}:')
     click.echo(f'\n    {shlex.join(words)}\n')
@@ -361,7 +362,7 @@ def _try_recipe(recipe: Any, banks: Any, device: str | None) -> None:
 @click.option('--n-way', default=None, type=int, help='Classes a group; by default all unseen ones, at most 5.')
 @click.option('--n-shot', default='10', show_default=True, help='Labelled images a class; `all` with --support-split.')
 @click.option('--n-query', default=15, show_default=True, help='Tested images a class.')
-@click.option('--seed', default=0, show_default=True, help='Of the groups and of the random weights.')
+@click.option('--seed', type=_SEED, default=0, show_default=True, help='Of the groups and of the random weights.')
 @click.option('--support-split', help='Take the labelled images from this split, and only tested ones from --split.')
 @click.option('--conditions', is_flag=True, help='See each group under a random imaging condition.')
 @click.option(
@@ -436,7 +437,7 @@ def evaluate(
         raise InputError(f'--protocol {protocol}: needs --save, and a name of letters, digits, - and _')
     if save and not Path(hypernet).is_dir():
         raise InputError(f'--save needs the folder of a hypernetwork, {hypernet} is none')
-    network = load_hypernet(hypernet)
+    network = load_hypernet(Path(hypernet).resolve() if save else hypernet)  # the folder, whatever else has its name
     hashes: dict[str, Any] = {}
     if save:  # now: the files may be others when the measuring is done
         hashes = {'weights_sha256': weights_sha256(hypernet), 'config_sha256': config_sha256(hypernet)}
@@ -546,7 +547,9 @@ def _labels_a_class(text: str, support_split: str | None) -> int | Literal['all'
     help='Share of the images kept aside to know when to stop; 0: none.',
 )
 @click.option('--hypernet', help='Where MODEL is an architecture: the hypernetwork, a name or a folder.')
-@click.option('--seed', default=0, show_default=True, help='Of the images kept aside, their order and changes.')
+@click.option(
+    '--seed', type=_SEED, default=0, show_default=True, help='Of the images kept aside, their order and changes.'
+)
 @click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
 @click.option('--strict', is_flag=True, help='An unreadable image is an error, not a warning.')
 @_data_options('train')
@@ -621,8 +624,20 @@ def finetune(
             f'{low:.1%} to {high:.1%}{was}). They chose the epoch: new images may do a little worse'
         )
     room.save_model(run.result(), out)
-    click.echo(f'Wrote      {out} (timm format). Next, in Python, without this package if you like:')
-    click.echo(f'\n    import timm\n    model = timm.create_model({f"local-dir:{out}"!r}, pretrained=True).eval()\n')
+    architecture = json.loads((out / 'config.json').read_text(encoding='utf-8'))['architecture']
+    click.echo(f'Wrote      {out} (timm format). {_loading(out, architecture)}\n')
+
+
+def _loading(out: Path, architecture: str) -> str:
+    """The lines of Python that load a saved model."""
+    from timm_pudnet.target import is_ours
+
+    ours = is_ours(architecture)
+    imports = 'import timm\n    import timm_pudnet' if ours else 'import timm'
+    return (
+        f'Next, in Python{"" if ours else ", without this package if you like"}:\n\n    {imports}\n'
+        f'    model = timm.create_model({f"local-dir:{out}"!r}, pretrained=True).eval()'
+    )
 
 
 _MODES = {'few': 'as for few images', 'full': 'as for many images'}
@@ -641,7 +656,9 @@ def _kept(epoch: int) -> str:
 @click.option('--budget', type=float, help='Seconds after which no further epoch is begun; by default no limit.')
 @click.option('--holdout', default=0.25, show_default=True, help='Share of the images that is tested.')
 @click.option('--pretrained', help="Name of the pretrained weights beside, or none; by default MODEL_NAME's own.")
-@click.option('--seed', default=0, show_default=True, help='Of the tested images and of all that training draws.')
+@click.option(
+    '--seed', type=_SEED, default=0, show_default=True, help='Of the tested images and of all that training draws.'
+)
 @click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
 @click.option('--strict', is_flag=True, help='An unreadable image is an error, not a warning.')
 @_data_options('train')
@@ -913,7 +930,7 @@ def info(
     from timm_pudnet.hub import describe_hypernet, list_hypernets
     from timm_pudnet.hypernet import copy_speed, plan_hypernet
 
-    if re.search(r'[./:]', name) or Path(name).is_dir():  # no name of an architecture
+    if re.search(r'[./:]', name) or (Path(name) / 'config.json').is_file():  # no name of an architecture
         found = describe_hypernet(name)
         context = click.get_current_context()
         for option in context.command.params:

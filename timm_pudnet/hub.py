@@ -38,7 +38,7 @@ from timm_pudnet.files import (
     weights_sha256,
 )
 from timm_pudnet.hypernet import PudNet, read_config
-from timm_pudnet.target import check_architecture, describe_target
+from timm_pudnet.target import check_architecture, describe_target, is_ours
 
 # Which of several that ship with the package serves an architecture: the one for the widest kind of images.
 DEFAULTS = {'resnet18': 'resnet18.mixed'}
@@ -494,7 +494,7 @@ def hypernet_card(
     task = 'image-to-image' if denoises else 'image-classification'
     tags = [*(data.get('tags') or []), 'timm', 'timm-pudnet', 'hypernetwork', task]
     data['tags'] = list(dict.fromkeys(tags))
-    data['license'] = license or data.get('license')
+    data['license'] = _licence(folder, data, license)
     if not data['license']:
         raise InputError(f'{folder} has no card that says its licence: add --license apache-2.0, or whichever it is')
     listed = data.get('datasets') or []
@@ -599,6 +599,14 @@ def _plain_card(hypernet: PudNet, results: Mapping[str, Mapping[str, Any]], repo
     return '\n'.join(lines) + '\n'
 
 
+def _licence(folder: Path, card: dict[str, Any], asked: str | None) -> str | None:
+    """The licence that the card of a folder says, or the one asked for where it says none."""
+    own = card.get('license')
+    if own and asked and own != asked:
+        raise InputError(f'{folder}/README.md says licence {own}, not {asked}: leave out --license, or change the card')
+    return own or asked
+
+
 def model_files(folder: Path, repo: str, license: str | None = None) -> dict[str, bytes | Path]:
     """Everything that the folder of a timm model publishes, in timm's own format, with a card.
 
@@ -614,20 +622,21 @@ def model_files(folder: Path, repo: str, license: str | None = None) -> dict[str
     own = folder / 'README.md'
     if own.is_file():
         card = own.read_text(encoding='utf-8')
+        if license:
+            its = ModelCard(card)
+            its.data['license'] = _licence(folder, its.data.to_dict(), license)
+            card = str(its)
     else:
-        data = ModelCardData(
-            library_name='timm',
-            license=license,
-            pipeline_tag='image-classification',
-            tags=['image-classification', 'timm', 'pudnet'],
-        )
-        usage = f"model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()"
         architecture = shown(read_json(folder / CONFIG_NAME)['architecture'])
+        task = 'image-to-image' if architecture == 'blindspot_unet' else 'image-classification'
+        data = ModelCardData(library_name='timm', license=license, pipeline_tag=task, tags=[task, 'timm', 'pudnet'])
+        usage = f"model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()"
+        imports = 'import timm' + ('\nimport timm_pudnet' if is_ours(architecture) else '')
         card = str(
             ModelCard(
                 f'---\n{data.to_yaml()}\n---\n# {repo.partition("/")[2]}\n\n'
                 f'A timm `{architecture}` whose weights a PudNet hypernetwork predicted (timm-pudnet).\n\n'
-                f'```python\nimport timm\n\n{usage}\n```\n'
+                f'```python\n{imports}\n\n{usage}\n```\n'
             )
         )
     return {

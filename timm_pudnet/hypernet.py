@@ -320,7 +320,7 @@ class PudNet(nn.Module):
         Raises:
             OutputExistsError: One of the files exists and `overwrite` is false.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         if not overwrite:
             for name in (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME):
                 if (folder / name).exists():

@@ -30,7 +30,7 @@ from timm.data.dataset_factory import create_dataset
 from timm.data.transforms import center_crop_or_pad
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 from torchvision.transforms.functional import pil_to_tensor
 
 from timm_pudnet.config import (
@@ -477,7 +477,7 @@ def open_images(
         raise InputError(f'{where} has no length; make it an IterableDataset, or give it __len__')
     if labels is not None:
         found_labels, class_names = _index_labels(labels)
-        if isinstance(images, DataLoader) and isinstance(images.sampler, RandomSampler):
+        if reorders(images):
             raise InputError('labels do not fit a DataLoader that shuffles; pass shuffle=False, or the Dataset itself')
         if not is_stream and len(found_labels) != len(data):
             raise InputError(f'{len(found_labels)} labels for {len(data)} images')
@@ -772,7 +772,7 @@ def _index_labels(values: Any, names: Sequence[str] | None = None) -> tuple[Tens
     """Labels as 0 to k - 1, int64 `[n]`, and class names; `names` are those of the numbers, where known."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
-    if isinstance(values, (str, bytes, dict)) or not isinstance(values, (Iterable, np.ndarray)):
+    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable) or getattr(values, 'ndim', 1) != 1:
         raise InputError(f'labels: a {type(values).__name__}; pass one int or string for each image')
     values = values if isinstance(values, np.ndarray) else list(values)
     if all(isinstance(value, str) for value in values):
@@ -798,6 +798,14 @@ def _to_label_tensor(values: Any, where: str) -> Tensor:
         raise InputError(f'{where}: labels must be one int for each image ({error})') from error
 
 
+def reorders(images: Any) -> bool:
+    """Whether these are a DataLoader whose images may come in another order than those of its dataset."""
+    if not isinstance(images, DataLoader) or isinstance(images.dataset, IterableDataset):
+        return False
+    sampler = images.sampler if images.batch_sampler is None else getattr(images.batch_sampler, 'sampler', None)
+    return not isinstance(sampler, SequentialSampler)
+
+
 def _is_batched(data: Any) -> bool:
     return isinstance(data, DataLoader) and not (data.batch_size is None and data.batch_sampler is None)
 
@@ -819,7 +827,9 @@ def _item_or_error(dataset: Any, position: int, where: str) -> tuple[Any, Any]:
 
 
 def _class_names(dataset: Any) -> tuple[str, ...] | None:
-    """From torchvision's `classes` or the `class_to_idx` of timm's readers."""
+    """From torchvision's `classes` or the `class_to_idx` of timm's readers; none where the targets are transformed."""
+    if getattr(dataset, 'target_transform', None) is not None:
+        return None
     classes = getattr(dataset, 'classes', None)
     numbers = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
     if classes is None and isinstance(numbers, dict) and sorted(numbers.values()) == list(range(len(numbers))):
@@ -829,9 +839,10 @@ def _class_names(dataset: Any) -> tuple[str, ...] | None:
 
 def _dataset_labels(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | None]:
     """Labels and class names that a map-style dataset knows without reading an image."""
-    base, chosen = dataset, slice(None)
-    if isinstance(dataset, Subset):
-        base, chosen = dataset.dataset, list(dataset.indices)
+    base, chosen = dataset, None
+    while isinstance(base, Subset):
+        indices = list(base.indices)
+        base, chosen = base.dataset, indices if chosen is None else [indices[place] for place in chosen]
     names = _class_names(base)
     targets = getattr(base, 'targets', None)
     reader: Any = getattr(base, 'reader', None)  # timm's: of a folder, of Hugging Face
@@ -842,7 +853,7 @@ def _dataset_labels(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | None
     if targets is None or getattr(base, 'target_transform', None) is not None:
         return None, names
     try:
-        values = _to_label_tensor(targets, 'targets')[chosen]
+        values = _to_label_tensor(targets, 'targets')[slice(None) if chosen is None else chosen]
         return _index_labels(values, names) if len(values) == len(dataset) else (None, names)
     except (InputError, IndexError):  # targets of another kind: the items tell
         return None, names

@@ -180,9 +180,12 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Raises:
         OutputExistsError: The folder exists and is not empty, or is a file.
         NotFoundError: Its parent is not there.
+        InputError: It is no whole timm model, one of `features_only` for instance.
     """
     folder = Path(folder).expanduser()
     check_output(folder)
+    if not hasattr(model, 'num_classes'):
+        raise InputError(f'a {type(model).__name__} cannot be saved: timm has no format for it. Save the whole model')
     if not all(value.is_contiguous() for value in model.state_dict().values()):  # channels_last, which files have not
         model = copy.deepcopy(model)
         for tensor in (*model.parameters(), *model.buffers()):
@@ -214,7 +217,8 @@ def push_model(model: nn.Module, repo: str, *, license: str | None = None, priva
 
 def check_output(folder: Path) -> None:
     """Raises unless a new folder can be made at this path."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    here = folder.is_dir() and folder.samefile('.')  # which nothing can be renamed to
+    if here or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise OutputExistsError(f'{folder} exists: choose another output folder, or remove it first')
     if not folder.parent.is_dir():
         raise NotFoundError(f'{folder.parent} is not there: make it first, or choose another output folder')
@@ -257,7 +261,11 @@ def _predict(
     if source.labelled and head != 'none':
         if not spec.classifiers:
             raise InputError(f'{spec.model_name} has no classifier: head="none" gives a feature model')
-        num_classes = len(source.class_names) if source.class_names else sample.top_label + 1
+        num_classes = len(source.class_names or ()) or sample.top_label + 1
+        if sample.top_label >= num_classes:
+            raise InputError(
+                f'{source.description}: label {sample.top_label} where there are names of {num_classes} classes'
+            )
         if num_classes < 2:
             raise InputError(
                 f'{source.description}: one class only, a classifier needs two; head="none" gives a feature model'
@@ -402,6 +410,11 @@ def build_model(
     with _NoRandomInit():
         try:
             model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+        except (TypeError, ValueError, AssertionError, IndexError, RuntimeError) as error:  # those of _NOT_OF_TARGET
+            given = ', '.join(f'{key}={value!r}' for key, value in timm_kwargs.items() if key in _NOT_OF_TARGET)
+            if not given:
+                raise
+            raise InputError(f'timm.create_model({name!r}) refused {given}: {first_line(error)}') from error
         except OSError as error:  # vit_small_resnet26d_224 for one
             reason = first_line(error)
             raise NotFoundError(f'{name}: timm fetches pretrained weights of a part of it first ({reason})') from error

@@ -327,8 +327,15 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def input_of(model: nn.Module) -> InputConfig:
-    """How a timm model sees images, by its own config."""
+    """How a timm model sees images, by its own config; channels by its first conv, for `in_chans` is not in there."""
     found = resolve_model_data_config(model)
+    first = (getattr(model, 'pretrained_cfg', None) or {}).get('first_conv')
+    conv = dict(model.named_modules()).get(first) if isinstance(first, str) else None
+    channels = conv.in_channels if isinstance(conv, nn.Conv2d) else found['input_size'][0]
+    if channels != found['input_size'][0]:
+        found['input_size'] = (channels, *found['input_size'][1:])
+        for name in ('mean', 'std'):
+            found[name] = (sum(found[name]) / len(found[name]),) * channels
     names = [field.name for field in dataclasses.fields(InputConfig)]
     return InputConfig(**{name: found[name] for name in names})
 
@@ -351,6 +358,11 @@ def batch_norms(model: nn.Module) -> Iterable[tuple[str, nn.modules.batchnorm._N
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             yield name, module
+
+
+def is_ours(model_name: str) -> bool:
+    """Whether timm knows an architecture through this package alone."""
+    return timm.is_model(model_name) and model_entrypoint(model_name).__module__.startswith('timm_pudnet.')
 
 
 def register_architecture(entrypoint: Callable[..., nn.Module]) -> None:

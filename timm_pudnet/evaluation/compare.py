@@ -27,7 +27,7 @@ from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.evaluation.scratch import train_from_scratch
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, library_versions, usable_device, written_whole
-from timm_pudnet.images import ImageSource, open_images
+from timm_pudnet.images import ImageSource, open_images, reorders
 from timm_pudnet.predict import predict_model
 from timm_pudnet.target import input_of
 from timm_pudnet.training.episodes import ImageBank, bank_input
@@ -133,6 +133,11 @@ def compare(
             raise InputError(f'arm {name!r}: use some of {", ".join(list(ARMS)[1:])}')
     if pretrained is not None:
         _check_name(pretrained)
+    if 'pretrained' in arms and reorders(images):
+        raise InputError(
+            'a DataLoader that shuffles cannot be read twice alike, as the arm pretrained does; pass shuffle=False, or '
+            'the Dataset itself'
+        )
     device = usable_device(device)
     network = resolve_hypernet(model_name, hypernet)
     config = network.config.input

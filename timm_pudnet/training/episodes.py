@@ -60,27 +60,32 @@ class ImageBank:
         Raises:
             InputError: The images have no labels, or a class is not among them.
         """
-        found = source.class_names
-        if found is None and source.labels is not None:
-            found = tuple(str(label) for label in range(int(source.labels.max()) + 1))
-        if not source.labelled or found is None:
+        if not source.labelled:
             raise InputError(f'{source.description}: training needs labelled images')
-        names = list(found)
-        chosen = names if classes is None else [str(name) for name in classes]
-        for name in chosen:
-            if name not in names:
-                raise InputError(f'{source.description}: no class {name!r}; it has {", ".join(names)}')
-        number = torch.full((len(names),), -1, dtype=torch.long)
-        for label, name in enumerate(chosen):
-            number[names.index(name)] = label
+        names = source.class_names
+        if names is None and source.labels is not None:
+            names = tuple(str(label) for label in range(int(source.labels.max()) + 1))
+        chosen = list(names or ()) if classes is None else [str(name) for name in classes]
+        number = None  # of each class among those chosen; None where their names come with the images
+        if names is not None:
+            for name in chosen:
+                if name not in names:
+                    raise InputError(f'{source.description}: no class {name!r}; it has {", ".join(names)}')
+            number = torch.full((len(names),), -1, dtype=torch.long)
+            for label, name in enumerate(chosen):
+                number[names.index(name)] = label
         images, labels = [], []
         for batch, batch_labels in tqdm(
             source.batches(1024), 'reading', disable=not progress, delay=2, unit=' thousand', leave=False
         ):
             assert batch_labels is not None
-            label = number[batch_labels]
+            label = batch_labels if number is None else number[batch_labels]
             images.append((batch[label >= 0] * 255).round().to(torch.uint8))
             labels.append(label[label >= 0])
+        if number is None:
+            top = max((int(label.max()) for label in labels if len(label)), default=-1)
+            bank = cls(torch.cat(images), torch.cat(labels), [str(label) for label in range(top + 1)])
+            return bank if classes is None else bank.select(chosen)
         return cls(torch.cat(images), torch.cat(labels), chosen)
 
     def part(self, picks: Tensor) -> ImageBank:

@@ -317,6 +317,8 @@ def finetune_epochs(
     config = input_of(model)
     device = next(model.parameters()).device
     parts = -(-len(images.labels) // tuning.batch_size)
+    if not tuning.frozen_statistics:  # which need two images
+        parts = max(1, min(parts, len(images.labels) // 2))
     steps = (tuning.epochs - tuning.head_first) * parts
     optimizer = create_optimizer_v2(
         model, opt='adamw', lr=tuning.rate, weight_decay=tuning.weight_decay, layer_decay=tuning.layer_decay
