@@ -1066,6 +1066,7 @@ def test_info_tells_what_a_hypernetwork_is(tiny_folder):
         (['convnext_tiny'], ['convnext_tiny', 'conv_mlp=True']),
         (['resnet18', '--model-kwargs', 'depth'], ['depth', 'KEY=VALUE']),
         (['resnet18', '--model-kwargs', 'depth=3'], ['resnet18', 'depth']),
+        (['resnet18', '--model-kwargs', 'features_only=true'], ['features_only']),
         (['resnet18', '--generator', 'papr'], ["'papr'", 'paper']),
         (['resnet18', '--sketch-width', '0'], ['sketch_width', '0']),
     ],

@@ -474,6 +474,7 @@ def test_what_cannot_be_read_is_left_out_and_counted_or_an_error_with_strict(fol
     assert not predicted
     result = succeeds(folders / 'noisy', '--out', folders / 'out')
     assert 'Warning: skipped 2 of 6 images' in result.stderr
+    assert 'that can be read' in result.stdout
     assert 'nan.tif' in result.stderr
     assert sum(len(paths) for paths, _, _ in predicted) == 4
     assert not (folders / 'out' / 'nan.tif').exists()

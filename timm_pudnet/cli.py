@@ -836,7 +836,8 @@ def denoise(
     click.echo(f'Wrote      {out}; noisy and denoised ones side by side: {out / sheet_name}')
     if partners:
         click.echo(f'           PSNR and SSIM of each image: {out / json_name}')
-    click.echo(f'Next, in Python, to keep this denoiser{"" if len(models) == 1 else " (give images of one kind)"}:')
+    such = ' '.join(['of one kind'] * (len(models) > 1) + ['that can be read'] * bool(skipped))
+    click.echo(f'Next, in Python, to keep this denoiser{f" (give images {such})" if such else ""}:')
     more = '' if hypernet is None else f', hypernet={hypernet!r}'
     click.echo(
         f'\n    import timm_pudnet\n    model = timm_pudnet.predict_denoiser({str(images)!r}{more})\n'

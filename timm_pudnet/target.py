@@ -253,6 +253,8 @@ def _headless(model_name: str, kwargs_json: str) -> frozenset[str]:
 
 
 def _meta_model(model_name: str, model_kwargs: dict[str, Any], num_classes: int) -> nn.Module:
+    if model_kwargs.get('features_only'):
+        raise InputError('features_only changes what a model gives, not its weights: leave it out here')
     try:
         with torch.device('meta'):
             return timm.create_model(model_name, **{**model_kwargs, 'num_classes': num_classes, 'pretrained': False})

@@ -3,7 +3,8 @@
 A blind-spot network guesses each pixel without looking at it. Where the noise is weak that gives away what could be
 known best, fine texture. Given the noise's variance `v` and the guess's own error of variance `e`, the mean of the
 clean pixel is `guess + e / (e + v) (noisy - guess)` (Laine et al., High-Quality Self-Supervised Deep Image Denoising,
-for networks that give `e`; here `e + v` is measured around each pixel). This is done for brightness and two colour
+for networks that give `e`). Here `e + v` is measured around each pixel, and what of it is `e` is shared out among the
+pixels there by the contrast of the guess: it errs at edges, not in the sky. This is done for brightness and two colour
 components apart: what texture the guess misses is in brightness nearly alone, the noise in all three.
 
 Dimension letters: `n` images, `c` channels or colour components, `h w` height and width, `k` blocks.
@@ -21,8 +22,12 @@ from torch.nn import functional as F
 from timm_pudnet.config import InputError
 
 WINDOW = 31  # pixels, in each direction, over which the guess's error is measured
-BLOCK = 8  # pixels of the blocks that the noise is measured in
-SMOOTH = 0.1  # share of the blocks of one brightness that are taken to hold noise alone: those of least variance
+EVEN = 0.2  # of the mean contrast there that every pixel has beside its own, in sharing the error out
+FAINT = 1e-4  # contrast that is none
+BLOCK = 6  # pixels of a block whose fine patterns the noise is measured by; not the 8 of JPEG
+BLOCKS = 2  # in each direction, that are taken together
+FINE = 8  # patterns of a block with so many half waves or more, of its two directions together, are looked at
+SMOOTH = 0.1  # share of what has one brightness that is taken to hold noise alone: where these are weakest
 LEAST_BLOCKS = 64  # of one brightness
 LEVEL_ERROR = 0.02  # of a brightness; levels no further apart than this say nothing about how noise grows with it
 
@@ -67,6 +72,9 @@ class Posterior(nn.Module):
         noise = torch.lerp(black, white, _levels(guess, components))
         # Measured over so many pixels, the variance of noise alone is above `noise` as often as below.
         error = _around(rest.square() - noise * (1 + math.sqrt(2) / WINDOW)).clamp_min(0)
+        contrast = _contrast(torch.einsum('kc,nchw->nkhw', components, guess))
+        its_mean = _around(contrast)
+        error = error * (contrast + EVEN * its_mean) / ((1 + EVEN) * its_mean)
         share = error / (error + noise).clamp_min(1e-12)
         return guess + torch.einsum('kc,nkhw->nchw', components, share * rest)
 
@@ -81,6 +89,11 @@ def _levels(guesses: Tensor, components: Tensor) -> Tensor:
     return torch.einsum('kc,nchw->nkhw', components.square(), guesses.clamp(0, 1))
 
 
+def _contrast(values: Tensor) -> Tensor:
+    """The range of the 3x3 pixels around each."""
+    return F.max_pool2d(values, 3, 1, 1) + F.max_pool2d(-values, 3, 1, 1) + FAINT
+
+
 def _around(values: Tensor) -> Tensor:
     """Means over the window around each pixel, of what of it is in the image."""
     for _ in range(2):  # columns, then rows, both laid out as rows: that is several times faster than columns are
@@ -92,11 +105,13 @@ def _around(values: Tensor) -> Tensor:
 def estimate_noise(noisy: Tensor, guesses: Tensor) -> list[list[float]]:
     """Variance of the noise of images, from blind guesses of them: of each colour component in black and in white.
 
-    Blocks of 8x8 pixels are sorted by how bright they are; among those of one brightness the tenth of least variance
-    around the guess is taken to be smooth, so that it holds noise alone. A line is put through what these give.
+    Of squares of 12x12 pixels the finest patterns are looked at (the last of the cosine transform of each 6x6): images
+    have least there, noise that is independent from pixel to pixel as much as anywhere. Squares are sorted by how
+    bright the guess is; among those of one brightness the tenth where these patterns are weakest is taken to be smooth,
+    so that it holds noise alone. A line is put through what these give.
 
     Args:
-        noisy: `[n, c, h, w]`, black 0 and white 1, sides of 8 pixels or more.
+        noisy: `[n, c, h, w]`, black 0 and white 1, sides of 6 pixels or more.
         guesses: The same without noise, each pixel from its neighbours.
 
     Returns:
@@ -119,13 +134,14 @@ def estimate_noise(noisy: Tensor, guesses: Tensor) -> list[list[float]]:
         )
     noisy, guesses = _exact(noisy), _exact(guesses)
     components = colour_components(noisy.shape[1]).to(noisy)
-    rest = torch.einsum('kc,nchw->nkhw', components, noisy - guesses)
-    blocks, levels = (
-        F.avg_pool2d(values, BLOCK).transpose(0, 1).flatten(1)  # [c, k]
-        for values in (rest.square(), _levels(guesses, components))
-    )
+    patterns = fine_patterns().to(noisy)
+    planes = torch.einsum('kc,nchw->knhw', components, noisy).flatten(0, 1)[:, None]
+    fine = F.conv2d(planes, patterns, stride=BLOCK).square().mean(1)
+    side = min(BLOCKS, *fine.shape[1:])
+    blocks = F.avg_pool2d(fine, side, 1).view(len(components), -1)  # [c, k]
+    levels = F.avg_pool2d(F.avg_pool2d(_levels(guesses, components), BLOCK), side, 1).transpose(0, 1).flatten(1)
     # Of blocks of noise alone with one variance, the tenth of least is so much below it (Wilson and Hilferty).
-    spread = 2 / (9 * BLOCK**2)
+    spread = 2 / (9 * side**2 * len(patterns))
     below = (1 - spread - 1.2816 * math.sqrt(spread)) ** 3
     ends = []
     for variances, its_levels in zip(blocks, levels, strict=True):
@@ -133,6 +149,14 @@ def estimate_noise(noisy: Tensor, guesses: Tensor) -> list[list[float]]:
         places = torch.stack([its_levels[part].mean() for part in parts])
         ends.append(_line(places, torch.stack([variances[part].quantile(SMOOTH) for part in parts]) / below))
     return ends
+
+
+def fine_patterns() -> Tensor:
+    """The finest patterns of the orthonormal cosine transform of a block, `[p, 1, BLOCK, BLOCK]`."""
+    waves = torch.arange(BLOCK)
+    rows = torch.cos((2 * waves + 1) * waves[:, None] * math.pi / (2 * BLOCK)) * math.sqrt(2 / BLOCK)
+    fine = waves[:, None] + waves >= FINE  # none without waves in a direction, whose rows would have another length
+    return torch.einsum('ui,vj->uvij', rows, rows)[fine][:, None]
 
 
 def _line(places: Tensor, variances: Tensor) -> list[float]:

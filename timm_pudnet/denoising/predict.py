@@ -37,9 +37,9 @@ def predict_denoiser(
 ) -> nn.Module:
     """Predicts a denoiser for noisy images that come without clean ones (paper section IV-D).
 
-    All images should be in colour, or all grey, and have the same kind and level of noise; one image is enough. They
-    are not resized: patches of at most 128 of them, spread over their order, give the sketch, calibrate the norm
-    statistics and tell how strong the noise is.
+    All images should be in colour, or all grey, and have the same kind and level of noise, independent from pixel to
+    pixel; one image is enough. They are not resized: patches of at most 128 of them, spread over their order, give the
+    sketch, calibrate the norm statistics and tell how strong the noise is.
 
     Args:
         images: A folder (with all its subfolders), a file, a list of paths, PIL images, arrays `[h, w, c]` or tensors

@@ -137,7 +137,7 @@ class BlindSpotUNet(nn.Module):
     @property
     def receptive_field(self) -> int:
         """So many pixels in each direction an output depends on, at most."""
-        return self.reach + (0 if self.posterior is None else WINDOW // 2)
+        return self.reach + (0 if self.posterior is None else WINDOW // 2 + 1)
 
     def set_noise(self, noise: Sequence[Sequence[float]] | None) -> None:
         """Puts another `noise` in place, or none; it is saved with the model."""
