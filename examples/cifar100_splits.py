@@ -28,8 +28,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('splits', type=Path, help='JSON: {"cifar100-set": {name: {"unseen": [class, ...]}}}')
     parser.add_argument('--data', default='.data/cifar100', help='folder with train and test, a folder a class in each')
-    parser.add_argument('--base-images', type=int, default=150_000, help='images that the first training sees')
-    parser.add_argument('--images', type=int, default=10_000, help='images that the hypernetwork sees')
+    parser.add_argument('--base-images', type=int, default=120_000, help='images that the first training sees')
+    parser.add_argument('--images', type=int, default=8_000, help='images that the hypernetwork sees')
     parser.add_argument('--groups', type=int, default=500, help='test groups of each choice')
     parser.add_argument(
         '--part', type=int, nargs=2, default=(0, 1), metavar=('I', 'N'), help='only the I-th of N parts'
