@@ -416,3 +416,13 @@ def test_quarter_turns_and_conditions_of_oblong_images_are_refused():
             make_sampler([bank], config, **groups)
     group = make_sampler([bank], config, n_way=4, turns=2).draw(0)
     assert group.support.shape == (8, 3, 12, 16)
+
+
+def test_a_class_that_is_not_there_is_told_also_where_labels_come_with_the_images(one_line):
+    dataset = torch.utils.data.TensorDataset(torch.rand(6, 3, 32, 32), torch.tensor([0, 2, 1, 2, 0, 1]))
+    source = open_images(torch.utils.data.DataLoader(dataset, 4), input=bank_input(InputConfig()))
+    bank = ImageBank.from_source(source, ['2', '0'])
+    assert (bank.class_names, bank.labels.tolist()) == (('2', '0'), [0, 0, 1, 1])
+    with pytest.raises(InputError) as error:
+        ImageBank.from_source(source, ['3'])
+    one_line(error, "'3'", '0, 1, 2')

@@ -211,7 +211,7 @@ def predict(
             'Python': platform.python_version(),
         }
         written = dataclasses.replace(page, facts=facts).write(out / 'report')
-    click.echo(f'Wrote      {out} ({size:.0f} MB, timm format). {_loading(out, model_name)}')
+    click.echo(f'Wrote      {out} ({size:.0f} MB, timm format). {_loading(out)}')
     click.echo('    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n')
     if written:
         click.echo(f'Report     {written}: open it in a browser; it needs no network')
@@ -624,15 +624,14 @@ def finetune(
             f'{low:.1%} to {high:.1%}{was}). They chose the epoch: new images may do a little worse'
         )
     room.save_model(run.result(), out)
-    architecture = json.loads((out / 'config.json').read_text(encoding='utf-8'))['architecture']
-    click.echo(f'Wrote      {out} (timm format). {_loading(out, architecture)}\n')
+    click.echo(f'Wrote      {out} (timm format). {_loading(out)}\n')
 
 
-def _loading(out: Path, architecture: str) -> str:
+def _loading(out: Path) -> str:
     """The lines of Python that load a saved model."""
     from timm_pudnet.target import is_ours
 
-    ours = is_ours(architecture)
+    ours = is_ours(json.loads((out / 'config.json').read_text(encoding='utf-8'))['architecture'])
     imports = 'import timm\n    import timm_pudnet' if ours else 'import timm'
     return (
         f'Next, in Python{"" if ours else ", without this package if you like"}:\n\n    {imports}\n'

@@ -68,12 +68,8 @@ class ImageBank:
         chosen = list(names or ()) if classes is None else [str(name) for name in classes]
         number = None  # of each class among those chosen; None where their names come with the images
         if names is not None:
-            for name in chosen:
-                if name not in names:
-                    raise InputError(f'{source.description}: no class {name!r}; it has {", ".join(names)}')
             number = torch.full((len(names),), -1, dtype=torch.long)
-            for label, name in enumerate(chosen):
-                number[names.index(name)] = label
+            number[_numbers(chosen, names, source.description)] = torch.arange(len(chosen))
         images, labels = [], []
         for batch, batch_labels in tqdm(
             source.batches(1024), 'reading', disable=not progress, delay=2, unit=' thousand', leave=False
@@ -93,10 +89,22 @@ class ImageBank:
         return ImageBank(self.images[picks], self.labels[picks], self.class_names)
 
     def select(self, classes: Sequence[str]) -> ImageBank:
-        """The images of some classes, numbered in the order of `classes`."""
-        members = [self.members[self.class_names.index(name)] for name in classes]
+        """The images of some classes, numbered in the order of `classes`.
+
+        Raises:
+            InputError: A class is not among them.
+        """
+        members = [self.members[number] for number in _numbers(classes, self.class_names, 'these images')]
         labels = torch.arange(len(members)).repeat_interleave(torch.tensor([len(m) for m in members]))
         return ImageBank(self.images[torch.cat(members)], labels, classes)
+
+
+def _numbers(classes: Sequence[str], names: Sequence[str], where: str) -> list[int]:
+    """The numbers of some classes among `names`."""
+    for name in classes:
+        if name not in names:
+            raise InputError(f'{where}: no class {name!r}; it has {", ".join(names)}')
+    return [names.index(name) for name in classes]
 
 
 def bank_input(config: InputConfig) -> InputConfig:
