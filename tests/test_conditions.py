@@ -179,6 +179,20 @@ def test_without_conditions_images_are_as_they_are():
     assert_close(torch.cat([group.support, group.query]), image.repeat(10, 1, 1, 1))
 
 
+def test_a_group_comes_without_its_condition_too_but_turned():
+    image = torch.tensor(GREYS)[:, None, None].repeat(1, 8, 8) / 255
+    image[:, 0, 0] = 0
+    turns = set()
+    for number in range(20):
+        group = flat_sampler(conditions=0.8).draw(number, plain=True)
+        same = flat_sampler(conditions=0.8).draw(number)
+        assert same.plain is None
+        assert_close((group.support, group.query), (same.support, same.query), rtol=0, atol=0)
+        turns.add(turn := seen_condition(group.support[0])[2])
+        assert_close(group.plain, image.rot90(turn, (1, 2)).repeat(10, 1, 1, 1))
+    assert turns == {0, 1, 2, 3}
+
+
 def test_the_halves_of_a_group_share_a_condition_and_other_groups_have_others():
     halves = flat_sampler(sketch_groups=12, sketch_images=4).draw_halves(0)
     assert halves.shape == (12, 2, 4, 3, 8, 8)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from timm_pudnet.training.losses import group_losses, sketch_loss
+from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
 
 SUPPORT_CLASSES = torch.tensor([7, 7, 2, 2, 5, 5])  # of 9 training classes, in no order
 QUERY_CLASSES = torch.tensor([2, 5, 7, 7])
@@ -124,3 +124,34 @@ def test_the_sketch_loss_teaches_every_half_and_not_its_length():
     sketch_loss(halves).backward()
     assert halves.grad.abs().sum(-1).min() > 1e-4
     assert_close((halves.grad * halves).sum(-1), torch.zeros(4, 2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('layers', [0, 1, 3])
+def test_the_distillation_loss_is_that_of_a_plain_rewrite(layers):
+    found, wanted = ([torch.randn(4, 5 + place) for place in range(layers + 1)] for _ in range(2))
+    errors = []
+    for one, goal in zip(found, wanted, strict=True):
+        away = sum((a - b) ** 2 for a, b in zip(one.flatten().tolist(), goal.flatten().tolist(), strict=True))
+        errors.append(away / sum(b**2 for b in goal.flatten().tolist()))
+    expected = errors[0] + (sum(errors[1:]) / layers if layers else 0.0)
+    assert_close(float(distillation_loss(found, wanted)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_norm_outputs_are_the_means_of_positive_parts_in_order_and_turn_with_the_kernels():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)
+    ).eval()
+    with torch.no_grad():
+        model[1].bias.copy_(torch.randn(4))
+    outputs, images = NormOutputs(model), torch.randn(6, 3, 8, 8)
+    model(images)
+    first, second = outputs.take()
+    hidden = model[:2](images)
+    assert_close(first, hidden.clamp(min=0).mean((2, 3)))
+    assert_close(second, model(images).clamp(min=0).mean((2, 3)))
+    assert len(outputs.take()) == 3  # of the two passes above
+    assert outputs.take() == []
+    with torch.no_grad():
+        model[0].weight.copy_(model[0].weight.rot90(1, (2, 3)).clone())
+    model(images.rot90(1, (2, 3)))
+    assert_close(outputs.take(), [first, second], rtol=1e-4, atol=1e-5)

@@ -60,6 +60,10 @@ class Condition:
             noise=0.1 * noise,
         )
 
+    def turns_only(self) -> Condition:
+        """The same turns, and nothing else."""
+        return Condition(order=tuple(range(len(self.order))), turns=self.turns)
+
     def apply(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Float images `[n, c, h, w]` in 0-1 as this condition shows them; the noise comes from the generator."""
         images = images[:, list(self.order)].rot90(self.turns, (2, 3)) ** self.gamma

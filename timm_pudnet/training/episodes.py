@@ -33,6 +33,7 @@ class Group:
     support_classes: Tensor
     query: Tensor
     query_classes: Tensor
+    plain: Tensor | None = None  # support and query, turned as the condition says but else without it, if asked for
 
 
 class ImageBank:
@@ -287,8 +288,8 @@ class GroupSampler:
         """The generator of one draw."""
         return torch.Generator().manual_seed(zlib.crc32(f'{self.seed} {what} {number}'.encode()))
 
-    def draw(self, number: int, what: str = 'group') -> Group:
-        """Group `number` of a series; support and query share no image."""
+    def draw(self, number: int, what: str = 'group', *, plain: bool = False) -> Group:
+        """Group `number` of a series; support and query share no image. With `plain`, also as `Group.plain` says."""
         generator = self.generator(what, number)
         place = self._bank(generator)
         bank = self.banks[place]
@@ -298,11 +299,20 @@ class GroupSampler:
         members = [bank.members[label % len(bank.members)] for label in classes.tolist()]
         picks = torch.cat([m[torch.randperm(len(m), generator=generator)[:each]] for m in members])
         labels = classes.repeat_interleave(each)
-        images = self._prepared(bank, picks, labels, generator, self._condition(bank, generator))
-        images, labels = images.unflatten(0, (n_way, each)), labels.view(-1, each) + self.first[place]
-        support, query = images.split([n_shot, n_query], 1)
-        support_classes, query_classes = labels.split([n_shot, n_query], 1)
-        return Group(support.flatten(0, 1), support_classes.flatten(), query.flatten(0, 1), query_classes.flatten())
+        condition = self._condition(bank, generator)
+        images = self._changed(bank, picks, labels, generator)
+        seen = self._normalised(images, condition, generator)
+
+        def split(rows: Tensor) -> list[Tensor]:
+            return [part.flatten(0, 1) for part in rows.unflatten(0, (n_way, each)).split([n_shot, n_query], 1)]
+
+        support, query = split(seen)
+        support_classes, query_classes = split(labels + self.first[place])
+        without = None
+        if plain:
+            turned = None if condition is None else condition.turns_only()
+            without = torch.cat([support, query] if condition is None else split(self._normalised(images, turned)))
+        return Group(support, support_classes, query, query_classes, without)
 
     def draw_halves(self, number: int) -> Tensor:
         """Further groups for the sketch's own loss: `[sketch_groups, 2, sketch_images, c, h, w]`.
@@ -326,7 +336,7 @@ class GroupSampler:
             picks = torch.stack([m[torch.randint(len(m), (), generator=generator)] for m in members])
             told = bool(share) and (share == 1 or place > 0)
             condition = Condition.draw(generator, bank.images.shape[1]) if told else None
-            images = self._prepared(bank, picks, labels, generator, condition)
+            images = self._normalised(self._changed(bank, picks, labels, generator), condition, generator)
             halves.append(images.unflatten(0, (2, -1)))
         return torch.stack(halves)
 
@@ -345,7 +355,8 @@ class GroupSampler:
                 picks = torch.randint(len(bank.labels), (len(part),), generator=generator)
                 turns = torch.randint(self.groups.turns, (len(part),), generator=generator)
                 classes = bank.labels[picks] + turns * len(bank.members)
-                images.append(self._prepared(bank, picks, classes, generator, self._condition(bank, generator)))
+                condition = self._condition(bank, generator)
+                images.append(self._normalised(self._changed(bank, picks, classes, generator), condition, generator))
                 labels.append(classes + first)
         return torch.cat(images), torch.cat(labels)
 
@@ -365,10 +376,8 @@ class GroupSampler:
             return None
         return Condition.draw(generator, bank.images.shape[1])
 
-    def _prepared(
-        self, bank: ImageBank, picks: Tensor, labels: Tensor, generator: torch.Generator, condition: Condition | None
-    ) -> Tensor:
-        """Images of a bank, augmented, turned as their class says, seen under the condition, normalised."""
+    def _changed(self, bank: ImageBank, picks: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """Images of a bank in 0-1, augmented, turned as their class says."""
         images = bank.images[picks]
         how = self.augmentation
         if how is not None and how.timm:
@@ -376,7 +385,12 @@ class GroupSampler:
         else:
             images = images.float().div_(255)
             images = images if how is None else augment(images, how, generator)
-        images = quarter_turns(images, labels // len(bank.members) * (4 // self.groups.turns))
+        return quarter_turns(images, labels // len(bank.members) * (4 // self.groups.turns))
+
+    def _normalised(
+        self, images: Tensor, condition: Condition | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Images in 0-1, seen under the condition, normalised."""
         if condition is not None:
             images = condition.apply(images.clamp(0, 1), generator)  # timm erases with noise, below zero too
         return (images - self.mean) / self.std

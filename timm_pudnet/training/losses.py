@@ -6,12 +6,14 @@ Dimension letters: `n` images, `d` features, `k` classes of the group, `a` all t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_pudnet.adapt import centroid_logits, class_centroids
+from timm_pudnet.target import batch_norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,48 @@ def group_losses(
             padded.log_softmax(1), full_logits[len(support) :].log_softmax(1), log_target=True, reduction='batchmean'
         ),
     )
+
+
+class NormOutputs:
+    """Gathers what the BatchNorm layers of a model give: the mean over the places of every channel's positive part.
+
+    Such means `[n, d]` do not tell how an image is turned, as long as the kernels are turned with it.
+
+    Args:
+        model: Whose layers; hooks stay on them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.means: list[Tensor] = []
+        for _, norm in batch_norms(model):
+            norm.register_forward_hook(lambda _norm, _inputs, output: self.means.append(_positive_mean(output)))
+
+    def take(self) -> list[Tensor]:
+        """Those of the forward passes since the last call, in the order of the network."""
+        taken = self.means.copy()
+        self.means.clear()
+        return taken
+
+
+def _positive_mean(output: Tensor) -> Tensor:
+    return output.relu().flatten(2).mean(2, dtype=torch.float32) if output.ndim > 2 else output.relu().float()
+
+
+def distillation_loss(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """How far the features `[n, d]`, and what layers before them give, are from what is wanted.
+
+    Each distance is squared, over the mean squared norm of what is wanted; that of the features, the first, counts as
+    much as the mean of all others.
+
+    Example:
+        >>> distillation_loss([torch.tensor([[1.0, 0.0]])], [torch.tensor([[2.0, 0.0]])])
+        tensor(0.2500)
+    """
+    errors = [
+        (one - goal).square().sum(1).mean() / goal.square().sum(1).mean().clamp(min=1e-12)
+        for one, goal in zip(found, wanted, strict=True)
+    ]
+    return errors[0] + torch.stack(errors[1:]).mean() if len(errors) > 1 else errors[0]
 
 
 def sketch_loss(halves: Tensor, temperature: float = 0.1) -> Tensor:

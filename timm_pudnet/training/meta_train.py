@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -19,7 +20,7 @@ from timm_pudnet.hypernet import PudNet, pretrained_model, target_of
 from timm_pudnet.images import open_images
 from timm_pudnet.target import batch_norms, create_feature_model
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input
-from timm_pudnet.training.losses import group_losses, sketch_loss
+from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
 from timm_pudnet.training.recipe import Recipe
 from timm_pudnet.training.run import Run, config_fields, go
 
@@ -270,6 +271,14 @@ class _MetaRun(_ClassifierRun):
             self.hypernet.start_from(state)
             self.target.load_state_dict(state)  # for the norm statistics
         self.target.requires_grad_(False)
+        if self.recipe.schedule.frozen:
+            self.head.requires_grad_(False)
+            for name, value in self.hypernet.named_parameters():
+                value.requires_grad_(not self.is_ordinary(f'hypernet.{name}'))
+        self.teacher = None  # the network of `start`, where its features are wanted
+        if self.recipe.losses.distillation:
+            self.teacher = copy.deepcopy(self.target).eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.outputs = [NormOutputs(model) for model in (self.target, self.teacher)]
         return {'hypernet': self.hypernet, 'head': self.head, 'target': self.target}
 
     def is_ordinary(self, name: str) -> bool:
@@ -282,7 +291,7 @@ class _MetaRun(_ClassifierRun):
     def losses(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward pass of one group: sketch, weights, features of support and query in one batch, losses."""
         weigh = self.recipe.losses
-        group = self.sampler.draw(number)
+        group = self.sampler.draw(number, plain=self.teacher is not None)
         support, query = (images.to(self.device) for images in (group.support, group.query))
         further = None  # groups for the sketch's own loss
         if weigh.sketch and self.recipe.groups.sketch_groups:
@@ -306,6 +315,14 @@ class _MetaRun(_ClassifierRun):
             label_smoothing=self.recipe.schedule.label_smoothing,
         )
         terms = {'metric': losses.metric, 'full': losses.full, 'consistency': losses.consistency}
+        if self.teacher is not None:
+            assert group.plain is not None
+            with torch.no_grad(), self.mixed_precision():
+                wanted = self.teacher(group.plain.to(self.device, memory_format=torch.channels_last)).float()
+            found, goals = (
+                [first, *outputs.take()] for first, outputs in zip((features, wanted), self.outputs, strict=True)
+            )
+            terms['distillation'] = distillation_loss(found, goals)
         if further is not None:
             terms['sketch'] = sketch_loss(rows[len(support) :].unflatten(0, further.shape[:3]).mean(2))
         # A term of weight 0 is watched, not trained on.

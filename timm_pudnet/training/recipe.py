@@ -99,12 +99,16 @@ class LossWeights:
         full: Of L2, cross-entropy of the full head.
         consistency: Of L3, the divergence of the two.
         sketch: Of the sketch's own loss; it needs `sketch_groups`.
+        distillation: Of the distance of the features, and of what the norm layers give, from those of `start` for the
+            same images before a condition changed their pixels' values; it needs `start`. So the hypernetwork learns
+            to undo conditions (but turns, which a plain training with `turns = 4` knows).
     """
 
     metric: float = 1.0
     full: float = 1.0
     consistency: float = 1.0
     sketch: float = 1.0
+    distillation: float = 0.0
 
     def __post_init__(self) -> None:
         values = dataclasses.astuple(self)
@@ -120,7 +124,8 @@ class Schedule:
         images: Images seen in all.
         optimizer: `adamw` for all; or `sgd` (Nesterov, 0.9) for what an ordinary training of the target would train,
             base kernels, shared weights and the full head, and AdamW for the rest.
-        rate: Largest rate: AdamW's, or SGD's where that is the optimizer.
+        rate: Largest rate: AdamW's, or SGD's where that is the optimizer; there 0 leaves what an ordinary training of
+            the target would train as it is in `start`, and only the change that the sketch makes is learned.
         sketch_rate: Largest rate of AdamW beside SGD.
         warmup: Share of the steps in which the rate rises; it then falls to zero by a cosine.
         weight_decay: Of weights with more than one dimension; decoupled in AdamW.
@@ -156,8 +161,13 @@ class Schedule:
             raise InputError(f'ema must be in [0, 1), got {self.ema}')
         if self.precision not in ('float32', 'bfloat16'):
             raise InputError(f'precision {self.precision!r}: use float32 or bfloat16')
-        if self.images < 1 or not min(self.rate, self.sketch_rate) > 0 or not 0 <= self.warmup < 1:
+        if self.images < 1 or not min(self.rate or self.frozen, self.sketch_rate) > 0 or not 0 <= self.warmup < 1:
             raise InputError('schedule: images and rate must be above zero, warmup in [0, 1)')
+
+    @property
+    def frozen(self) -> bool:
+        """Whether only the change that the sketch makes is learned."""
+        return self.optimizer == 'sgd' and self.rate == 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,7 +211,11 @@ class Recipe:
         if self.schedule.fixed_statistics and not self.start:
             raise InputError('schedule: fixed_statistics needs start, which they are taken from')
         weigh = self.losses
-        if not (weigh.metric or weigh.full or weigh.consistency or self.groups.sketch_groups):
+        if weigh.distillation and not self.start:
+            raise InputError('losses: distillation needs start, whose features are wanted')
+        if self.schedule.frozen and (not self.start or weigh.full or weigh.consistency):
+            raise InputError('schedule: a rate of 0 needs start, and losses with full = 0.0 and consistency = 0.0')
+        if not (weigh.metric or weigh.full or weigh.consistency or weigh.distillation or self.groups.sketch_groups):
             raise InputError('losses: the sketch alone has a weight, but groups: sketch_groups is 0')
 
     @classmethod
