@@ -205,16 +205,18 @@ def main():
     parser.add_argument('--out', type=Path, help='write the JSON here too')
     parser.add_argument('--plot', type=Path, help='draw it here')
     parser.add_argument('--images', type=int, nargs='*', default=[100, 1000, 10_000])
+    parser.add_argument('--only-images', action='store_true', help='measure nothing else than --images')
     parser.add_argument('--files', type=int, nargs='*', default=[3000])
     parser.add_argument('--largest', help='an architecture to plan, make and predict')
     arguments = parser.parse_args()
     warnings.simplefilter('ignore')
+    rest = not arguments.only_images
     result = {
         'machine': f'{platform.machine()}, {torch.get_num_threads()} threads',
         'library_versions': library_versions(),
-        'generation': {name: generation(name, kwargs) for name, kwargs in TARGETS.items()},
+        'generation': {name: generation(name, kwargs) for name, kwargs in TARGETS.items()} if rest else {},
         'streamed': {str(count): in_its_own_process(streamed, count) for count in arguments.images},
-        'files': {str(count): in_its_own_process(from_files, count) for count in arguments.files},
+        'files': {str(count): in_its_own_process(from_files, count) for count in arguments.files} if rest else {},
     }
     if arguments.largest:
         result['largest'] = in_its_own_process(predicted, arguments.largest)
