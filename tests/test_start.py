@@ -161,6 +161,12 @@ def test_what_distillation_and_a_rate_of_zero_need(changes, needles, make_recipe
     one_line(error, *needles)
 
 
+def test_a_rate_of_zero_trains_no_control(learned, make_recipe, bank, one_line):
+    with pytest.raises(InputError) as error:
+        train_plain(frozen(learned[1], make_recipe, 1, distillation=1.0), banks=[bank], progress=False)
+    one_line(error, 'rate of 0', 'control')
+
+
 def test_adamw_wants_a_rate(make_recipe, one_line):
     with pytest.raises(InputError) as error:
         make_recipe(schedule={'rate': 0.0})

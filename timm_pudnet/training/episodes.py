@@ -310,8 +310,7 @@ class GroupSampler:
         support_classes, query_classes = split(labels + self.first[place])
         without = None
         if plain:
-            turned = None if condition is None else condition.turns_only()
-            without = torch.cat([support, query] if condition is None else split(self._normalised(images, turned)))
+            without = torch.cat(split(self._normalised(images, condition and condition.turns_only())))
         return Group(support, support_classes, query, query_classes, without)
 
     def draw_halves(self, number: int) -> Tensor:
@@ -336,7 +335,7 @@ class GroupSampler:
             picks = torch.stack([m[torch.randint(len(m), (), generator=generator)] for m in members])
             told = bool(share) and (share == 1 or place > 0)
             condition = Condition.draw(generator, bank.images.shape[1]) if told else None
-            images = self._normalised(self._changed(bank, picks, labels, generator), condition, generator)
+            images = self._prepared(bank, picks, labels, generator, condition)
             halves.append(images.unflatten(0, (2, -1)))
         return torch.stack(halves)
 
@@ -355,8 +354,7 @@ class GroupSampler:
                 picks = torch.randint(len(bank.labels), (len(part),), generator=generator)
                 turns = torch.randint(self.groups.turns, (len(part),), generator=generator)
                 classes = bank.labels[picks] + turns * len(bank.members)
-                condition = self._condition(bank, generator)
-                images.append(self._normalised(self._changed(bank, picks, classes, generator), condition, generator))
+                images.append(self._prepared(bank, picks, classes, generator, self._condition(bank, generator)))
                 labels.append(classes + first)
         return torch.cat(images), torch.cat(labels)
 
@@ -375,6 +373,12 @@ class GroupSampler:
         if not share or (share < 1 and float(torch.rand((), generator=generator)) >= share):
             return None
         return Condition.draw(generator, bank.images.shape[1])
+
+    def _prepared(
+        self, bank: ImageBank, picks: Tensor, labels: Tensor, generator: torch.Generator, condition: Condition | None
+    ) -> Tensor:
+        """Images of a bank, augmented, turned as their class says, seen under the condition, normalised."""
+        return self._normalised(self._changed(bank, picks, labels, generator), condition, generator)
 
     def _changed(self, bank: ImageBank, picks: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Images of a bank in 0-1, augmented, turned as their class says."""

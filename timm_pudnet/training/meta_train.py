@@ -79,7 +79,10 @@ def train_plain(
     Returns:
         The target as a feature model (`num_classes=0`), in eval mode, and the whitening of its features, on the CPU.
     """
-    run = _PlainRun(*_read(recipe, banks), device)
+    recipe, banks = _read(recipe, banks)
+    if recipe.schedule.frozen:
+        raise InputError('schedule: a rate of 0 trains no control: give it a recipe of its own, with a rate')
+    run = _PlainRun(recipe, banks, device)
     go(run, folder, checkpoint_seconds, max_steps, progress)
     run.settle()
     whitening = run.whitening()
@@ -250,13 +253,16 @@ class _ClassifierRun(Run):
         """State dict of the target for a group's support images."""
         raise NotImplementedError
 
-    def features(self, images: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
-        """The target's features `[n, d]` in float32; with its own weights, or with these."""
+    def features(
+        self, images: Tensor, weights: dict[str, Tensor] | None = None, *, model: nn.Module | None = None
+    ) -> Tensor:
+        """The target's features `[n, d]` in float32; with its own weights, or with these; or those of another model."""
+        model = model or self.target
         images = images.contiguous(memory_format=torch.channels_last)
         with self.mixed_precision():
             if weights is None:
-                return self.target(images).float()
-            return torch.func.functional_call(self.target, weights, (images,)).float()
+                return model(images).float()
+            return torch.func.functional_call(model, weights, (images,)).float()
 
 
 class _MetaRun(_ClassifierRun):
@@ -317,8 +323,8 @@ class _MetaRun(_ClassifierRun):
         terms = {'metric': losses.metric, 'full': losses.full, 'consistency': losses.consistency}
         if self.teacher is not None:
             assert group.plain is not None
-            with torch.no_grad(), self.mixed_precision():
-                wanted = self.teacher(group.plain.to(self.device, memory_format=torch.channels_last)).float()
+            with torch.no_grad():
+                wanted = self.features(group.plain.to(self.device), model=self.teacher)
             found, goals = (
                 [first, *outputs.take()] for first, outputs in zip((features, wanted), self.outputs, strict=True)
             )

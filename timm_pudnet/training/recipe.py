@@ -161,7 +161,12 @@ class Schedule:
             raise InputError(f'ema must be in [0, 1), got {self.ema}')
         if self.precision not in ('float32', 'bfloat16'):
             raise InputError(f'precision {self.precision!r}: use float32 or bfloat16')
-        if self.images < 1 or not min(self.rate or self.frozen, self.sketch_rate) > 0 or not 0 <= self.warmup < 1:
+        if (
+            self.images < 1
+            or not (self.rate > 0 or self.frozen)
+            or not self.sketch_rate > 0
+            or not 0 <= self.warmup < 1
+        ):
             raise InputError('schedule: images and rate must be above zero, warmup in [0, 1)')
 
     @property
