@@ -1,24 +1,27 @@
 """Your own family of image sets: train a hypernetwork on some of them, measure it on one that it has not seen, use it.
 
-    python examples/own_family.py family/ --out my-hypernet
+    python examples/own_family.py family/ --out my-hypernet                             # from random weights
+    python examples/own_family.py family/ --start resnet18.mixed --out my-hypernet     # goes on with a published one
 
 FAMILY has a folder for each set, and each of these one for each class: family/cups/handle/0001.png. The last set by
 name is kept for the test; its classes, and how they look, are then new to the hypernetwork. The control, the same
 network trained as an ordinary classifier on as many images, tells whether it was worth it.
 """
 
+import dataclasses
 from pathlib import Path
 
 import click
 
 import timm_pudnet
 from timm_pudnet.evaluation import TestGroups, evaluate, format_table
-from timm_pudnet.training import Recipe, meta_train, train_plain
+from timm_pudnet.training import Data, Groups, Recipe, Schedule, meta_train, train_plain
 from timm_pudnet.training.episodes import ImageBank, bank_input
 
 
 @click.command(help=__doc__)
 @click.argument('family', type=click.Path(path_type=Path, exists=True))
+@click.option('--start', default='', help='Hypernetwork that training goes on with, in place of --model and --side.')
 @click.option('--model', 'model_name', default='resnet18', show_default=True)
 @click.option('--side', default=32, show_default=True, help='Height and width of the input in pixels.')
 @click.option('--images', default=50_000, show_default=True, help='Seen in training; the first thing to raise.')
@@ -27,7 +30,7 @@ from timm_pudnet.training.episodes import ImageBank, bank_input
 @click.option('--groups', default=200, show_default=True, help='Of the test.')
 @click.option('--out', type=click.Path(path_type=Path), required=True, help='New folder for the hypernetwork.')
 def main(
-    family: Path, model_name: str, side: int, images: int, n_way: int, n_shot: int, groups: int, out: Path
+    family: Path, start: str, model_name: str, side: int, images: int, n_way: int, n_shot: int, groups: int, out: Path
 ) -> None:
     sets = sorted(path for path in family.iterdir() if path.is_dir())
     if len(sets) < 2:
@@ -36,13 +39,17 @@ def main(
         raise click.UsageError(f'{out} holds a hypernetwork already: choose another folder')
     *seen, unseen = sets
     print(f'trained on {", ".join(path.name for path in seen)}; tested on {unseen.name}')
-    recipe = Recipe.from_dict(
-        {
-            'hypernet': {'model_name': model_name, 'tag': family.name, 'input': {'input_size': [3, side, side]}},
-            'data': [{'images': str(path)} for path in seen],
-            'groups': {'n_way': n_way, 'n_shot': n_shot, 'n_query': n_shot, 'per_step': 2, 'sketch_groups': 4},
-            'schedule': {'images': images},
-        }
+    config = timm_pudnet.PudNetConfig(model_name=model_name, input=timm_pudnet.InputConfig(input_size=(3, side, side)))
+    schedule = Schedule(images=images)
+    if start:  # it has learned: small steps
+        config = timm_pudnet.load_hypernet(start).config
+        schedule = Schedule(images=images, optimizer='sgd', rate=0.01, sketch_rate=1e-4)
+    recipe = Recipe(
+        hypernet=dataclasses.replace(config, tag=family.name, class_names=(), training={}, sketch_limit=0.0),
+        data=tuple(Data(images=str(path)) for path in seen),
+        groups=Groups(n_way=n_way, n_shot=n_shot, n_query=n_shot, per_step=2, sketch_groups=4),
+        schedule=schedule,
+        start=start,
     )
     bank = ImageBank.from_source(timm_pudnet.open_images(unseen, input=bank_input(recipe.hypernet.input)))
     ways = min(5, len(bank.class_names))
@@ -52,8 +59,8 @@ def main(
     plain = train_plain(recipe, out / 'run-plain')
     hypernet.save_pretrained(out, half=True)
     print(format_table(evaluate(hypernet, bank, drawn, controls={'plain': plain})))
-    model = timm_pudnet.predict_model(model_name, unseen, hypernet=out)
-    print(f'a {model_name} for the {model.num_classes} classes of {unseen.name}; predict with --hypernet {out}')
+    model = timm_pudnet.predict_model(config.model_name, unseen, hypernet=out)
+    print(f'a {config.model_name} for the {model.num_classes} classes of {unseen.name}; predict with --hypernet {out}')
 
 
 if __name__ == '__main__':

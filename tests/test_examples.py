@@ -80,6 +80,11 @@ def test_a_hypernetwork_is_trained_on_a_family_of_sets(run, pictures, write_fold
     assert all(f'\n  {row} ' in out for row in ('predicted', 'plain', 'swapped_sketch', 'gain_over_plain'))
     assert timm_pudnet.load_hypernet(tmp_path / 'net').config.class_names == ('bowler', 'cap', 'blue', 'red')
     assert 'a test_resnet for the 3 classes of pots' in out
+    line = (*line[:8], '--start', tmp_path / 'net', '--out', tmp_path / 'more')
+    assert 'a test_resnet for the 3 classes of pots' in run('examples/own_family.py', tmp_path / 'family', *line)
+    first, more = (timm_pudnet.load_hypernet(tmp_path / name) for name in ('net', 'more'))
+    moved = [float((first.state_dict()[key] - more.state_dict()[key]).abs().max()) for key, _ in more.named_parameters()]
+    assert 0 < max(moved) < 0.1  # small steps, from there
 
 
 def test_a_folder_is_made_noisy_and_denoised(run, photos, tmp_path):

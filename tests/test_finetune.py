@@ -78,6 +78,15 @@ def test_an_architecture_s_weights_are_predicted_from_the_part_that_is_trained_o
     assert run.model.pretrained_cfg['label_names'] == ('cup', 'jar', 'pan')
 
 
+def test_a_predicted_head_for_numbered_classes_is_kept(tiny, small):
+    bank, _ = small
+    predicted = timm_pudnet.predict_model('test_resnet', bank.images, bank.labels, hypernet=tiny)
+    head = predicted.get_classifier().weight.detach().clone()
+    run = FineTuning(predicted, bank.images, bank.labels, epochs=2)
+    assert run.before is not None
+    assert_close(run.model.get_classifier().weight.detach(), head, rtol=0, atol=0)
+
+
 def test_the_first_epoch_fits_the_head_alone_and_the_next_all(model, small):
     bank, tested = small
     fit_classifier(model, bank.class_names)

@@ -445,6 +445,16 @@ def test_targets_and_classes_of_a_dataset_are_known_before_reading():
     nested = open_images(Subset(Subset(dataset, [3, 2, 0, 1]), [1, 0]), input=RGB)
     assert nested.labels.tolist() == read(nested)[1].tolist() == [1, 0]
     assert nested.class_names == ('b', 'c')
+    loader = open_images(DataLoader(Subset(dataset, [2, 0, 1]), 2, collate_fn=stack), input=RGB)
+    assert read(loader)[1].tolist() == [1, 0, 1]
+    assert loader.class_names == ('a', 'c')
+    nested = open_images(DataLoader(Subset(Subset(dataset, [3, 2, 0, 1]), [1, 0]), 2, collate_fn=stack), input=RGB)
+    assert (read(nested)[1].tolist(), nested.class_names) == ([1, 0], ('b', 'c'))
+    untold = open_images(DataLoader(Subset(Pairs(items, classes=['a', 'b', 'c']), [1, 2]), collate_fn=stack), input=RGB)
+    assert (read(untold)[1].tolist(), untold.class_names) == ([2, 2], None)
+    others = DataLoader(Subset(dataset, [1, 2]), 2, collate_fn=lambda items: (stack(items)[0], [0, 1]))
+    with pytest.raises(InputError, match='collate_fn'):
+        read(open_images(others, input=RGB))
     moved = Pairs(items, targets=[0, 2, 2, 1], classes=['a', 'b', 'c'], target_transform=abs)
     other = open_images(moved, input=RGB)
     assert other.labels is other.class_names is None, 'the names are those of the numbers before'

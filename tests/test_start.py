@@ -1,5 +1,6 @@
 """Recipes that start from a model of the target, and short tries of a recipe."""
 
+import dataclasses
 import importlib
 import json
 
@@ -8,7 +9,7 @@ import timm
 import torch
 from torch.testing import assert_close
 
-from timm_pudnet import PudNet, save_model
+from timm_pudnet import PudNet, load_hypernet, save_model
 from timm_pudnet.config import InputError, NotFoundError
 from timm_pudnet.training import ImageBank, LossWeights, meta_train, train_plain, try_recipe
 from timm_pudnet.training.run import config_fields
@@ -131,20 +132,121 @@ def test_a_rate_of_zero_leaves_the_start_as_it_is_and_learns_the_change(learned,
     assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
 
 
-def test_what_is_wanted_are_the_features_of_the_start_before_the_condition(learned, make_recipe, bank, monkeypatch):
-    model, folder = learned
+@pytest.fixture
+def distilled(make_recipe, bank, monkeypatch):
+    """What distillation from a start finds and wants in its last part of a step, and the group."""
     seen = []
     loss = loop.distillation_loss
     monkeypatch.setattr(loop, 'distillation_loss', lambda *args: seen.append(args) or loss(*args))
-    recipe = frozen(folder, make_recipe, 1, distillation=1.0)
-    meta_train(recipe, banks=[bank], device='cpu', progress=False)
-    group = loop.group_sampler(recipe, [bank]).draw(0, plain=True)
-    found, wanted = seen[0]
+
+    def run(folder, steps=1):
+        recipe = frozen(folder, make_recipe, steps, distillation=1.0)
+        meta_train(recipe, banks=[bank], device='cpu', progress=False)
+        return *seen[-1], loop.group_sampler(recipe, [bank]).draw(len(seen) - 1, plain=True)
+
+    return run
+
+
+def test_what_is_wanted_are_the_features_of_the_start_before_the_condition(learned, distilled):
+    model, folder = learned
+    found, wanted, group = distilled(folder)
     with torch.no_grad():
         assert_close(wanted[0], model.eval()(group.plain), rtol=1e-4, atol=1e-4)
         assert_close(found[0], model(torch.cat([group.support, group.query])), rtol=1e-4, atol=1e-4)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert [tuple(one.shape) for one in wanted[1:]] == [(len(group.plain), norm.num_features) for norm in norms]
+
+
+@pytest.fixture(scope='module')
+def earlier(make_recipe, bank, tmp_path_factory):
+    recipe = make_recipe(40, hypernet=RESIDUAL, schedule={'rate': 2e-2})
+    hypernet = meta_train(recipe, banks=[bank], device='cpu', progress=False)
+    return hypernet, hypernet.save_pretrained(tmp_path_factory.mktemp('earlier') / 'hypernet')
+
+
+def test_training_goes_on_with_a_hypernetwork(earlier, make_recipe, bank):
+    hypernet, folder = earlier
+    stay = {**SLOW, 'fixed_statistics': True}
+    after = meta_train(
+        make_recipe(1, start=str(folder), hypernet={**RESIDUAL, 'tag': 'more'}, schedule=stay),
+        banks=[bank],
+        device='cpu',
+        progress=False,
+    )
+    assert after.name == 'test_resnet.more'
+    for key, value in hypernet.encoder.named_parameters():
+        assert_close(after.encoder.get_parameter(key), value, rtol=0, atol=1e-6)
+    assert_close(after.temperature, hypernet.temperature)
+    sketches = torch.randn(2, hypernet.config.sketch_width)
+    assert not torch.equal(*(hypernet(sketch)['conv1.0.weight'] for sketch in sketches))
+    for sketch in sketches / sketches.norm(dim=1).max() * after.config.sketch_limit:  # neither shortens them
+        found, wanted = after(sketch), hypernet(sketch)
+        for key in after.target.keys('calibrated'):
+            assert_close(found[key], wanted[key], rtol=0, atol=0)
+        for key in (*after.target.keys('predicted'), *after.target.keys('shared')):
+            assert_close(found[key], wanted[key], rtol=1e-4, atol=1e-4)
+
+
+def test_its_control_starts_from_what_it_predicts_for_the_mean_sketch(earlier, make_recipe, bank):
+    hypernet, folder = earlier
+    recipe = make_recipe(1, start=str(folder), hypernet=RESIDUAL, schedule=SLOW)
+    plain, _ = train_plain(recipe, banks=[bank], device='cpu', progress=False)
+    sampler = loop.group_sampler(recipe, [bank])
+    with torch.no_grad():
+        sketches = [hypernet.encoder(sampler.draw(number, 'start').support).mean(0) for number in range(64)]
+        wanted = hypernet(torch.stack(sketches).mean(0))
+    for key, value in plain.named_parameters():
+        assert_close(value.detach(), wanted[key], rtol=0, atol=1e-6)
+
+
+def test_what_is_wanted_then_are_the_features_that_it_predicts_before_the_condition(earlier, distilled):
+    hypernet, folder = earlier
+    _, wanted, group = distilled(folder, 3)  # the last of three steps: it still wants those of the start
+    model = timm.create_model('test_resnet', num_classes=0).eval()
+    for images, same in ((group.plain, True), (group.support, False)):
+        with torch.no_grad():
+            weights = hypernet(hypernet.encoder(images[: len(group.support)]).mean(0))
+            model.load_state_dict({key: weights[key] for key in model.state_dict()})
+            assert torch.allclose(wanted[0], model(group.plain), rtol=1e-4, atol=1e-4) == same
+
+
+def test_training_that_goes_on_is_resumed_like_any_other(earlier, make_recipe, bank, tmp_path):
+    recipe = frozen(earlier[1], make_recipe, 4, distillation=1.0)
+    whole = meta_train(recipe, banks=[bank], device='cpu', progress=False)
+    meta_train(recipe, tmp_path / 'run', banks=[bank], device='cpu', progress=False, max_steps=2)
+    resumed = meta_train(recipe, tmp_path / 'run', banks=[bank], device='cpu', progress=False)
+    for key, value in whole.state_dict().items():
+        assert_close(resumed.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_one_that_ships_with_the_package_goes_on_with_new_classes(make_recipe, bank):
+    config = load_hypernet('resnet18.mixed').config
+    small = dataclasses.replace(config.input, input_size=(3, 16, 16))
+    fields = dataclasses.replace(config, input=small, tag='mine', class_names=(), training={}, sketch_limit=0.0)
+    recipe = make_recipe(1, start='resnet18.mixed', hypernet=config_fields(fields), schedule=SLOW)
+    hypernet = meta_train(recipe, banks=[bank], device='cpu', progress=False)
+    assert hypernet.name == 'resnet18.mine'
+    assert hypernet.config.class_names == (*config.class_names, *bank.class_names)
+    assert hypernet.config.sketch_limit >= config.sketch_limit
+
+
+def test_without_a_start_a_hypernetwork_in_the_current_folder_is_none(earlier, make_recipe, bank, monkeypatch):
+    recipe = make_recipe(1, hypernet=RESIDUAL, schedule=SLOW)
+    elsewhere = meta_train(recipe, banks=[bank], device='cpu', progress=False)
+    monkeypatch.chdir(earlier[1])
+    here = meta_train(recipe, banks=[bank], device='cpu', progress=False)
+    for key, value in elsewhere.state_dict().items():
+        assert_close(here.state_dict()[key], value, rtol=0, atol=0)
+
+
+def test_a_hypernetwork_of_another_make_is_no_start(earlier, make_recipe, bank, one_line):
+    fields = {'sketch_width': 8, 'generator_kwargs': {'embed_kernels': 9}}
+    with pytest.raises(InputError) as error:
+        meta_train(make_recipe(1, start=str(earlier[1]), hypernet=fields), banks=[bank], progress=False)
+    one_line(error, 'sketch_width = 16, generator = "residual", generator_kwargs = {}, predict_norm = true')
+    with pytest.raises(InputError) as error:
+        train_plain(make_recipe(1, start='resnet18.mixed'), banks=[bank], progress=False)
+    one_line(error, 'model_name = "resnet18"', 'generator_kwargs = {largest = 131072}', 'mean = [0.507, 0.487, 0.441]')
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -97,8 +97,10 @@ class ImageSource:
         names: Sequence[str] | None = None,
         strict: bool = False,
         with_labels: bool = True,
+        renumber: Mapping[int, int] | None = None,
     ) -> None:
         self.labels = labels
+        self._renumber = renumber  # from the labels that come with the images to ours, where they differ
         self.class_names = class_names
         self.skipped: list[tuple[str, str]] = []
         self._data = data
@@ -331,7 +333,15 @@ class ImageSource:
             raise InputError(f'{self._where}: a batch of {len(rows)} images with {len(labels)} labels')
         if (labels[kept] < 0).any():
             raise InputError(f'{self._where}: label {labels[kept].min().item()} among others; give all in labels=...')
-        return labels[kept]
+        if self._renumber is None:
+            return labels[kept]
+        numbers = [self._renumber.get(label) for label in labels[kept].tolist()]
+        if None in numbers:
+            raise InputError(
+                f'{self._where}: gives other labels than its Subset has, by its collate_fn for instance: give them in '
+                'labels=... (without shuffling)'
+            )
+        return torch.tensor(numbers)
 
     def _finish(self, total: int, read: int, skipped: list[tuple[str, str]]) -> None:
         if not read:
@@ -446,7 +456,7 @@ def open_images(
         if labels is not None or images.input != input:
             raise InputError(f'{images.description}: opened already, with its own labels and input')
         return images
-    names = found_labels = class_names = None
+    names = found_labels = class_names = renumber = None
     if isinstance(images, str) and _is_timm_name(images):
         where = images
         images = _timm_dataset(images, data_dir, split, input.input_size[0])
@@ -482,7 +492,13 @@ def open_images(
         if not is_stream and len(found_labels) != len(data):
             raise InputError(f'{len(found_labels)} labels for {len(data)} images')
     elif is_stream and with_labels:
-        class_names = _class_names(getattr(data, 'dataset', data))
+        dataset = getattr(data, 'dataset', data)
+        class_names = _class_names(dataset)
+        if isinstance(data, DataLoader) and isinstance(dataset, Subset):  # of some classes, perhaps
+            values, all_names = _dataset_targets(dataset)
+            if values is not None:
+                numbers, class_names = _index_labels(values, all_names)
+                renumber = dict(zip(values.tolist(), numbers.tolist(), strict=True))
     elif is_dataset and with_labels:
         found_labels, class_names = _dataset_labels(data)
     return ImageSource(
@@ -494,6 +510,7 @@ def open_images(
         names=names,
         strict=strict,
         with_labels=with_labels,
+        renumber=renumber,
     )
 
 
@@ -837,8 +854,8 @@ def _class_names(dataset: Any) -> tuple[str, ...] | None:
     return tuple(str(name) for name in classes) if classes else None
 
 
-def _dataset_labels(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | None]:
-    """Labels and class names that a map-style dataset knows without reading an image."""
+def _dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """Labels as its items have them, and names of all classes, that a map-style dataset knows without an image."""
     base, chosen = dataset, None
     while isinstance(base, Subset):
         indices = list(base.indices)
@@ -854,9 +871,15 @@ def _dataset_labels(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | None
         return None, names
     try:
         values = _to_label_tensor(targets, 'targets')[slice(None) if chosen is None else chosen]
-        return _index_labels(values, names) if len(values) == len(dataset) else (None, names)
     except (InputError, IndexError):  # targets of another kind: the items tell
         return None, names
+    return (values if len(values) == len(dataset) else None), names
+
+
+def _dataset_labels(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """Labels as 0 to k - 1, and names of these classes, that a map-style dataset knows without reading an image."""
+    values, names = _dataset_targets(dataset)
+    return (None, names) if values is None else _index_labels(values, names)
 
 
 def _is_timm_name(text: str) -> bool:

@@ -402,7 +402,7 @@ def build_model(
         **dict.fromkeys(('license', 'origin_url', 'paper_ids', 'paper_name', 'notes', 'label_descriptions'), None),
         'first_conv': (),  # none to adapt; None would stop timm's pruned networks
         'label_offset': 0,
-        'label_names': tuple(class_names) if num_classes and class_names else None,
+        'label_names': tuple(class_names or map(str, range(num_classes))) if num_classes else None,
     }
     overlay.update(timm_kwargs.pop('pretrained_cfg_overlay', None) or {})
     kwargs = {**network.config.model_kwargs, **timm_kwargs, 'num_classes': num_classes}

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timm_pudnet import remote
 from timm_pudnet.adapt import Whitening, calibrate, centroid_logits, class_centroids
-from timm_pudnet.config import InputError
+from timm_pudnet.config import DamagedFileError, InputError
+from timm_pudnet.files import CONFIG_NAME, read_json
+from timm_pudnet.hub import embedded
 from timm_pudnet.hypernet import PudNet, pretrained_model, target_of
 from timm_pudnet.images import open_images
 from timm_pudnet.target import batch_norms, create_feature_model
@@ -23,6 +28,10 @@ from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_i
 from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
 from timm_pudnet.training.recipe import Recipe
 from timm_pudnet.training.run import Run, config_fields, go
+
+# Fields of its config in which a hypernetwork may differ from the one that it starts from.
+_FREE = ('input', 'prior_images', 'sketch_limit', 'tag', 'class_names', 'training', 'library_versions')
+START_GROUPS = 64  # whose mean sketch gives the weights that a control of such a hypernetwork starts from
 
 
 def meta_train(
@@ -168,6 +177,27 @@ def load_banks(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) -
     return banks
 
 
+def _as_toml(value: Any) -> str:
+    """A value of a config as TOML has it, on one line."""
+    if isinstance(value, dict):
+        return f'{{{", ".join(f"{key} = {_as_toml(one)}" for key, one in value.items())}}}'
+    return json.dumps(value)
+
+
+def _alike(name: str, one: Any, other: Any) -> bool:
+    """Whether two configs have the same value there, be it read from JSON, from TOML or made in Python."""
+    return json.dumps(getattr(one, name)) == json.dumps(getattr(other, name))
+
+
+def _is_hypernet(folder: Path) -> bool:
+    """Whether the folder holds a hypernetwork, rather than a timm model."""
+    try:
+        found = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else None
+    except DamagedFileError:
+        return False
+    return isinstance(found, dict) and 'format_version' in found
+
+
 def group_sampler(recipe: Recipe, banks: Sequence[ImageBank]) -> GroupSampler:
     """The sampler that a recipe describes."""
     return GroupSampler(
@@ -196,11 +226,17 @@ class _ClassifierRun(Run):
     def _started_target(self) -> dict[str, Tensor]:
         """State dict, without classifier, of the model that the recipe starts from."""
         start, config = self.recipe.start, self.recipe.hypernet
+        hypernet = self._started_hypernet()
+        if hypernet is not None:
+            with torch.no_grad():
+                supports = (self.sampler.draw(number, 'start').support for number in range(START_GROUPS))
+                sketches = [hypernet.encoder(support).mean(0) for support in supports]
+                return self._of_target(hypernet(torch.stack(sketches).mean(0)))
         is_folder = Path(start).is_dir()
         if not is_folder and start.partition('.')[0] != config.model_name:
             raise InputError(
-                f'start {start} is neither the folder of a timm model nor timm weights of {config.model_name} '
-                f'({config.model_name}.TAG)'
+                f'start {start} is neither the folder of a timm model or hypernetwork, nor a hypernetwork that ships '
+                f'with the package, nor timm weights of {config.model_name} ({config.model_name}.TAG)'
             )
         model = pretrained_model(start, start if is_folder else True, config.model_kwargs)
         found, expected = model.state_dict(), self.target.state_dict()
@@ -211,6 +247,27 @@ class _ClassifierRun(Run):
                     f'{tuple(found[key].shape) if key in found else "not there"}, not {tuple(value.shape)}'
                 )
         return {key: found[key] for key in expected}
+
+    def _of_target(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of a hypernetwork's tensors that the target without classifier has."""
+        return {key: weights[key] for key in self.target.state_dict()}
+
+    def _started_hypernet(self) -> PudNet | None:
+        """The hypernetwork that the recipe starts from, where it starts from one."""
+        start, config = self.recipe.start, self.recipe.hypernet
+        path = Path(start).expanduser()
+        if not start or not (start in embedded() or _is_hypernet(path) or remote.split_repo(start)):
+            return None
+        found = PudNet.from_pretrained(embedded().get(start, path if path.is_dir() else start))
+        fields = [(name, found.config, config) for name in config_fields(config) if name not in _FREE]
+        fields += [(name, found.config.input, config.input) for name in ('mean', 'std')]
+        wrong = [(name, getattr(wanted, name)) for name, wanted, given in fields if not _alike(name, wanted, given)]
+        if wrong:
+            raise InputError(
+                f'start {start} is a hypernetwork of another make than [hypernet] (and its input) says; set there: '
+                + ', '.join(f'{name} = {_as_toml(value)}' for name, value in wrong)
+            )
+        return found
 
     @torch.inference_mode()
     def tested(self, groups: int, what: str) -> Iterator[tuple[Group, Tensor, Tensor]]:
@@ -271,8 +328,17 @@ class _MetaRun(_ClassifierRun):
     def build(self) -> dict[str, nn.Module]:
         self.head = self.make_head()
         names = tuple(name for bank in self.sampler.banks for name in bank.class_names)
+        started = self._started_hypernet()
+        if started is not None:  # which has seen classes too
+            names = tuple(dict.fromkeys((*started.config.class_names, *names)))
         self.hypernet = PudNet.for_target(**config_fields(self.recipe.hypernet, class_names=names))
-        if self.recipe.start:
+        self.least_limit = 0.0 if started is None else started.config.sketch_limit
+        if started is not None:
+            self.hypernet.load_state_dict(started.state_dict())
+            with torch.no_grad():
+                weights = started(torch.zeros(started.config.sketch_width))
+            self.target.load_state_dict(self._of_target(weights))  # for the norm statistics
+        elif self.recipe.start:
             state = self._started_target()
             self.hypernet.start_from(state)
             self.target.load_state_dict(state)  # for the norm statistics
@@ -281,10 +347,11 @@ class _MetaRun(_ClassifierRun):
             self.head.requires_grad_(False)
             for name, value in self.hypernet.named_parameters():
                 value.requires_grad_(not self.is_ordinary(f'hypernet.{name}'))
-        self.teacher = None  # the network of `start`, where its features are wanted
+        self.teacher = None  # lends its forward pass to the network of `start`, where its features are wanted
         if self.recipe.losses.distillation:
             self.teacher = copy.deepcopy(self.target).eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.outputs = [NormOutputs(model) for model in (self.target, self.teacher)]
+            self.teaching = None if started is None else started.requires_grad_(False).to(self.device)
         return {'hypernet': self.hypernet, 'head': self.head, 'target': self.target}
 
     def is_ordinary(self, name: str) -> bool:
@@ -324,7 +391,10 @@ class _MetaRun(_ClassifierRun):
         if self.teacher is not None:
             assert group.plain is not None
             with torch.no_grad():
-                wanted = self.features(group.plain.to(self.device), model=self.teacher)
+                plain, own = group.plain.to(self.device), None
+                if self.teaching is not None:
+                    own = self.teaching(self.teaching.encoder(plain[: len(support)]).mean(0))
+                wanted = self.features(plain, own, model=self.teacher)
             found, goals = (
                 [first, *outputs.take()] for first, outputs in zip((features, wanted), self.outputs, strict=True)
             )
@@ -339,7 +409,7 @@ class _MetaRun(_ClassifierRun):
         """The hypernetwork, with the norm statistics that the target gathered over the groups."""
         self.settle()
         self.hypernet.take_statistics(self.target)
-        limit = self.hypernet.config.sketch_limit or self.longest_sketch()
+        limit = self.hypernet.config.sketch_limit or max(self.longest_sketch(), self.least_limit)
         self.hypernet.config = dataclasses.replace(self.hypernet.config, training=self.cost(), sketch_limit=limit)
         self.hypernet.whitening.copy_(self.whitening())
         return self.hypernet.cpu().eval()

@@ -99,9 +99,10 @@ class LossWeights:
         full: Of L2, cross-entropy of the full head.
         consistency: Of L3, the divergence of the two.
         sketch: Of the sketch's own loss; it needs `sketch_groups`.
-        distillation: Of the distance of the features, and of what the norm layers give, from those of `start` for the
-            same images before a condition changed their pixels' values; it needs `start`. So the hypernetwork learns
-            to undo conditions (but turns, which a plain training with `turns = 4` knows).
+        distillation: Of the distance of the features, and of what the norm layers give, from those of `start` (of what
+            it predicts, if it is a hypernetwork) for the same images before a condition changed their pixels' values;
+            it needs `start`. So the hypernetwork learns to undo conditions (but turns, which a plain training with
+            `turns = 4` knows).
     """
 
     metric: float = 1.0
@@ -190,7 +191,10 @@ class Recipe:
             and what is above of groups, augmentation and losses is not used.
         start: Folder of a model of the target in timm's format, of a plain training for instance, or the name of timm's
             own pretrained weights (`resnet50.a1_in1k`): what the hypernetwork predicts at first, whatever the images,
-            and what the control starts from.
+            and what the control starts from. Or a hypernetwork that training goes on with, by its folder, the name of
+            one that ships with the package, or `org/name@revision` on the Hub; `[hypernet]` must be as its own, but for
+            tag, `input_size`, `prior_images` and `sketch_limit`. The control then starts from what it predicts for the
+            mean sketch of 64 groups.
         seed: Of everything random.
     """
 
