@@ -1,5 +1,6 @@
 import importlib
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -136,6 +137,7 @@ def test_a_resumed_run_hides_what_was_written_after_its_checkpoint(resumed_at, t
     for step in range(1, 6):
         board.add(step, {'loss': step})
     board.close()
+    time.sleep(1.1)  # files are read by name: by their second, and within one by a number that puts 10 before 9
     board = Board(tmp_path, step=resumed_at)
     for step in range(resumed_at + 1, resumed_at + 3):
         board.add(step, {'loss': 10 * step})
