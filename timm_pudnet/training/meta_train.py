@@ -184,11 +184,6 @@ def _as_toml(value: Any) -> str:
     return json.dumps(value)
 
 
-def _alike(name: str, one: Any, other: Any) -> bool:
-    """Whether two configs have the same value there, be it read from JSON, from TOML or made in Python."""
-    return json.dumps(getattr(one, name)) == json.dumps(getattr(other, name))
-
-
 def _is_hypernet(folder: Path) -> bool:
     """Whether the folder holds a hypernetwork, rather than a timm model."""
     try:
@@ -226,12 +221,6 @@ class _ClassifierRun(Run):
     def _started_target(self) -> dict[str, Tensor]:
         """State dict, without classifier, of the model that the recipe starts from."""
         start, config = self.recipe.start, self.recipe.hypernet
-        hypernet = self._started_hypernet()
-        if hypernet is not None:
-            with torch.no_grad():
-                supports = (self.sampler.draw(number, 'start').support for number in range(START_GROUPS))
-                sketches = [hypernet.encoder(support).mean(0) for support in supports]
-                return self._of_target(hypernet(torch.stack(sketches).mean(0)))
         is_folder = Path(start).is_dir()
         if not is_folder and start.partition('.')[0] != config.model_name:
             raise InputError(
@@ -255,17 +244,18 @@ class _ClassifierRun(Run):
     def _started_hypernet(self) -> PudNet | None:
         """The hypernetwork that the recipe starts from, where it starts from one."""
         start, config = self.recipe.start, self.recipe.hypernet
-        path = Path(start).expanduser()
-        if not start or not (start in embedded() or _is_hypernet(path) or remote.split_repo(start)):
+        path, shipped = Path(start).expanduser(), embedded().get(start)
+        if not start or not (shipped or _is_hypernet(path) or remote.split_repo(start)):
             return None
-        found = PudNet.from_pretrained(embedded().get(start, path if path.is_dir() else start))
+        found = PudNet.from_pretrained(shipped or (path if path.is_dir() else start))
         fields = [(name, found.config, config) for name in config_fields(config) if name not in _FREE]
         fields += [(name, found.config.input, config.input) for name in ('mean', 'std')]
-        wrong = [(name, getattr(wanted, name)) for name, wanted, given in fields if not _alike(name, wanted, given)]
-        if wrong:
+        # As text: lists that were read from a file are tuples in Python.
+        lines = [[f'{name} = {_as_toml(getattr(one, name))}' for one in both] for name, *both in fields]
+        if wrong := [wanted for wanted, given in lines if wanted != given]:
             raise InputError(
                 f'start {start} is a hypernetwork of another make than [hypernet] (and its input) says; set there: '
-                + ', '.join(f'{name} = {_as_toml(value)}' for name, value in wrong)
+                + ', '.join(wrong)
             )
         return found
 
@@ -439,7 +429,13 @@ class _PlainRun(_ClassifierRun):
 
     def build(self) -> dict[str, nn.Module]:
         self.head = self.make_head()
-        if self.recipe.start:
+        hypernet = self._started_hypernet()
+        if hypernet is not None:
+            with torch.no_grad():
+                supports = (self.sampler.draw(number, 'start').support for number in range(START_GROUPS))
+                sketches = [hypernet.encoder(support).mean(0) for support in supports]
+                self.target.load_state_dict(self._of_target(hypernet(torch.stack(sketches).mean(0))))
+        elif self.recipe.start:
             self.target.load_state_dict(self._started_target())
         return {'target': self.target, 'head': self.head}
 
