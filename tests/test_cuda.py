@@ -1,14 +1,35 @@
-"""What must hold on a GPU; the same numbers are tested on the CPU elsewhere. Run with -m gpu where there is one."""
+"""What must hold on a GPU. Where there is none most of it is tested on one that is pretended (pretend_cuda.py)."""
+
+import contextlib
+import json
+import math
+import warnings
 
 import pytest
 import torch
+from pretend_cuda import pretended_cuda
 from torch.testing import assert_close
 
-from timm_pudnet import PudNet, predict_model
+from timm_pudnet import PudNet, predict_denoiser, predict_model
+from timm_pudnet.config import InputError, PudNetWarning
+from timm_pudnet.evaluation import TestGroups, evaluate
+from timm_pudnet.training import finetune, meta_train, train_plain, try_recipe
+from timm_pudnet.training.meta_train import group_sampler
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')]
+THERE = torch.cuda.is_available()
+real = pytest.mark.skipif(not THERE, reason='needs CUDA')
+RESIDUAL = {'schedule': {'optimizer': 'sgd', 'rate': 0.02}, 'hypernet': {'generator': 'residual', 'predict_norm': True}}
+SEEN = {'groups': {'conditions': 0.5, 'sketch_groups': 3, 'sketch_images': 2}}
 
 
+@pytest.fixture(autouse=True)
+def a_gpu():
+    """A real one, or one that is pretended."""
+    with contextlib.nullcontext() if THERE else pretended_cuda():
+        yield
+
+
+@real
 @pytest.mark.parametrize('generator', ['paper', 'residual'])
 def test_weights_are_those_of_the_cpu_and_are_generated_without_waiting_for_the_device(generator):
     hypernet = PudNet.for_target('resnet18', generator=generator, predict_norm=True).eval()
@@ -17,12 +38,22 @@ def test_weights_are_those_of_the_cpu_and_are_generated_without_waiting_for_the_
         expected = hypernet(sketch)
         hypernet, sketch = hypernet.cuda(), sketch.cuda()
         hypernet(sketch)
-        torch.cuda.set_sync_debug_mode('error')
-        try:
-            found = hypernet(sketch)
-        finally:
-            torch.cuda.set_sync_debug_mode('default')
-    assert_close({key: value.cpu() for key, value in found.items()}, dict(expected), rtol=1e-3, atol=1e-4)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch says that it does not find every case yet
+            torch.cuda.set_sync_debug_mode('error')
+            try:
+                found = hypernet(sketch)
+            finally:
+                torch.cuda.set_sync_debug_mode('default')
+    for weights in (found, hypernet.captured()(sketch)):
+        assert_close({key: value.cpu() for key, value in weights.items()}, dict(expected), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(THERE, reason='there is a GPU')
+def test_no_cuda_graph_without_a_gpu(tiny, one_line):
+    with pytest.raises(InputError) as error:
+        tiny.captured()
+    one_line(error, 'cpu', 'call it as it is')
 
 
 def test_a_prediction_is_that_of_the_cpu(tiny_folder, pictures):
@@ -35,3 +66,87 @@ def test_a_prediction_is_that_of_the_cpu(tiny_folder, pictures):
     assert next(models['cuda'].parameters()).is_cuda
     with torch.inference_mode():
         assert_close(models['cuda'](query.cuda()).cpu(), models['cpu'](query), rtol=1e-2, atol=1e-3)
+
+
+@real
+def test_a_gpu_too_small_for_a_batch_takes_it_in_parts(tiny_folder, pictures):
+    pixels, names = pictures(12_000)  # 147 MB at the input's size
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**27) / total)
+    try:
+        with pytest.warns(PudNetWarning, match='out of memory with .* images at once'):
+            model = predict_model('test_resnet', pixels, names, hypernet=str(tiny_folder), batch_size=12_000)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert next(model.parameters()).is_cuda
+
+
+def test_a_denoiser_is_that_of_the_cpu():
+    noisy = torch.rand(4, 3, 64, 64)
+    models = {device: predict_denoiser(noisy, device=device) for device in ('cpu', 'cuda')}
+    with torch.inference_mode():
+        assert_close(models['cuda'](noisy.cuda()).cpu(), models['cpu'](noisy), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize('kind', [{}, SEEN])
+def test_groups_are_those_of_the_cpu(make_recipe, bank, kind):
+    recipe = make_recipe(**kind)
+    ours, theirs = group_sampler(recipe, [bank.to(torch.device('cuda'))]), group_sampler(recipe, [bank])
+    for number in range(4):
+        found, expected = ours.draw(number, plain=True), theirs.draw(number, plain=True)
+        for one, other in ((found.support, expected.support), (found.query, expected.query)):
+            assert one.is_cuda
+            assert_close(one.cpu(), other, rtol=1e-3, atol=1e-3)
+        assert_close(found.query_classes, expected.query_classes)
+    assert ours.batch(0, 8)[0].is_cuda
+    if kind:
+        assert_close(ours.draw_halves(0).cpu(), theirs.draw_halves(0), rtol=1e-3, atol=1e-3)
+
+
+@real
+@pytest.mark.parametrize('train', [meta_train, train_plain])
+@pytest.mark.parametrize('kind', [{}, {**RESIDUAL, **SEEN}])
+def test_training_starts_as_on_the_cpu_and_goes_on_where_it_stopped(train, make_recipe, bank, tmp_path, kind):
+    recipe, losses = make_recipe(8, **kind), {}
+    for device in ('cpu', 'cuda'):
+        for most in (4, None):
+            train(recipe, tmp_path / device, banks=[bank], device=device, max_steps=most, progress=False)
+        lines = (tmp_path / device / 'log.jsonl').read_text().splitlines()
+        losses[device] = [json.loads(line)['full'] for line in lines]
+    assert len(losses['cuda']) == 8
+    assert all(map(math.isfinite, losses['cuda']))
+    assert_close(losses['cuda'][0], losses['cpu'][0], rtol=2e-2, atol=2e-2)
+
+
+@real
+def test_a_recipe_is_tried(make_recipe, bank):
+    found = try_recipe(make_recipe(), banks=[bank], device='cuda', seconds=2, progress=False)
+    assert found['images_per_second'] > 0
+
+
+@real
+def test_bfloat16_learns(make_recipe, bank):
+    schedule = {**RESIDUAL['schedule'], 'precision': 'bfloat16', 'ema': 0.9}
+    recipe = make_recipe(12, hypernet=RESIDUAL['hypernet'], schedule=schedule)
+    assert not any(p.isnan().any() for p in meta_train(recipe, banks=[bank], progress=False).parameters())
+
+
+def test_an_evaluation_is_that_of_the_cpu(make_recipe, bank):
+    recipe = make_recipe(4)
+    hypernet = meta_train(recipe, banks=[bank], device='cpu', progress=False)
+    control = train_plain(recipe, banks=[bank], device='cpu', progress=False)
+    groups = TestGroups.draw(bank, count=20, n_way=3, n_shot=3, n_query=5, conditions=True)
+    found = {
+        device: evaluate(hypernet.to(device), bank, groups, other=bank, controls={'plain': control}, progress=False)
+        for device in ('cpu', 'cuda')
+    }
+    for arm, expected in found['cpu']['accuracy'].items():
+        assert_close(found['cuda']['accuracy'][arm]['mean'], expected['mean'], rtol=0, atol=5.0)
+
+
+def test_a_prediction_is_fine_tuned(tiny_folder, pictures):
+    pixels, names = pictures(18)
+    model = predict_model('test_resnet', pixels, names, hypernet=str(tiny_folder))
+    tuned = finetune(model, pixels, names, epochs=1, progress=False)
+    assert next(tuned.parameters()).is_cuda

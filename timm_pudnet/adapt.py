@@ -296,7 +296,7 @@ def class_centroids(features: Tensor, labels: Tensor, num_classes: int) -> Tenso
         tensor([[1., 2.],
                 [5., 5.]])
     """
-    members = F.one_hot(labels, num_classes).to(features.dtype)
+    members = F.one_hot(labels, num_classes).to(features)
     return (members.t() @ features) / members.sum(0).clamp(min=1)[:, None]
 
 

@@ -65,10 +65,10 @@ class Condition:
         return Condition(order=tuple(range(len(self.order))), turns=self.turns)
 
     def apply(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Float images `[n, c, h, w]` in 0-1 as this condition shows them; the noise comes from the generator."""
+        """Float images `[n, c, h, w]` in 0-1 as this condition shows them; the noise comes from the CPU's generator."""
         images = images[:, list(self.order)].rot90(self.turns, (2, 3)) ** self.gamma
         if self.inverted:
             images = 1 - images
         if self.noise:
-            images = images + self.noise * torch.randn(images.shape, generator=generator)
+            images = images + self.noise * torch.randn(images.shape, generator=generator).to(images.device)
         return images.clamp(0, 1)

@@ -85,6 +85,10 @@ class ImageBank:
             return bank if classes is None else bank.select(chosen)
         return cls(torch.cat(images), torch.cat(labels), chosen)
 
+    def to(self, device: torch.device) -> ImageBank:
+        """The same bank, its images on a device."""
+        return ImageBank(self.images.to(device), self.labels, self.class_names)
+
     def part(self, picks: Tensor) -> ImageBank:
         """The images of these numbers, with the classes of all."""
         return ImageBank(self.images[picks], self.labels[picks], self.class_names)
@@ -168,7 +172,7 @@ def timm_augmented(images: Tensor, kwargs: dict[str, Any], generator: torch.Gene
 
 
 def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """Changed copies of float images `[n, c, h, w]` in 0-1."""
+    """Changed copies of float images `[n, c, h, w]` in 0-1, on their device; the generator is the CPU's."""
     count = len(images)
 
     def uniform(largest: float) -> Tensor:
@@ -184,9 +188,10 @@ def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Te
         ],
         1,
     )
-    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    light = 1 + uniform(how.brightness)[:, None, None, None]
+    grid = F.affine_grid(matrix.to(images.device), list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, padding_mode='border', align_corners=False)
-    return (moved * (1 + uniform(how.brightness))[:, None, None, None]).clamp_(0, 1)
+    return (moved * light.to(images.device)).clamp_(0, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,8 +244,9 @@ class GroupSampler:
     """Draws groups from the banks of one or several data sets.
 
     Every group has a number and is drawn from a generator of its own, so that groups can be drawn in any order, by
-    any process, and again. With `turns` above 1 every class turned by quarter turns counts as a further class
-    (`class + k * turn`), so that a few classes make many groups. Classes are numbered through all banks.
+    any process, and again. They are made on the device that holds the banks' images, from random numbers of the CPU.
+    With `turns` above 1 every class turned by quarter turns counts as a further class (`class + k * turn`), so that a
+    few classes make many groups. Classes are numbered through all banks.
 
     Args:
         banks: The images of the seen classes, a bank for each data set.
@@ -385,7 +391,7 @@ class GroupSampler:
         images = bank.images[picks]
         how = self.augmentation
         if how is not None and how.timm:
-            images = timm_augmented(images, how.timm, generator)
+            images = timm_augmented(images.cpu(), how.timm, generator).to(images.device)
         else:
             images = images.float().div_(255)
             images = images if how is None else augment(images, how, generator)
@@ -397,7 +403,7 @@ class GroupSampler:
         """Images in 0-1, seen under the condition, normalised."""
         if condition is not None:
             images = condition.apply(images.clamp(0, 1), generator)  # timm erases with noise, below zero too
-        return (images - self.mean) / self.std
+        return (images - self.mean.to(images.device)) / self.std.to(images.device)
 
 
 def quarter_turns(images: Tensor, turns: Tensor) -> Tensor:

@@ -213,6 +213,10 @@ class _ClassifierRun(Run):
     def __init__(self, recipe: Recipe, banks: Sequence[ImageBank], device: str | torch.device | None) -> None:
         self.sampler = group_sampler(recipe, banks)
         super().__init__(recipe, device)
+        size = sum(bank.images.nbytes for bank in banks)
+        if self.device.type == 'cuda' and size < torch.cuda.mem_get_info(self.device)[0] / 4:
+            # Groups are then made there: the processor could not keep up.
+            self.sampler.banks = [bank.to(self.device) for bank in banks]
 
     def make_head(self) -> nn.Linear:
         """A new full head."""
