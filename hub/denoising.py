@@ -74,6 +74,13 @@ STRENGTHS = {
 @click.option('--images', 'count', default=100, show_default=True, help='Images, spread evenly over the folder.')
 @click.option('--sigma', 'sigmas', multiple=True, type=float, default=(0.25, 0.5, 0.75), show_default=True)
 @click.option('--reading', type=click.Choice(['standard', 'unit']), default='standard', show_default=True)
+@click.option(
+    '--turns',
+    type=click.IntRange(1, 4),
+    default=1,
+    show_default=True,
+    help='Turned copies whose mean every denoiser by a network gives.',
+)
 @click.option('--scratch', default=0, show_default=True, help='Epochs of training from scratch; measures that alone.')
 @click.option('--out', type=click.Path(path_type=Path), help='Where the results go, in place of the folder.')
 def main(
@@ -85,10 +92,13 @@ def main(
     count: int,
     sigmas: tuple[float, ...],
     reading: str,
+    turns: int,
     scratch: int,
     out: Path | None,
 ) -> None:
     """What the module's docstring says."""
+    if turns == 3 or (scratch and turns > 1):
+        raise click.UsageError('--turns must be 1, 2 or 4, and 1 with --scratch')
     network = load_hypernet(hypernet).eval()
     control = None if plain is None else timm.create_model(f'local-dir:{plain}', pretrained=True).eval()
     clean, elsewhere = pictures(folder, count), pictures(other, count) if other else []
@@ -100,6 +110,7 @@ def main(
         'folder': folder,
         'images': len(clean),
         'standard_deviation': spread,
+        **({} if scratch else {'turns': turns}),
         'training': network.config.training,
         'library_versions': library_versions(),
         'threads': torch.get_num_threads(),
@@ -120,7 +131,9 @@ def main(
                     both = f'{point["psnr"]:6.2f} dB ({point["psnr_blind"]:.2f} by guesses)'
                     click.echo(f'  {name}, epoch {point["epoch"]:3} {both} in {point["seconds"]:.0f} s')
         else:
-            condition |= measure(network, control, clean, noisy, noisier, made_noisy(elsewhere, absolute), absolute)
+            condition |= measure(
+                network, control, clean, noisy, noisier, made_noisy(elsewhere, absolute), absolute, turns
+            )
             click.echo(f'  predicted in {condition["seconds"]:.2f} s')
             for name, row in condition['psnr'].items():
                 gain = condition['gain'].get(name)
@@ -154,6 +167,7 @@ def measure(
     noisier: list[Tensor],
     elsewhere: list[Tensor],
     sigma: float,
+    turns: int,
 ) -> dict[str, Any]:
     """PSNR and SSIM of every arm, means over images, and gains of the predicted denoiser over the others."""
     channels, side, _ = network.config.input.input_size
@@ -176,7 +190,7 @@ def measure(
     for name, how in (('gaussian filter', blurred), ('non-local means', non_local_means)):
         chosen = strengths[name] = best_strength(name, how, clean, noisy, sigma)
         arms[name] = lambda image, how=how, chosen=chosen: how(image, sigma, chosen)
-    arms |= {name: lambda image, model=model: denoise(model, image) for name, model in models.items()}
+    arms |= {name: lambda image, model=model: denoise(model, image, turns=turns) for name, model in models.items()}
     table: dict[str, dict[str, list[float]]] = {'psnr': {}, 'ssim': {}}
 
     def add(name: str, arm: Callable[[Tensor], Tensor]) -> None:
@@ -191,11 +205,11 @@ def measure(
     if control is not None:
         own = {key: value.clone() for key, value in control.state_dict().items()}
         know_noise(control, patches)
-        add('plain, its own statistics', lambda image: denoise(control, image))
+        add('plain, its own statistics', lambda image: denoise(control, image, turns=turns))
         for name, shown in (('plain, calibrated', patches), ('plain, calibrated for another sigma', other_patches)):
             calibrate(control, shown, own, prior_images=network.config.prior_images)
             know_noise(control, shown)
-            add(name, lambda image: denoise(control, image))
+            add(name, lambda image: denoise(control, image, turns=turns))
         control.load_state_dict(own)
     gains = {
         name: mean_interval([a - b for a, b in zip(table['psnr']['predicted'], values, strict=True)])

@@ -14,15 +14,9 @@ from torch.utils._pytree import tree_map
 
 CUDA = torch.device('cuda', 0)
 aten = torch.ops.aten
-# Take tensors of both kinds on a GPU too: copies, and indices from the CPU.
-BOTH = {
-    aten.copy_.default,
-    aten._to_copy.default,
-    aten.index.Tensor,
-    aten.index_put_.default,
-    aten._index_put_impl_.default,
-    aten._has_compatible_shallow_copy_type.default,
-}
+# Take tensors of both kinds on a GPU too: copies, and indices from the CPU into tensors of the GPU.
+BOTH = {aten.copy_.default, aten._to_copy.default, aten._has_compatible_shallow_copy_type.default}
+INDEXED = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
 
 
 class OnGpu(torch.Tensor):
@@ -61,7 +55,10 @@ class OnGpu(torch.Tensor):
                 return value
             return found.get(id(value)) if id(value) in found else OnGpu(value)
 
-        args, kwargs = tree_map(inner, args), tree_map(inner, kwargs or {})
+        if func in INDEXED and isinstance(args[0], OnGpu):
+            indices = tree_map(lambda index: index.inner if isinstance(index, OnGpu) else index, args[1])
+            args = (inner(args[0]), indices, *map(inner, args[2:]))
+        args, kwargs = tree_map(inner, args) if func not in INDEXED else args, tree_map(inner, kwargs or {})
         if 'device' in kwargs:
             kwargs['device'] = torch.device('cpu')
         if func is aten.copy_.default and id(args[0]) not in found:

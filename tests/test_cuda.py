@@ -13,11 +13,17 @@ from torch.testing import assert_close
 from timm_pudnet import PudNet, predict_denoiser, predict_model
 from timm_pudnet.config import InputError, PudNetWarning
 from timm_pudnet.evaluation import TestGroups, evaluate
-from timm_pudnet.training import finetune, meta_train, train_plain, try_recipe
-from timm_pudnet.training.meta_train import group_sampler
+from timm_pudnet.training import Augmentation, finetune, meta_train, train_plain, try_recipe
+from timm_pudnet.training.meta_train import _PlainRun, group_sampler
 
 THERE = torch.cuda.is_available()
-real = pytest.mark.skipif(not THERE, reason='needs CUDA')
+
+
+def real(test):
+    """A test that needs a real one: run with -m gpu where there is one."""
+    return pytest.mark.gpu(pytest.mark.skipif(not THERE, reason='needs CUDA')(test))
+
+
 RESIDUAL = {'schedule': {'optimizer': 'sgd', 'rate': 0.02}, 'hypernet': {'generator': 'residual', 'predict_norm': True}}
 SEEN = {'groups': {'conditions': 0.5, 'sketch_groups': 3, 'sketch_images': 2}}
 
@@ -33,20 +39,25 @@ def a_gpu():
 @pytest.mark.parametrize('generator', ['paper', 'residual'])
 def test_weights_are_those_of_the_cpu_and_are_generated_without_waiting_for_the_device(generator):
     hypernet = PudNet.for_target('resnet18', generator=generator, predict_norm=True).eval()
-    sketch = torch.rand(hypernet.config.sketch_width)
+    for parameter in hypernet.parameters():
+        if not parameter.any():  # else new residual generators give the same weights for every sketch
+            torch.nn.init.normal_(parameter, std=0.01)
+    sketches = torch.rand(2, hypernet.config.sketch_width)
     with torch.inference_mode():
-        expected = hypernet(sketch)
-        hypernet, sketch = hypernet.cuda(), sketch.cuda()
-        hypernet(sketch)
+        expected = [{key: value.clone() for key, value in hypernet(sketch).items()} for sketch in sketches]
+        hypernet, sketches = hypernet.cuda(), sketches.cuda()
+        hypernet(sketches[0])
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch says that it does not find every case yet
             torch.cuda.set_sync_debug_mode('error')
             try:
-                found = hypernet(sketch)
+                found = [hypernet(sketch) for sketch in sketches]
             finally:
                 torch.cuda.set_sync_debug_mode('default')
-    for weights in (found, hypernet.captured()(sketch)):
-        assert_close({key: value.cpu() for key, value in weights.items()}, dict(expected), rtol=1e-3, atol=1e-4)
+        generate = hypernet.captured()
+    captured = [{key: value.clone() for key, value in generate(sketch).items()} for sketch in sketches]
+    for weights, wanted in zip(found + captured, expected * 2, strict=True):
+        assert_close({key: value.cpu() for key, value in weights.items()}, wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(THERE, reason='there is a GPU')
@@ -89,7 +100,7 @@ def test_a_denoiser_is_that_of_the_cpu():
         assert_close(models['cuda'](noisy.cuda()).cpu(), models['cpu'](noisy), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize('kind', [{}, SEEN])
+@pytest.mark.parametrize('kind', [{}, SEEN, {'augmentation': Augmentation(timm={'hflip': 0.5})}])
 def test_groups_are_those_of_the_cpu(make_recipe, bank, kind):
     recipe = make_recipe(**kind)
     ours, theirs = group_sampler(recipe, [bank.to(torch.device('cuda'))]), group_sampler(recipe, [bank])
@@ -100,8 +111,16 @@ def test_groups_are_those_of_the_cpu(make_recipe, bank, kind):
             assert_close(one.cpu(), other, rtol=1e-3, atol=1e-3)
         assert_close(found.query_classes, expected.query_classes)
     assert ours.batch(0, 8)[0].is_cuda
-    if kind:
+    if kind is SEEN:
         assert_close(ours.draw_halves(0).cpu(), theirs.draw_halves(0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(('free', 'there'), [(2**30, True), (2**10, False)])
+def test_the_images_of_a_training_lie_on_the_gpu_where_it_has_room(make_recipe, bank, monkeypatch, free, there):
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda *_: (free, free))
+    run = _PlainRun(make_recipe(), [bank], 'cuda')
+    assert run.sampler.banks[0].images.is_cuda == there
+    assert run.sampler.batch(0, 8)[0].is_cuda == there
 
 
 @real

@@ -417,6 +417,22 @@ def test_grey_images_and_those_in_colour_are_each_denoised_by_their_own_network(
     assert read_picture(folders / 'out' / 'colour.png').pixels.mean() > 0.2
 
 
+def test_turned_copies_are_averaged_where_that_is_asked_for(folders, predicted, monkeypatch):
+    class Brighter(Average):
+        def forward(self, x):
+            return x + 0.2 * torch.linspace(0, 1, x.shape[-1])  # to the right, which four turns make even
+
+    module = sys.modules['timm_pudnet.denoising.predict']
+    monkeypatch.setattr(module, 'predict_denoiser', lambda images, **_: Brighter().eval())
+    noisy = read_picture(folders / 'noisy' / 'colour.png').pixels
+    for turns, added in ((1, 0.2 * torch.linspace(0, 1, 60).expand(40, 60)), (4, torch.full((40, 60), 0.1))):
+        out = succeeds(folders / 'noisy', '--out', folders / f'out{turns}', '--turns', turns).stdout
+        assert (f'turns={turns})' in out) == (turns > 1)
+        found = read_picture(folders / f'out{turns}' / 'colour.png').pixels
+        assert_close(found, (noisy + added).clamp(0, 1), rtol=0, atol=0.51 / 255)
+    assert 'turns' in run(folders / 'noisy', '--out', folders / 'out', '--turns', 3).stderr
+
+
 def test_the_noise_is_measured_against_clean_images_and_each_number_is_kept(folders, predicted):
     out = succeeds(folders / 'noisy', '--out', folders / 'out', '--clean', folders / 'clean').stdout
     result = json.loads((folders / 'out' / 'denoised.json').read_text())

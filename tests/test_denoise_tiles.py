@@ -93,6 +93,20 @@ def test_memory_is_that_of_a_tile_whatever_the_size():
     assert all(count * chans == 1 and max(size) <= 64 + 2 * 24 for count, chans, *size in model.seen)
 
 
+@pytest.mark.parametrize(('turns', 'quarters'), [(1, [0]), (2, [0, 2]), (4, [0, 1, 2, 3])])
+def test_turns_are_the_mean_over_turned_copies_turned_back(turns, quarters):
+    model, image = Stand(3).double().eval(), noise(3, 40, 21)
+    copies = [denoise(model, image.rot90(turn, (1, 2)), tile=16).rot90(-turn, (1, 2)) for turn in quarters]
+    assert_close(denoise(model, image, tile=16, turns=turns), torch.stack(copies).mean(0))
+    assert turns == 1 or not torch.allclose(copies[0], copies[-1])
+
+
+def test_other_turns_are_refused(one_line):
+    with pytest.raises(InputError) as error:
+        denoise(Stand().eval(), noise(1, 8, 8), turns=3)
+    one_line(error, 'turns must be 1, 2 or 4', '3')
+
+
 def test_grey_through_three_channels_is_the_mean_and_colour_through_one_is_each_apart():
     three, one = Stand(3).double().eval(), Stand(1).double().eval()
     image = noise(3, 40, 51)

@@ -735,6 +735,13 @@ def compare(
 @click.option(
     '--clean', type=click.Path(path_type=Path), help='Folder of the same images without noise, for PSNR and SSIM.'
 )
+@click.option(
+    '--turns',
+    type=click.Choice(['1', '2', '4']),
+    default='1',
+    show_default=True,
+    help='Mean over so many turned copies of each image: better where noise is strong, in so many times the time.',
+)
 @click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
 @click.option('--strict', is_flag=True, help='An unreadable image is an error, not a warning.')
 @click.pass_context
@@ -744,6 +751,7 @@ def denoise(
     out: Path,
     hypernet: str | None,
     clean: Path | None,
+    turns: str,
     device: str | None,
     strict: bool,
 ) -> None:
@@ -812,7 +820,7 @@ def denoise(
         started = time.perf_counter()
         for name, facts in tqdm(found.items(), desc='Denoising', unit='image', delay=2):
             picture = pictures.read_picture(paths[name])
-            pixels = picture.rounded(denoise(models[facts['channels']], picture.pixels))
+            pixels = picture.rounded(denoise(models[facts['channels']], picture.pixels, turns=int(turns)))
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             pictures.write_picture(picture, pixels, beside / name)
             versions = [picture.pixels, pixels]
@@ -838,9 +846,10 @@ def denoise(
     such = ' '.join(['of one kind'] * (len(models) > 1) + ['that can be read'] * bool(skipped))
     click.echo(f'Next, in Python, to keep this denoiser{f" (give images {such})" if such else ""}:')
     more = '' if hypernet is None else f', hypernet={hypernet!r}'
+    once_turned = '' if turns == '1' else f'  # run it by timm_pudnet.denoise(model, image, turns={turns})'
     click.echo(
         f'\n    import timm_pudnet\n    model = timm_pudnet.predict_denoiser({str(images)!r}{more})\n'
-        "    timm_pudnet.save_model(model, 'denoiser')\n"
+        f"    timm_pudnet.save_model(model, 'denoiser'){once_turned}\n"
     )
 
 

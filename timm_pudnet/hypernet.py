@@ -248,31 +248,14 @@ class PudNet(nn.Module):
 
         Returns:
             What gives `forward`'s tensors for a sketch `[m]`, without gradients. They are the same tensors every time:
-            the next call overwrites them.
+            the next call overwrites them. It keeps the weights that the hypernetwork has on the GPU now.
 
         Raises:
             InputError: The hypernetwork is not on a GPU.
         """
         if self.device.type != 'cuda':
             raise InputError(f'a CUDA graph needs a GPU, {self.name} is on {self.device}: call it as it is')
-        with torch.no_grad():
-            sketch = torch.zeros(self.config.sketch_width, device=self.device)
-            stream = torch.cuda.Stream(self.device)
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(stream):  # once before, so that nothing is set up while it is captured
-                self(sketch)
-            torch.cuda.current_stream(self.device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                weights = self(sketch)
-
-        @torch.no_grad()
-        def generate(given: Tensor) -> dict[str, Tensor]:
-            sketch.copy_(given)
-            graph.replay()
-            return weights
-
-        return generate
+        return _Captured(self)
 
     def statistics(self, key: str) -> Tensor:
         """The buffer that holds a norm statistic of the target, over all groups seen in training."""
@@ -418,6 +401,34 @@ class PudNet(nn.Module):
         hypernet.load_state_dict(as_tensors(stored, hypernet.state_dict()), assign=True)
         hypernet.folder = folder
         return hypernet.requires_grad_(True).eval()
+
+
+class _Captured:
+    """Weight generation of a hypernetwork on a GPU as a CUDA graph."""
+
+    def __init__(self, hypernet: PudNet) -> None:
+        here = hypernet.device
+        # The graph reads this memory, whatever becomes of the hypernetwork.
+        self._held = [value.detach() for value in (*hypernet.parameters(), *hypernet.buffers())]
+        with torch.inference_mode(False), torch.no_grad():
+            self._sketch = torch.zeros(hypernet.config.sketch_width, device=here)
+            stream = torch.cuda.Stream(here)
+            stream.wait_stream(torch.cuda.current_stream(here))
+            with torch.cuda.stream(stream):  # once before, so that nothing is set up while it is captured
+                hypernet(self._sketch)
+            torch.cuda.current_stream(here).wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=stream):
+                weights = hypernet(self._sketch)
+            self._weights = {key: value.detach() for key, value in weights.items()}
+
+    @torch.no_grad()
+    def __call__(self, sketch: Tensor) -> dict[str, Tensor]:
+        if sketch.shape != self._sketch.shape:
+            raise InputError(f'a sketch of shape {tuple(sketch.shape)}: it must be {tuple(self._sketch.shape)}')
+        self._sketch.copy_(sketch)
+        self._graph.replay()
+        return dict(self._weights)
 
 
 @contextmanager
