@@ -24,6 +24,7 @@ PAPER = {
     ('resnet18.mixed64', 'results'): '73.33',
     ('resnet18.mixed64', 'results.cifar10'): '51.05',
     ('resnet18.mixed96', 'results'): '73.33',
+    ('resnet18.mixed96', 'results.cifar10'): '51.05',
 }
 PROTOCOLS = {'resnet18.fashion_set': 'fashion-set', 'resnet18.cifar100_superclass': 'cifar100-set by superclass'}
 HEAD = """# Hypernetworks
