@@ -76,8 +76,8 @@ STRENGTHS = {
 @click.option('--reading', type=click.Choice(['standard', 'unit']), default='standard', show_default=True)
 @click.option(
     '--turns',
-    type=click.IntRange(1, 4),
-    default=1,
+    type=click.Choice(['1', '2', '4']),
+    default='1',
     show_default=True,
     help='Turned copies whose mean every denoiser by a network gives.',
 )
@@ -92,13 +92,13 @@ def main(
     count: int,
     sigmas: tuple[float, ...],
     reading: str,
-    turns: int,
+    turns: str,
     scratch: int,
     out: Path | None,
 ) -> None:
     """What the module's docstring says."""
-    if turns == 3 or (scratch and turns > 1):
-        raise click.UsageError('--turns must be 1, 2 or 4, and 1 with --scratch')
+    if scratch and turns != '1':
+        raise click.UsageError('--turns is not for --scratch: leave it out')
     network = load_hypernet(hypernet).eval()
     control = None if plain is None else timm.create_model(f'local-dir:{plain}', pretrained=True).eval()
     clean, elsewhere = pictures(folder, count), pictures(other, count) if other else []
@@ -110,7 +110,7 @@ def main(
         'folder': folder,
         'images': len(clean),
         'standard_deviation': spread,
-        **({} if scratch else {'turns': turns}),
+        **({} if scratch else {'turns': int(turns)}),
         'training': network.config.training,
         'library_versions': library_versions(),
         'threads': torch.get_num_threads(),
@@ -132,7 +132,7 @@ def main(
                     click.echo(f'  {name}, epoch {point["epoch"]:3} {both} in {point["seconds"]:.0f} s')
         else:
             condition |= measure(
-                network, control, clean, noisy, noisier, made_noisy(elsewhere, absolute), absolute, turns
+                network, control, clean, noisy, noisier, made_noisy(elsewhere, absolute), absolute, int(turns)
             )
             click.echo(f'  predicted in {condition["seconds"]:.2f} s')
             for name, row in condition['psnr'].items():

@@ -176,7 +176,7 @@ def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, A
             else '-',
             cell(gain['sketch of another sigma'], signed=True),
             cell(gain['predicted for another sigma'], signed=True),
-            cell(gain['plain, calibrated'], signed=True) if 'plain, calibrated' in gain else '-',
+            cell(gain.get('plain, calibrated'), signed=True),
             ' / '.join(ends) or '-',
             PAPER_DENOISING.get((result['protocol'].removesuffix('-turned').removesuffix('-unit'), one['sigma']), '-'),
         ]

@@ -56,9 +56,8 @@ class OnGpu(torch.Tensor):
             return found.get(id(value)) if id(value) in found else OnGpu(value)
 
         if func in INDEXED and isinstance(args[0], OnGpu):
-            indices = tree_map(lambda index: index.inner if isinstance(index, OnGpu) else index, args[1])
-            args = (inner(args[0]), indices, *map(inner, args[2:]))
-        args, kwargs = tree_map(inner, args) if func not in INDEXED else args, tree_map(inner, kwargs or {})
+            args = (args[0], tree_map(lambda i: OnGpu(i) if type(i) is torch.Tensor else i, args[1]), *args[2:])
+        args, kwargs = tree_map(inner, args), tree_map(inner, kwargs or {})
         if 'device' in kwargs:
             kwargs['device'] = torch.device('cpu')
         if func is aten.copy_.default and id(args[0]) not in found:

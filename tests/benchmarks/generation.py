@@ -11,7 +11,6 @@ forward pass of the predicted network over them.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import tempfile
 import time
@@ -19,7 +18,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from prediction import in_its_own_process, median_seconds, moves_its_bytes, peak_mb
+from prediction import in_its_own_process, median_seconds, moves_its_bytes, peak_mb, show
 from torchvision.io import write_jpeg
 
 import timm_pudnet
@@ -220,10 +219,7 @@ def main():
     }
     if arguments.largest:
         result['largest'] = in_its_own_process(predicted, arguments.largest)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + '\n')
+    show(result, arguments.out)
     if arguments.plot:
         plot(result, arguments.plot)
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import platform
-import statistics
 import time
 import warnings
 from pathlib import Path
 
 import torch
 from generation import TARGETS, steered
+from prediction import median_seconds, show
 
 import timm_pudnet
 from timm_pudnet.hypernet import library_versions
@@ -28,17 +27,12 @@ from timm_pudnet.training.meta_train import _MetaRun, _PlainRun
 RECIPE = Path(__file__).resolve().parents[2] / 'hub' / 'resnet18.cifar100_set' / 'recipe.toml'
 
 
-def median_ms(work, runs=15):
-    for _ in range(2):
-        work()
-    times = []
-    for _ in range(runs):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
+def median_ms(work):
+    def waited():
         work()
         torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times)
+
+    return 1e3 * median_seconds(waited)
 
 
 def copy_speed():
@@ -139,10 +133,7 @@ def main():
         'prediction': prediction(),
         'training': [training(*sizes) for sizes in ((64, 32), (96, 64), (96, 128), (128, 64))],
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + '\n')
+    show(result, arguments.out)
 
 
 if __name__ == '__main__':

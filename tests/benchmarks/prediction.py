@@ -166,6 +166,14 @@ def memory(name, counts=(1_000, 100_000)):
     return {'peak_mb': {f'{count}_images': peak for count, peak in peaks.items()}, 'last_over_first': last / first}
 
 
+def show(result, path):
+    """Prints a result as JSON, and writes it where a path is given."""
+    text = json.dumps(result, indent=2)
+    print(text)
+    if path:
+        path.write_text(text + '\n')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, help='write the JSON here too')
@@ -178,10 +186,7 @@ def main():
         'unlabelled': unlabelled('resnet18'),
         'memory': memory('resnet18'),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.out:
-        arguments.out.write_text(text + '\n')
+    show(result, arguments.out)
 
 
 if __name__ == '__main__':

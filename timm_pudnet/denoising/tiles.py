@@ -64,11 +64,10 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1)
     if image.shape[1] * image.shape[2] >= WORTH_FUSING:
         # A copy whose norms are part of its convs, with channels last: both are faster.
         model = reparameterize_model(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    quarters = range(0, 4, 4 // turns)
     result = _in_tiles(model, image, tile)
-    for turn in quarters[1:]:
+    for turn in range(4 // turns, 4, 4 // turns):
         result += _in_tiles(model, image.rot90(turn, (1, 2)), tile).rot90(-turn, (1, 2))
-    return result / turns if turns > 1 else result
+    return result.div_(turns)
 
 
 def _in_tiles(model: nn.Module, image: Tensor, tile: int) -> Tensor:
