@@ -81,6 +81,13 @@ def test_blended_statistics_are_the_moments_of_the_mixture():
     assert_close(norm.running_var.double(), square - mean.square(), rtol=1e-5, atol=1e-5)
 
 
+def test_the_spread_of_a_channel_far_from_zero_is_kept():
+    norm, images = nn.BatchNorm2d(2), torch.randn(6, 2, 40, 40) * torch.tensor([1.0, 0.01])[:, None, None] + 1
+    prior = {'0.running_mean': torch.zeros(2), '0.running_var': torch.ones(2)}
+    calibrate(nn.Sequential(norm), images, prior, prior_images=0)
+    assert_close(norm.running_var.double(), images.double().var((0, 2, 3), correction=0), rtol=2e-3, atol=0)
+
+
 def test_after_calibrating_an_answer_does_not_depend_on_the_rest_of_the_batch(model, random_images):
     images = random_images(8)[0]
     calibrate(model, images, statistics(model))

@@ -730,6 +730,20 @@ def test_the_root_of_no_other_set_is_refused(trained, shapes):
     fails(*line, '--other-data-dir', shapes, needles=['--other-data-dir', 'add --other'])
 
 
+@pytest.mark.parametrize('command', ['predict', 'evaluate', 'finetune', 'compare', 'train'])
+def test_a_root_beside_a_folder_is_refused(command, trained, shapes, tmp_path, nothing_written):
+    images = shapes / 'my shapes'
+    line = {
+        'predict': ['test_resnet', images, '--hypernet', trained[0]],
+        'evaluate': [trained[0], images],
+        'finetune': ['test_resnet', images, '--hypernet', trained[0], '--out', tmp_path / 'tuned'],
+        'compare': ['test_resnet', images, '--hypernet', trained[0], '--out', tmp_path / 'compared'],
+        'train': [shapes / 'recipe.toml', '--short'],
+    }[command]
+    with nothing_written(tmp_path):
+        fails(command, *line, '--data-dir', shapes, needles=['--data-dir', str(images), 'leave it out'])
+
+
 def test_a_hypernetwork_of_denoisers_is_not_evaluated_on_classes(shapes, tmp_path):
     kwargs = {'width': 4, 'depth': 2}
     made = timm_pudnet.PudNet.for_target('blindspot_unet', model_kwargs=kwargs, generator='residual', sketch_width=8)

@@ -65,6 +65,16 @@ def _data_options(split: str) -> Callable[[Callable[..., None]], Callable[..., N
     return add
 
 
+def _check_data_dir(data_dir: str | None, *images: str | None) -> None:
+    from timm_pudnet.images import is_timm_name
+
+    if data_dir is not None and not any(name is not None and is_timm_name(name) for name in images):
+        raise InputError(
+            f'--data-dir is the root of a timm dataset, and {images[0]} is not the name of one: leave it out, '
+            'or name one, torch/image_folder for instance'
+        )
+
+
 @main.command()
 @click.argument('model_name')
 @click.argument('images')
@@ -127,6 +137,7 @@ def predict(
     network = resolve_hypernet(model_name, hypernet)
     config = network.config.input
     expectation = _expectation_of(network)
+    _check_data_dir(data_dir, images, unlabelled)
     source = open_images(images, input=config, split=split, data_dir=data_dir, strict=strict)
     click.echo(f'Found      {source.description}')
     others = None
@@ -275,6 +286,7 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
     if loaded.denoising is not None and (short or data_dir):
         option = '--short' if short else '--data-dir'
         raise InputError(f'{recipe}: {option} is not for recipes of denoisers: leave it out')
+    _check_data_dir(data_dir, *(data.images for data in loaded.data))
     if short:
         if out is not None or plain:
             raise InputError(
@@ -415,6 +427,7 @@ def evaluate(
     shot = _labels_a_class(n_shot, support_split)
     if groups < 1:
         raise InputError(f'--groups must be at least 1, got {groups}')
+    _check_data_dir(data_dir, images)
     if support_split == split:
         raise InputError(f'--support-split {split} is the tested split too: choose another one')
     if support_split is not None and Path(images).exists():
@@ -579,6 +592,7 @@ def finetune(
     from timm_pudnet.training import FineTuning
 
     room.check_output(out)
+    _check_data_dir(data_dir, images)
     run = FineTuning(
         model,
         images,
@@ -687,6 +701,7 @@ def compare(
 
     if out is not None:
         room.check_output(out)
+    _check_data_dir(data_dir, images)
 
     def keep(result: dict[str, Any]) -> None:
         if out is not None:  # after each point, so that nothing is lost however this ends

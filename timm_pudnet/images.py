@@ -457,7 +457,7 @@ def open_images(
             raise InputError(f'{images.description}: opened already, with its own labels and input')
         return images
     names = found_labels = class_names = renumber = None
-    if isinstance(images, str) and _is_timm_name(images):
+    if isinstance(images, str) and is_timm_name(images):
         where = images
         images = _timm_dataset(images, data_dir, split, input.input_size[0])
     elif isinstance(images, (str, os.PathLike)):
@@ -882,7 +882,8 @@ def _dataset_labels(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | None
     return (None, names) if values is None else _index_labels(values, names)
 
 
-def _is_timm_name(text: str) -> bool:
+def is_timm_name(text: str) -> bool:
+    """Whether it names a timm dataset, as `torch/cifar10` does unless there is a folder of that name."""
     return text.partition('/')[0] in _TIMM_PACKAGES and '/' in text and not os.path.exists(text)
 
 

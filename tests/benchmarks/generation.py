@@ -116,14 +116,14 @@ def streamed(count, queue):
     queue.put(timed(Noise(count)))
 
 
-def from_files(count, queue):
-    """The same from a folder of so many JPEG files of 500x375 pixels, more than one batch of calibration takes."""
+def from_files(count, height, width, queue):
+    """The same from a folder of so many JPEG files of this size."""
     with tempfile.TemporaryDirectory() as folder:
         shades = torch.rand(3, 12, 16)
         for number in range(count):
             path = Path(folder, str(number % 4), f'{number}.jpg')
             path.parent.mkdir(exist_ok=True)
-            pixels = torch.nn.functional.interpolate(shades.roll(number, 2)[None], (375, 500), mode='bicubic')[0]
+            pixels = torch.nn.functional.interpolate(shades.roll(number, 2)[None], (height, width), mode='bicubic')[0]
             write_jpeg((255 * pixels.clamp(0, 1)).byte(), str(path))
         queue.put(timed(folder))
 
@@ -205,7 +205,8 @@ def main():
     parser.add_argument('--plot', type=Path, help='draw it here')
     parser.add_argument('--images', type=int, nargs='*', default=[100, 1000, 10_000])
     parser.add_argument('--only-images', action='store_true', help='measure nothing else than --images')
-    parser.add_argument('--files', type=int, nargs='*', default=[3000])
+    parser.add_argument('--files', type=int, default=3000, help='JPEG files of 500x375, more than calibration takes')
+    parser.add_argument('--photos', type=int, default=150, help='JPEG files of 4000x3000')
     parser.add_argument('--largest', help='an architecture to plan, make and predict')
     arguments = parser.parse_args()
     warnings.simplefilter('ignore')
@@ -213,10 +214,13 @@ def main():
     result = {
         'machine': f'{platform.machine()}, {torch.get_num_threads()} threads',
         'library_versions': library_versions(),
+        'hypernet': timm_pudnet.load_hypernet('resnet18').name,  # where none is named
         'generation': {name: generation(name, kwargs) for name, kwargs in TARGETS.items()} if rest else {},
         'streamed': {str(count): in_its_own_process(streamed, count) for count in arguments.images},
-        'files': {str(count): in_its_own_process(from_files, count) for count in arguments.files} if rest else {},
     }
+    if rest:
+        result['files'] = in_its_own_process(from_files, arguments.files, 375, 500) | {'images': arguments.files}
+        result['photos'] = in_its_own_process(from_files, arguments.photos, 3000, 4000) | {'images': arguments.photos}
     if arguments.largest:
         result['largest'] = in_its_own_process(predicted, arguments.largest)
     show(result, arguments.out)

@@ -181,6 +181,7 @@ def main():
     result = {
         'machine': f'{platform.machine()}, {torch.get_num_threads()} threads',
         'library_versions': library_versions(),
+        'hypernet': timm_pudnet.load_hypernet('resnet18').name,  # where none is named
         'generation': generation(timm_pudnet.load_hypernet('resnet18.fashion_set')),
         'prediction': prediction('resnet18'),
         'unlabelled': unlabelled('resnet18'),
