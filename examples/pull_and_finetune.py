@@ -1,6 +1,6 @@
 """Take a hypernetwork by its name, predict from your images, and fine-tune what was predicted.
 
-    python examples/pull_and_finetune.py resnet18.mixed examples/fashion --out tuned-model
+    python examples/pull_and_finetune.py resnet18.mixed56 examples/fashion --out tuned-model
 
 HYPERNET is anything that `timm_pudnet.load_hypernet` takes: one that ships with the package, a folder, or org/name on
 the Hugging Face Hub.

@@ -21,6 +21,9 @@ PAPER = {
     ('resnet18.mixed', 'results'): '73.33',
     ('resnet18.mixed', 'results.cifar10'): '51.05',
     ('resnet18.mixed', 'results.fashion-set'): '96.24',
+    ('resnet18.mixed56', 'results'): '73.33',
+    ('resnet18.mixed56', 'results.cifar10'): '51.05',
+    ('resnet18.mixed56', 'results.fashion-set'): '96.24',
     ('resnet18.mixed64', 'results'): '73.33',
     ('resnet18.mixed64', 'results.cifar10'): '51.05',
     ('resnet18.mixed96', 'results'): '73.33',
@@ -155,6 +158,7 @@ def row(folder: str, protocol: str, result: dict[str, Any]) -> str:
 def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, Any]]) -> list[str]:
     """Lines of the denoisers' table, one for each noise; `scratch` are the rivals' conditions."""
     lines = []
+    protocol = result['protocol'].removesuffix('-turned')
     for one in result['noises']:
         found, gain = one['psnr'], one['gain']
         rivals = [row for row in scratch if (row['sigma'], row['reading']) == (one['sigma'], one['reading'])]
@@ -166,7 +170,7 @@ def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, A
         ]
         cells = [
             f'[{folder}]({folder}/README.md)',
-            f'{result["protocol"]}, {result["images"]}{", 4 turned copies" * (result.get("turns") == 4)}',
+            f'{protocol}, {result["images"]}{", 4 turned copies" * (result.get("turns") == 4)}',
             f'{one["sigma"]} {one["reading"]} ({one["absolute"]:.3f})',
             cell(found['noisy']),
             cell(found['non-local means']),
@@ -178,7 +182,7 @@ def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, A
             cell(gain['predicted for another sigma'], signed=True),
             cell(gain.get('plain, calibrated'), signed=True),
             ' / '.join(ends) or '-',
-            PAPER_DENOISING.get((result['protocol'].removesuffix('-turned').removesuffix('-unit'), one['sigma']), '-'),
+            PAPER_DENOISING.get((protocol.removesuffix('-unit'), one['sigma']), '-'),
         ]
         lines.append(f'| {" | ".join(cells)} |')
     return lines

@@ -318,6 +318,7 @@ HUB = Path(timm_pudnet.__file__).parents[1] / 'hub'
 CLASSIFIERS = [
     'resnet18.fashion_set',
     'resnet18.mixed',
+    'resnet18.mixed56',
     'resnet18.mixed64',
     'resnet18.mixed96',
     'resnet18.cifar100_set',
@@ -338,7 +339,7 @@ def published(request):
 
 def test_the_widest_serves_resnet18_and_all_are_listed():
     assert {path.parent.name for path in HUB.glob('*/config.json')} == set(PUBLISHED)
-    assert load_hypernet('resnet18').name == 'resnet18.mixed'
+    assert load_hypernet('resnet18').name == 'resnet18.mixed56'
     assert set(PUBLISHED) <= set(list_hypernets())
 
 

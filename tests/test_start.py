@@ -220,10 +220,10 @@ def test_training_that_goes_on_is_resumed_like_any_other(earlier, make_recipe, b
 
 
 def test_one_that_ships_with_the_package_goes_on_with_new_classes(make_recipe, bank):
-    config = load_hypernet('resnet18.mixed').config
+    config = load_hypernet('resnet18.mixed56').config
     small = dataclasses.replace(config.input, input_size=(3, 16, 16))
     fields = dataclasses.replace(config, input=small, tag='mine', class_names=(), training={}, sketch_limit=0.0)
-    recipe = make_recipe(1, start='resnet18.mixed', hypernet=config_fields(fields), schedule=SLOW)
+    recipe = make_recipe(1, start='resnet18.mixed56', hypernet=config_fields(fields), schedule=SLOW)
     hypernet = meta_train(recipe, banks=[bank], device='cpu', progress=False)
     assert hypernet.name == 'resnet18.mine'
     assert hypernet.config.class_names == (*config.class_names, *bank.class_names)
@@ -245,7 +245,7 @@ def test_a_hypernetwork_of_another_make_is_no_start(earlier, make_recipe, bank, 
         meta_train(make_recipe(1, start=str(earlier[1]), hypernet=fields), banks=[bank], progress=False)
     one_line(error, 'sketch_width = 16, generator = "residual", generator_kwargs = {}, predict_norm = true')
     with pytest.raises(InputError) as error:
-        train_plain(make_recipe(1, start='resnet18.mixed'), banks=[bank], progress=False)
+        train_plain(make_recipe(1, start='resnet18.mixed56'), banks=[bank], progress=False)
     one_line(error, 'model_name = "resnet18"', 'generator_kwargs = {largest = 131072}', 'mean = [0.507, 0.487, 0.441]')
 
 

@@ -41,7 +41,7 @@ from timm_pudnet.hypernet import PudNet, read_config
 from timm_pudnet.target import check_architecture, describe_target, is_ours
 
 # Which of several that ship with the package serves an architecture: the one for the widest kind of images.
-DEFAULTS = {'resnet18': 'resnet18.mixed'}
+DEFAULTS = {'resnet18': 'resnet18.mixed56'}
 # Whose repositories on the Hub have the names that stand without an organisation, resnet18.cifar100_set for instance.
 HUB_ORG = 'timm-pudnet'
 # What a folder publishes; anything else in it stays where it is.
@@ -256,7 +256,7 @@ def load_hypernet(name: str | os.PathLike[str]) -> PudNet:
 
     Example:
         >>> load_hypernet('resnet18').name
-        'resnet18.mixed'
+        'resnet18.mixed56'
     """
     return PudNet.from_pretrained(_folder(name))
 

@@ -204,7 +204,7 @@ def main():
     parser.add_argument('--out', type=Path, help='write the JSON here too')
     parser.add_argument('--plot', type=Path, help='draw it here')
     parser.add_argument('--images', type=int, nargs='*', default=[100, 1000, 10_000])
-    parser.add_argument('--only-images', action='store_true', help='measure nothing else than --images')
+    parser.add_argument('--only-images', action='store_true', help='measure images and files alone')
     parser.add_argument('--files', type=int, default=3000, help='JPEG files of 500x375, more than calibration takes')
     parser.add_argument('--photos', type=int, default=150, help='JPEG files of 4000x3000')
     parser.add_argument('--largest', help='an architecture to plan, make and predict')
@@ -218,9 +218,9 @@ def main():
         'generation': {name: generation(name, kwargs) for name, kwargs in TARGETS.items()} if rest else {},
         'streamed': {str(count): in_its_own_process(streamed, count) for count in arguments.images},
     }
-    if rest:
-        result['files'] = in_its_own_process(from_files, arguments.files, 375, 500) | {'images': arguments.files}
-        result['photos'] = in_its_own_process(from_files, arguments.photos, 3000, 4000) | {'images': arguments.photos}
+    for kind, count, size in (('files', arguments.files, (375, 500)), ('photos', arguments.photos, (3000, 4000))):
+        if count:
+            result[kind] = in_its_own_process(from_files, count, *size) | {'images': count}
     if arguments.largest:
         result['largest'] = in_its_own_process(predicted, arguments.largest)
     show(result, arguments.out)
