@@ -124,7 +124,7 @@ def main():
     warnings.simplefilter('ignore')
     speed = copy_speed()
     nets = {f'{name} (residual, new)': steered(name, kwargs) for name, kwargs in TARGETS.items()}
-    nets['resnet18.mixed'] = timm_pudnet.load_hypernet('resnet18')
+    nets['resnet18.mixed'] = timm_pudnet.load_hypernet('resnet18.mixed')
     result = {
         'machine': f'{platform.machine()}, {torch.cuda.get_device_name()}',
         'library_versions': library_versions(),
