@@ -1,7 +1,7 @@
 """What weight generation and prediction cost over the bytes they move, for networks small and large (DESIGN section 6).
 
     python tests/benchmarks/generation.py [--out FILE.json] [--plot FILE.png] [--images 100 1000 10000]
-        [--files 3000] [--largest NAME]
+        [--files 3000] [--photos 150] [--largest NAME]
 
 Run it on an otherwise idle machine. Ratios are of medians in one run: generation over reading the hypernetwork's bytes
 once and writing the target's once; the same with loading into a model; a prediction beside reading its images and one
