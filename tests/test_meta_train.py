@@ -305,6 +305,19 @@ def test_the_gradient_is_clipped(make_recipe, bank):
     assert 0 < moved < 1e-5
 
 
+def test_large_gradients_of_what_is_steered_do_not_slow_down_the_rest(make_recipe, bank):
+    moved = []
+    for factor in (1.0, 1e6):
+        schedule = {'optimizer': 'sgd', 'rate': 0.1, 'clip': 1.0}
+        run_of = loop._MetaRun(make_recipe(2, hypernet={'generator': 'residual'}, schedule=schedule), [bank], 'cpu')
+        for group in run_of.optimizers[1].param_groups:
+            for value in group['params']:
+                value.register_hook(lambda gradient, factor=factor: gradient * factor)
+        list(run_of.steps(1))
+        moved.append([p.detach().clone() for group in run_of.optimizers[0].param_groups for p in group['params']])
+    assert_close(*moved)
+
+
 @pytest.mark.parametrize('decay', [0.5, 0.9])
 @pytest.mark.parametrize('kind', [loop._MetaRun, loop._PlainRun])
 def test_the_average_is_that_of_hand(kind, decay, make_recipe, bank):

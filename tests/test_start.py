@@ -1,8 +1,12 @@
 """Recipes that start from a model of the target, and short tries of a recipe."""
 
+import copy
 import dataclasses
 import importlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -185,6 +189,33 @@ def test_training_goes_on_with_a_hypernetwork(earlier, make_recipe, bank):
             assert_close(found[key], wanted[key], rtol=0, atol=0)
         for key in (*after.target.keys('predicted'), *after.target.keys('shared')):
             assert_close(found[key], wanted[key], rtol=1e-4, atol=1e-4)
+
+
+def test_the_mean_of_networks_takes_the_place_of_the_base_and_the_sketch_goes_on_changing_it(earlier, tmp_path):
+    hypernet, folder = earlier
+    models = [timm.create_model('test_resnet', num_classes=0) for _ in range(3)]
+    for model in models:
+        for name, value in model.named_buffers():
+            if name.endswith(('running_mean', 'running_var')):
+                value.add_(torch.rand_like(value))
+    folders = [str(save_model(model, tmp_path / str(number))) for number, model in enumerate(models)]
+    script = Path(__file__).parents[1] / 'hub' / 'average.py'
+    subprocess.run([sys.executable, script, folder, tmp_path / 'out', *folders], check=True)
+    found = PudNet.from_pretrained(tmp_path / 'out')
+    states = [model.state_dict() for model in models]
+    still = copy.deepcopy(hypernet)  # with the mean as its base
+    still.start_from({key: sum(state[key] for state in states) / 3 for key in states[0]})
+    wanted, sketch = still.state_dict(), torch.randn(hypernet.config.sketch_width)
+    for key, value in hypernet.state_dict().items():  # what the sketch steers, which `start_from` forgets
+        if key.endswith(('.steer', '.change', '.left', '.right')):
+            wanted[key] = value
+    still.load_state_dict(wanted)
+    with torch.no_grad():
+        weights, expected = found(sketch), still(sketch)
+    assert not torch.equal(weights['conv1.0.weight'], hypernet(sketch)['conv1.0.weight'])
+    for key, value in expected.items():
+        if value.is_floating_point():
+            assert_close(weights[key], value, rtol=2e-3, atol=2e-3)  # the file is in float16
 
 
 def test_its_control_starts_from_what_it_predicts_for_the_mean_sketch(earlier, make_recipe, bank):

@@ -130,7 +130,7 @@ class Schedule:
         sketch_rate: Largest rate of AdamW beside SGD.
         warmup: Share of the steps in which the rate rises; it then falls to zero by a cosine.
         weight_decay: Of weights with more than one dimension; decoupled in AdamW.
-        clip: Largest norm of the gradient.
+        clip: Largest norm of the gradient; of each of the two parts, where SGD has AdamW beside it.
         label_smoothing: Of the full head's loss.
         precision: `float32` or `bfloat16` (mixed, for the target's passes).
         whitening: Whether features are whitened within classes after training (`adapt.Whitening`); it helps where the

@@ -179,7 +179,9 @@ class Run:
                     group['lr'] = rate * optimizer.defaults['lr']
             before = [buffer.clone() for buffer in self.statistics]
             sums = self._gradients(before)
-            norm = float(nn.utils.clip_grad_norm_(self.parameters, schedule.clip))
+            # By the norm of each optimiser: large gradients of what the sketch steers would else slow down the rest.
+            held = [[value for group in one.param_groups for value in group['params']] for one in self.optimizers]
+            norm = math.hypot(*(float(nn.utils.clip_grad_norm_(values, schedule.clip)) for values in held))
             entry = {'step': self.step + 1, 'rate': rate * schedule.rate, **sums}
             if all(map(math.isfinite, [norm, *sums.values()])):
                 self.skipped = 0
