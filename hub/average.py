@@ -19,6 +19,8 @@ from timm_pudnet.hypernet import pretrained_model
 def main(earlier: str, out: str, *folders: str) -> None:
     """Writes the hypernetwork `earlier` to `out`, the mean of the networks in its base."""
     hypernet = PudNet.from_pretrained(earlier)
+    if hypernet.config.generator != 'residual':
+        sys.exit(f'{earlier} has the generator {hypernet.config.generator!r}: only those of `residual` have a base')
     networks = []
     for folder in folders:
         one = copy.deepcopy(hypernet)
