@@ -2,39 +2,41 @@
 
     python hub/average.py HYPERNET OUT FOLDER FOLDER ...
 
-HYPERNET is a folder of a hypernetwork with the generator `residual`; OUT is written; each FOLDER holds a network of its
-target in timm's format. Networks that ordinary training makes from one start lie so close together that the mean of
-their weights is a network as well, often a better one than any of them (Wortsman et al. 2022, "Model soups").
+Networks that ordinary training makes from one start lie so close together that the mean of their weights is a network as
+well, often a better one than any of them (Wortsman et al. 2022, "Model soups").
 """
 
-import copy
-import sys
+import argparse
+from pathlib import Path
 
 import torch
 
 from timm_pudnet import PudNet
 from timm_pudnet.hypernet import pretrained_model
 
+STEERED = ('.steer', '.change')  # parameters of the generators by which a sketch changes the network
 
-def main(earlier: str, out: str, *folders: str) -> None:
-    """Writes the hypernetwork `earlier` to `out`, the mean of the networks in its base."""
-    hypernet = PudNet.from_pretrained(earlier)
-    if hypernet.config.generator != 'residual':
-        sys.exit(f'{earlier} has the generator {hypernet.config.generator!r}: only those of `residual` have a base')
-    networks = []
-    for folder in folders:
-        one = copy.deepcopy(hypernet)
-        one.start_from(pretrained_model(folder, folder, hypernet.config.model_kwargs).state_dict())
-        networks.append(one.state_dict())
+
+def main() -> None:
+    """Reads the arguments and writes OUT."""
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser.add_argument('hypernet', help='folder of one with the generator `residual`')
+    parser.add_argument('out', type=Path, help='new folder')
+    parser.add_argument('folders', nargs='+', help='of networks of its target, in timm format')
+    options = parser.parse_args()
+    hypernet = PudNet.from_pretrained(options.hypernet)
+    config = hypernet.config
+    if config.generator != 'residual':
+        parser.error(f'{options.hypernet} has the generator {config.generator!r}: only `residual` has a base')
+    networks = [pretrained_model(folder, folder, config.model_kwargs).state_dict() for folder in options.folders]
+    mean = {key: torch.stack([one[key] for one in networks]).double().mean(0) for key in networks[0]}
+    kept = {key: value.clone() for key, value in hypernet.named_parameters() if key.endswith(STEERED)}
+    hypernet.start_from(mean)  # which forgets them
     with torch.no_grad():
-        for key, value in hypernet.state_dict().items():
-            of_network = key.endswith('.base') or key.startswith(('shared.', 'norm_statistics.'))
-            if of_network and value.is_floating_point():
-                value.copy_(torch.stack([network[key] for network in networks]).mean(0))
-    hypernet.save_pretrained(out)
+        for key, value in kept.items():
+            hypernet.get_parameter(key).copy_(value)
+    hypernet.save_pretrained(options.out)
 
 
 if __name__ == '__main__':
-    if len(sys.argv) < 5:
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main()
