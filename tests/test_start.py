@@ -103,14 +103,14 @@ def learned(make_recipe, bank, tmp_path_factory):
     return model, save_model(model, tmp_path_factory.mktemp('learned') / 'start')
 
 
-def frozen(start, make_recipe, steps, **losses):
+def frozen(start, make_recipe, steps, schedule=(), **losses):
     return make_recipe(
         steps,
         start=str(start),
         hypernet=RESIDUAL,
         groups={'conditions': 1.0, 'per_step': 4},
         losses=LossWeights(**{'metric': 0.0, 'full': 0.0, 'consistency': 0.0, 'sketch': 0.0, **losses}),
-        schedule={'optimizer': 'sgd', 'rate': 0.0, 'sketch_rate': 1e-2, 'fixed_statistics': True},
+        schedule={'optimizer': 'sgd', 'rate': 0.0, 'sketch_rate': 1e-2, 'fixed_statistics': True, **dict(schedule)},
     )
 
 
@@ -143,8 +143,8 @@ def distilled(make_recipe, bank, monkeypatch):
     loss = loop.distillation_loss
     monkeypatch.setattr(loop, 'distillation_loss', lambda *args: seen.append(args) or loss(*args))
 
-    def run(folder, steps=1):
-        recipe = frozen(folder, make_recipe, steps, distillation=1.0)
+    def run(folder, steps=1, **losses):
+        recipe = frozen(folder, make_recipe, steps, **(losses or {'distillation': 1.0}))
         meta_train(recipe, banks=[bank], device='cpu', progress=False)
         return *seen[-1], loop.group_sampler(recipe, [bank]).draw(len(seen) - 1, plain=True)
 
@@ -159,6 +159,53 @@ def test_what_is_wanted_are_the_features_of_the_start_before_the_condition(learn
         assert_close(found[0], model(torch.cat([group.support, group.query])), rtol=1e-4, atol=1e-4)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert [tuple(one.shape) for one in wanted[1:]] == [(len(group.plain), norm.num_features) for norm in norms]
+
+
+def test_the_stem_alone_learns_to_undo_conditions_and_nothing_behind_it_does(learned, make_recipe, bank, tmp_path):
+    model, folder = learned
+    recipe = frozen(folder, make_recipe, 150, stem=1.0)
+    hypernet = meta_train(recipe, tmp_path / 'run', banks=[bank], device='cpu', progress=False)
+    moved = {
+        layer.key
+        for layer, generator in zip(hypernet.target.layers, hypernet.generators, strict=True)
+        for name, value in generator.named_parameters()
+        if name in ('steer', 'change') and value.abs().sum() > 0
+    }
+    first = next(key for key, norm in model.named_modules() if isinstance(norm, torch.nn.BatchNorm2d))
+    assert moved == {'conv1.0.weight', f'{first}.weight', f'{first}.bias'}
+    lines = [json.loads(line) for line in (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()]
+    assert {key for line in lines for key in line} == {'step', 'rate', 'stem'}
+    losses = [line['stem'] for line in lines]
+    assert sum(losses[-30:]) < 0.8 * sum(losses[:30])
+
+
+def test_what_the_stem_is_to_give_is_what_that_of_the_start_gives_before_the_condition(learned, distilled):
+    model, folder = learned
+    found, wanted, group = distilled(folder, stem=1.0)
+    first = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    given = []
+    first.register_forward_hook(lambda _norm, _inputs, output: given.append(output.flatten(1)))
+    with torch.no_grad():
+        for images in (group.plain, torch.cat([group.support, group.query])):
+            model.eval()(images)
+    assert_close(wanted, given[:1], rtol=1e-4, atol=1e-4)
+    assert_close(found, given[1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('fixed', [True, False])
+def test_the_encoder_of_an_earlier_hypernetwork_can_stay_as_it_is(fixed, earlier, make_recipe, bank):
+    hypernet, folder = earlier
+    recipe = frozen(folder, make_recipe, 2, {'fixed_encoder': fixed}, stem=1.0)
+    after = meta_train(recipe, banks=[bank], device='cpu', progress=False)
+    same = [torch.equal(value, after.encoder.state_dict()[key]) for key, value in hypernet.encoder.state_dict().items()]
+    assert all(same) if fixed else not any(same)
+
+
+def test_a_fixed_encoder_is_that_of_a_hypernetwork(learned, make_recipe, bank, one_line):
+    recipe = frozen(learned[1], make_recipe, 1, {'fixed_encoder': True}, stem=1.0)
+    with pytest.raises(InputError) as error:
+        meta_train(recipe, banks=[bank], device='cpu', progress=False)
+    one_line(error, 'fixed_encoder', 'hypernetwork', 'start')
 
 
 @pytest.fixture(scope='module')

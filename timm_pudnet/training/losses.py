@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_pudnet.adapt import centroid_logits, class_centroids
+from timm_pudnet.config import InputError
 from timm_pudnet.target import batch_norms
 
 
@@ -65,25 +66,46 @@ def group_losses(
     )
 
 
+class FirstNormReached(Exception):
+    """Ends a forward pass of which no more is wanted."""
+
+
 class NormOutputs:
     """Gathers what the BatchNorm layers of a model give: the mean over the places of every channel's positive part.
 
-    Such means `[n, d]` do not tell how an image is turned, as long as the kernels are turned with it.
+    Such means `[n, d]` do not tell how an image is turned, as long as the kernels are turned with it. Of the first
+    layer all places are kept beside, `[n, c h w]`: its means hardly tell in which order an image's channels are.
 
     Args:
         model: Whose layers; hooks stay on them.
+        only_first: End every forward pass at the first of them, by `FirstNormReached`.
+
+    Raises:
+        InputError: The model has no such layer.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, only_first: bool = False) -> None:
+        self.first: list[Tensor] = []
         self.means: list[Tensor] = []
-        for _, norm in batch_norms(model):
+        norms = [norm for _, norm in batch_norms(model)]
+        if not norms:
+            raise InputError('losses: distillation and stem need a target with BatchNorm layers, this one has none')
+        norms[0].register_forward_hook(lambda _norm, _inputs, output: self.first.append(output.float().flatten(1)))
+        for norm in norms:
             norm.register_forward_hook(lambda _norm, _inputs, output: self.means.append(_positive_mean(output)))
+        if only_first:
+            norms[0].register_forward_hook(_end)
 
-    def take(self) -> list[Tensor]:
-        """Those of the forward passes since the last call, in the order of the network."""
-        taken = self.means.copy()
+    def take(self) -> tuple[Tensor, list[Tensor]]:
+        """All places of the first layer, and the means of all in the order of the network; since the last call."""
+        taken = self.first[0], self.means.copy()
+        self.first.clear()
         self.means.clear()
         return taken
+
+
+def _end(_norm: nn.Module, _inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+    raise FirstNormReached
 
 
 def _positive_mean(output: Tensor) -> Tensor:

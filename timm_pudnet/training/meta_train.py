@@ -25,7 +25,7 @@ from timm_pudnet.hypernet import PudNet, pretrained_model, target_of
 from timm_pudnet.images import open_images
 from timm_pudnet.target import batch_norms, create_feature_model
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input
-from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
+from timm_pudnet.training.losses import FirstNormReached, NormOutputs, distillation_loss, group_losses, sketch_loss
 from timm_pudnet.training.recipe import Recipe
 from timm_pudnet.training.run import Run, config_fields, go
 
@@ -341,10 +341,16 @@ class _MetaRun(_ClassifierRun):
             self.head.requires_grad_(False)
             for name, value in self.hypernet.named_parameters():
                 value.requires_grad_(not self.is_ordinary(f'hypernet.{name}'))
+        if self.recipe.schedule.fixed_encoder:
+            if started is None:
+                raise InputError('schedule: fixed_encoder needs a hypernetwork as start, whose encoder it is')
+            self.hypernet.encoder.requires_grad_(False)
         self.teacher = None  # lends its forward pass to the network of `start`, where its features are wanted
-        if self.recipe.losses.distillation:
+        weigh = self.recipe.losses
+        self.only_stem = not (weigh.metric or weigh.full or weigh.consistency or weigh.distillation) and weigh.stem > 0
+        if weigh.distillation or weigh.stem:
             self.teacher = copy.deepcopy(self.target).eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self.outputs = [NormOutputs(model) for model in (self.target, self.teacher)]
+            self.outputs = [NormOutputs(model, only_first=self.only_stem) for model in (self.target, self.teacher)]
             self.teaching = None if started is None else started.requires_grad_(False).to(self.device)
         return {'hypernet': self.hypernet, 'head': self.head, 'target': self.target}
 
@@ -363,6 +369,8 @@ class _MetaRun(_ClassifierRun):
         further = None  # groups for the sketch's own loss
         if weigh.sketch and self.recipe.groups.sketch_groups:
             further = self.sampler.draw_halves(number).to(self.device)
+        if self.recipe.schedule.fixed_encoder:
+            self.hypernet.encoder.eval()
         with self.mixed_precision():
             rows = self.hypernet.encoder(support if further is None else torch.cat([support, further.flatten(0, 2)]))
         weights = self.hypernet(rows[: len(support)].mean(0))
@@ -371,33 +379,43 @@ class _MetaRun(_ClassifierRun):
                 norm.eval()
         for key in self.hypernet.target.keys('calibrated'):
             del weights[key]  # the target keeps its own
-        features = self.features(torch.cat([support, query]), weights)
-        losses = group_losses(
-            features[: len(support)],
-            features[len(support) :],
-            group.support_classes.to(self.device),
-            group.query_classes.to(self.device),
-            full_logits=self.head(features),
-            temperature=self.hypernet.temperature,
-            label_smoothing=self.recipe.schedule.label_smoothing,
-        )
-        terms = {'metric': losses.metric, 'full': losses.full, 'consistency': losses.consistency}
+        terms: dict[str, Tensor] = {}
+        features = self._features(torch.cat([support, query]), weights)
+        if features is not None:
+            losses = group_losses(
+                features[: len(support)],
+                features[len(support) :],
+                group.support_classes.to(self.device),
+                group.query_classes.to(self.device),
+                full_logits=self.head(features),
+                temperature=self.hypernet.temperature,
+                label_smoothing=self.recipe.schedule.label_smoothing,
+            )
+            terms = {'metric': losses.metric, 'full': losses.full, 'consistency': losses.consistency}
         if self.teacher is not None:
             assert group.plain is not None
             with torch.no_grad():
                 plain, own = group.plain.to(self.device), None
                 if self.teaching is not None:
                     own = self.teaching(self.teaching.encoder(plain[: len(support)]).mean(0))
-                wanted = self.features(plain, own, model=self.teacher)
-            found, goals = (
-                [first, *outputs.take()] for first, outputs in zip((features, wanted), self.outputs, strict=True)
-            )
-            terms['distillation'] = distillation_loss(found, goals)
+                wanted = self._features(plain, own, model=self.teacher)
+            (stem, found), (stem_goal, goals) = (outputs.take() for outputs in self.outputs)
+            if weigh.stem:
+                terms['stem'] = distillation_loss([stem], [stem_goal])
+            if features is not None and wanted is not None and weigh.distillation:
+                terms['distillation'] = distillation_loss([features, *found], [wanted, *goals])
         if further is not None:
             terms['sketch'] = sketch_loss(rows[len(support) :].unflatten(0, further.shape[:3]).mean(2))
         # A term of weight 0 is watched, not trained on.
         kept = [getattr(weigh, name) * value for name, value in terms.items() if getattr(weigh, name)]
         return torch.stack(kept).sum(), terms
+
+    def _features(self, images: Tensor, weights: dict[str, Tensor] | None, **kwargs: Any) -> Tensor | None:
+        """The features, as `features` gives them; None where what the stem gives is all that is wanted."""
+        try:
+            return self.features(images, weights, **kwargs)
+        except FirstNormReached:
+            return None
 
     def finished(self) -> PudNet:
         """The hypernetwork, with the norm statistics that the target gathered over the groups."""

@@ -103,6 +103,9 @@ class LossWeights:
             it predicts, if it is a hypernetwork) for the same images before a condition changed their pixels' values;
             it needs `start`. So the hypernetwork learns to undo conditions (but turns, which a plain training with
             `turns = 4` knows).
+        stem: Of the same distance of what the first norm layer gives, there of every place: so the first conv learns in
+            which order the channels are, and whether bright is dark, which is hardly learned through the layers behind
+            it. Where no term but this and the sketch's own has a weight, the target runs no further than that layer.
     """
 
     metric: float = 1.0
@@ -110,6 +113,7 @@ class LossWeights:
     consistency: float = 1.0
     sketch: float = 1.0
     distillation: float = 0.0
+    stem: float = 0.0
 
     def __post_init__(self) -> None:
         values = dataclasses.astuple(self)
@@ -139,6 +143,7 @@ class Schedule:
             learns, in place of those of each group. For images of one kind: what is predicted then works by these
             statistics, as what an ordinary training gives does; `prior_images` of the hypernetwork says how much they
             count. The control *plain* has no use for it.
+        fixed_encoder: Whether the sketch encoder stays as it is in the hypernetwork of `start`.
         ema: Decay of the moving average of all weights that is kept in the end, 0.999 for instance; 0 for none.
     """
 
@@ -153,6 +158,7 @@ class Schedule:
     precision: str = 'float32'
     whitening: bool = True
     fixed_statistics: bool = False
+    fixed_encoder: bool = False
     ema: float = 0.0
 
     def __post_init__(self) -> None:
@@ -220,11 +226,13 @@ class Recipe:
         if self.schedule.fixed_statistics and not self.start:
             raise InputError('schedule: fixed_statistics needs start, which they are taken from')
         weigh = self.losses
-        if weigh.distillation and not self.start:
-            raise InputError('losses: distillation needs start, whose features are wanted')
+        for name in ('distillation', 'stem'):
+            if getattr(weigh, name) and not self.start:
+                raise InputError(f'losses: {name} needs start, whose features are wanted')
         if self.schedule.frozen and (not self.start or weigh.full or weigh.consistency):
             raise InputError('schedule: a rate of 0 needs start, and losses with full = 0.0 and consistency = 0.0')
-        if not (weigh.metric or weigh.full or weigh.consistency or weigh.distillation or self.groups.sketch_groups):
+        others = weigh.metric or weigh.full or weigh.consistency or weigh.distillation or weigh.stem
+        if not (others or self.groups.sketch_groups):
             raise InputError('losses: the sketch alone has a weight, but groups: sketch_groups is 0')
 
     @classmethod
@@ -272,7 +280,10 @@ class Recipe:
         for name, kind in tables.items():
             if name in values:
                 values[name] = _build(kind, values[name], f'{where}: [{name}]')
-        return cls(**values)
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f'{where}: {error}') from error
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON can hold it."""
