@@ -135,6 +135,7 @@ def test_one_set_is_the_same_as_a_list_of_one(tmp_path):
             '[losses]\nmetric = 0\nfull = 0\nconsistency = 0\nsketch = 0\n[schedule]',
             ['[losses]', 'above'],
         ),
+        ('rate = 1e-3', 'fixed_encoder = true', ['schedule', 'fixed_encoder', 'needs start']),
         ('[schedule]', '[losses]\nstem = 1\n[schedule]', ['losses', 'stem', 'needs start']),
         ('[schedule]', '[losses]\ndistillation = 1\n[schedule]', ['losses', 'distillation', 'needs start']),
         ('n_way = 3', 'conditions = true', ['[groups]', 'conditions', 'number']),

@@ -66,46 +66,57 @@ def group_losses(
     )
 
 
-class FirstNormReached(Exception):
-    """Ends a forward pass of which no more is wanted."""
-
-
 class NormOutputs:
     """Gathers what the BatchNorm layers of a model give: the mean over the places of every channel's positive part.
 
-    Such means `[n, d]` do not tell how an image is turned, as long as the kernels are turned with it. Of the first
-    layer all places are kept beside, `[n, c h w]`: its means hardly tell in which order an image's channels are.
+    Such means `[n, d]` do not tell how an image is turned, as long as the kernels are turned with it.
 
     Args:
         model: Whose layers; hooks stay on them.
-        only_first: End every forward pass at the first of them, by `FirstNormReached`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.means: list[Tensor] = []
+        for _, norm in batch_norms(model):
+            norm.register_forward_hook(lambda _norm, _inputs, output: self.means.append(_positive_mean(output)))
+
+    def take(self) -> list[Tensor]:
+        """Those of the forward passes since the last call, in the order of the network."""
+        taken = self.means.copy()
+        self.means.clear()
+        return taken
+
+
+class StemReached(Exception):
+    """Ends a forward pass of which no more is wanted."""
+
+
+class StemOutput:
+    """Keeps what the first BatchNorm layer of a model gave last, every place of every channel: `rows`, `[n, c h w]`.
+
+    Means over the places, as above, hardly tell in which order an image's channels are.
+
+    Args:
+        model: Whose layer; the hook stays on it.
+        ends: End every forward pass there, by `StemReached`.
 
     Raises:
         InputError: The model has no such layer.
     """
 
-    def __init__(self, model: nn.Module, *, only_first: bool = False) -> None:
-        self.first: list[Tensor] = []
-        self.means: list[Tensor] = []
-        norms = [norm for _, norm in batch_norms(model)]
-        if not norms:
-            raise InputError('losses: distillation and stem need a target with BatchNorm layers, this one has none')
-        norms[0].register_forward_hook(lambda _norm, _inputs, output: self.first.append(output.float().flatten(1)))
-        for norm in norms:
-            norm.register_forward_hook(lambda _norm, _inputs, output: self.means.append(_positive_mean(output)))
-        if only_first:
-            norms[0].register_forward_hook(_end)
+    rows: Tensor
 
-    def take(self) -> tuple[Tensor, list[Tensor]]:
-        """All places of the first layer, and the means of all in the order of the network; since the last call."""
-        taken = self.first[0], self.means.copy()
-        self.first.clear()
-        self.means.clear()
-        return taken
+    def __init__(self, model: nn.Module, *, ends: bool = False) -> None:
+        self.ends = ends
+        first = next((norm for _, norm in batch_norms(model)), None)
+        if first is None:
+            raise InputError('losses: stem needs a target with BatchNorm layers, this one has none')
+        first.register_forward_hook(self._keep)
 
-
-def _end(_norm: nn.Module, _inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-    raise FirstNormReached
+    def _keep(self, _norm: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.rows = output.float().flatten(1)
+        if self.ends:
+            raise StemReached
 
 
 def _positive_mean(output: Tensor) -> Tensor:

@@ -25,7 +25,14 @@ from timm_pudnet.hypernet import PudNet, pretrained_model, target_of
 from timm_pudnet.images import open_images
 from timm_pudnet.target import batch_norms, create_feature_model
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input
-from timm_pudnet.training.losses import FirstNormReached, NormOutputs, distillation_loss, group_losses, sketch_loss
+from timm_pudnet.training.losses import (
+    NormOutputs,
+    StemOutput,
+    StemReached,
+    distillation_loss,
+    group_losses,
+    sketch_loss,
+)
 from timm_pudnet.training.recipe import Recipe
 from timm_pudnet.training.run import Run, config_fields, go
 
@@ -347,10 +354,11 @@ class _MetaRun(_ClassifierRun):
             self.hypernet.encoder.requires_grad_(False)
         self.teacher = None  # lends its forward pass to the network of `start`, where its features are wanted
         weigh = self.recipe.losses
-        self.only_stem = not (weigh.metric or weigh.full or weigh.consistency or weigh.distillation) and weigh.stem > 0
         if weigh.distillation or weigh.stem:
             self.teacher = copy.deepcopy(self.target).eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self.outputs = [NormOutputs(model, only_first=self.only_stem) for model in (self.target, self.teacher)]
+            models = (self.target, self.teacher)
+            self.outputs = [NormOutputs(model) for model in models] if weigh.distillation else []
+            self.stems = [StemOutput(model, ends=not weigh.of_features) for model in models] if weigh.stem else []
             self.teaching = None if started is None else started.requires_grad_(False).to(self.device)
         return {'hypernet': self.hypernet, 'head': self.head, 'target': self.target}
 
@@ -399,11 +407,15 @@ class _MetaRun(_ClassifierRun):
                 if self.teaching is not None:
                     own = self.teaching(self.teaching.encoder(plain[: len(support)]).mean(0))
                 wanted = self._features(plain, own, model=self.teacher)
-            (stem, found), (stem_goal, goals) = (outputs.take() for outputs in self.outputs)
             if weigh.stem:
-                terms['stem'] = distillation_loss([stem], [stem_goal])
-            if features is not None and wanted is not None and weigh.distillation:
-                terms['distillation'] = distillation_loss([features, *found], [wanted, *goals])
+                terms['stem'] = distillation_loss(*([stem.rows] for stem in self.stems))
+            if weigh.distillation:
+                assert features is not None
+                assert wanted is not None
+                found, goals = (
+                    [first, *outputs.take()] for first, outputs in zip((features, wanted), self.outputs, strict=True)
+                )
+                terms['distillation'] = distillation_loss(found, goals)
         if further is not None:
             terms['sketch'] = sketch_loss(rows[len(support) :].unflatten(0, further.shape[:3]).mean(2))
         # A term of weight 0 is watched, not trained on.
@@ -414,7 +426,7 @@ class _MetaRun(_ClassifierRun):
         """The features, as `features` gives them; None where what the stem gives is all that is wanted."""
         try:
             return self.features(images, weights, **kwargs)
-        except FirstNormReached:
+        except StemReached:
             return None
 
     def finished(self) -> PudNet:

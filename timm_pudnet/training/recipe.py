@@ -120,6 +120,11 @@ class LossWeights:
         if min(values) < 0 or not any(values):
             raise InputError('losses: no weight may be below zero, and one must be above')
 
+    @property
+    def of_features(self) -> bool:
+        """Whether a term has a weight that needs the target's features."""
+        return bool(self.metric or self.full or self.consistency or self.distillation)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -225,14 +230,15 @@ class Recipe:
                 raise InputError('start is not used where there is [denoising]: remove it')
         if self.schedule.fixed_statistics and not self.start:
             raise InputError('schedule: fixed_statistics needs start, which they are taken from')
+        if self.schedule.fixed_encoder and not self.start:
+            raise InputError('schedule: fixed_encoder needs start, a hypernetwork whose encoder it is')
         weigh = self.losses
         for name in ('distillation', 'stem'):
             if getattr(weigh, name) and not self.start:
                 raise InputError(f'losses: {name} needs start, whose features are wanted')
         if self.schedule.frozen and (not self.start or weigh.full or weigh.consistency):
             raise InputError('schedule: a rate of 0 needs start, and losses with full = 0.0 and consistency = 0.0')
-        others = weigh.metric or weigh.full or weigh.consistency or weigh.distillation or weigh.stem
-        if not (others or self.groups.sketch_groups):
+        if not (weigh.of_features or weigh.stem or self.groups.sketch_groups):
             raise InputError('losses: the sketch alone has a weight, but groups: sketch_groups is 0')
 
     @classmethod
