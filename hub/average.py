@@ -1,4 +1,4 @@
-"""Puts the mean of several networks in place of the one that a hypernetwork changes; what its sketch changes is kept.
+"""Puts the mean of several networks in place of the one that a hypernetwork changes; its sketch changes nothing in that yet.
 
     python hub/average.py HYPERNET OUT FOLDER FOLDER ...
 
@@ -14,8 +14,6 @@ import torch
 from timm_pudnet import PudNet
 from timm_pudnet.hypernet import pretrained_model
 
-STEERED = ('.steer', '.change')  # parameters of the generators by which a sketch changes the network
-
 
 def main() -> None:
     """Reads the arguments and writes OUT."""
@@ -30,11 +28,7 @@ def main() -> None:
         parser.error(f'{options.hypernet} has the generator {config.generator!r}: only `residual` has a base')
     networks = [pretrained_model(folder, folder, config.model_kwargs).state_dict() for folder in options.folders]
     mean = {key: torch.stack([one[key] for one in networks]).double().mean(0) for key in networks[0]}
-    kept = {key: value.clone() for key, value in hypernet.named_parameters() if key.endswith(STEERED)}
-    hypernet.start_from(mean)  # which forgets them
-    with torch.no_grad():
-        for key, value in kept.items():
-            hypernet.get_parameter(key).copy_(value)
+    hypernet.start_from(mean)
     hypernet.save_pretrained(options.out)
 
 

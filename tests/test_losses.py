@@ -1,4 +1,3 @@
-import contextlib
 import math
 
 import pytest
@@ -6,15 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from timm_pudnet.config import InputError
-from timm_pudnet.training.losses import (
-    NormOutputs,
-    StemOutput,
-    StemReached,
-    distillation_loss,
-    group_losses,
-    sketch_loss,
-)
+from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
 
 SUPPORT_CLASSES = torch.tensor([7, 7, 2, 2, 5, 5])  # of 9 training classes, in no order
 QUERY_CLASSES = torch.tensor([2, 5, 7, 7])
@@ -164,25 +155,3 @@ def test_norm_outputs_are_the_means_of_positive_parts_in_order_and_turn_with_the
         model[0].weight.copy_(model[0].weight.rot90(1, (2, 3)).clone())
     model(images.rot90(1, (2, 3)))
     assert_close(outputs.take(), [first, second], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize('ends', [True, False])
-def test_the_stem_s_output_is_that_of_the_first_norm_and_the_pass_ends_there_if_told_to(ends):
-    reached = []
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)).eval()
-    model[2].register_forward_hook(lambda *_: reached.append(True))
-    stem, images = StemOutput(model, ends=ends), torch.randn(6, 3, 8, 8)
-    with pytest.raises(StemReached) if ends else contextlib.nullcontext():
-        model(images)
-    assert_close(stem.rows, nn.functional.batch_norm(model[0](images), torch.zeros(4), torch.ones(4)).flatten(1))
-    assert reached == ([] if ends else [True])
-
-
-def test_a_network_without_batchnorm_has_norm_outputs_of_none_and_no_stem(one_line):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
-    outputs = NormOutputs(model)
-    model(torch.randn(2, 3, 8, 8))
-    assert outputs.take() == []
-    with pytest.raises(InputError) as error:
-        StemOutput(model)
-    one_line(error, 'stem', 'BatchNorm')

@@ -34,14 +34,15 @@ class AHRU(nn.Module):
         self.output = nn.Linear(width, width, bias=False)  # W_o
         self.start = nn.Parameter(torch.zeros(width))  # a_0
 
-    def forward(self, sketch: Tensor) -> Tensor:
-        """Codes `[L, m]` of a sketch `[m]`, or `[b, L, m]` of sketches `[b, m]`."""
+    def forward(self, sketch: Tensor, num_layers: int | None = None) -> Tensor:
+        """Codes `[L, m]` of a sketch `[m]`, or `[b, L, m]` of sketches `[b, m]`; of the first `num_layers` if given."""
+        count = num_layers or self.num_layers
         if sketch.ndim == 1 and not torch.is_grad_enabled():
-            return self._walk(sketch)
+            return self._walk(sketch, count)
         gates, candidates, outputs = self.gates.weight.t(), self.candidate.weight.t(), self.output.weight.t()
         state, output = sketch, self.start.expand_as(sketch)
         codes = []
-        for _ in range(self.num_layers):
+        for _ in range(count):
             reset, update = (torch.cat([state, output], -1) @ gates).sigmoid_().chunk(2, -1)
             candidate = (torch.cat([reset * state, output], -1) @ candidates).tanh_()
             state = torch.lerp(state, candidate, update)
@@ -49,18 +50,18 @@ class AHRU(nn.Module):
             codes.append(output)
         return torch.lerp(torch.stack(codes, -2), sketch.unsqueeze(-2), self.eta)
 
-    def _walk(self, sketch: Tensor) -> Tensor:
+    def _walk(self, sketch: Tensor, count: int) -> Tensor:
         """The same with nothing copied: a hundred small layers are a hundred steps of small operations."""
         width = len(sketch)
         # A row a step, [d, a, r * d]: the gates read its first two thirds, the candidate its last two.
-        rows = sketch.new_empty(self.num_layers + 1, 3 * width)
+        rows = sketch.new_empty(count + 1, 3 * width)
         rows[0, :width], rows[0, width : 2 * width] = sketch, self.start
         candidate_weight = self.candidate.weight.roll(width, 1)  # for [a, r * d]
         gates, candidate = sketch.new_empty(2 * width), sketch.new_empty(width)
         reset, update = gates.chunk(2)
         states, outputs, resets = (part.unbind() for part in rows.chunk(3, 1))
         gate_inputs, candidate_inputs = rows[:, : 2 * width].unbind(), rows[:, width:].unbind()
-        for step in range(self.num_layers):
+        for step in range(count):
             torch.mv(self.gates.weight, gate_inputs[step], out=gates).sigmoid_()
             torch.mul(reset, states[step], out=resets[step])
             torch.mv(candidate_weight, candidate_inputs[step], out=candidate).tanh_()

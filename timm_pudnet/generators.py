@@ -212,8 +212,13 @@ class ResidualGenerator(nn.Module):
         if self.channels:
             kernel = channels.view(self.channels, -1) @ kernel
         if self.rank:
-            kernel = self._add_low_rank(kernel, rank, in_place=True)
+            kernel = self._add_low_rank(kernel, rank, in_place=not torch.is_grad_enabled())  # vmap knows no addmm_
         return kernel.view(self.shape)
+
+    @property
+    def channel_rows(self) -> slice | None:
+        """The rows of `steer` that give `N`; None where there is none."""
+        return slice(self.sizes[0], self.sizes[0] + self.sizes[1]) if self.changed and self.channels else None
 
     def _add_low_rank(self, kernel: Tensor, coefficients: Tensor, in_place: bool = False) -> Tensor:
         held, flat = cast('dict[str, Tensor]', self._parameters), kernel.flatten(1)

@@ -233,15 +233,20 @@ class PudNet(nn.Module):
         Returns:
             Predicted kernels, shared parameters and, to start calibration from, the norm statistics of training.
         """
-        limit = self.config.sketch_limit
-        if limit:
-            sketch = sketch * (limit / sketch.norm().clamp_min(limit))
-        codes = sketch.expand(len(self.target.layers), -1) if self.ahru is None else self.ahru(sketch)
-        parts = zip(self.target.layers, self.generators, codes, strict=True)
+        parts = zip(self.target.layers, self.generators, self.codes(sketch), strict=True)
         state = {layer.key: generator(code) for layer, generator, code in parts}
         state.update({key: room[place] for key, room, place in self._places})
         state.update({key: state[first] for key, first in self.target.tied.items() if first in state})
         return state
+
+    def codes(self, sketch: Tensor, num_layers: int | None = None) -> Tensor:
+        """Codes `[L, m]` of all predicted layers or of the first ones, for a sketch `[m]`; `[b, L, m]` for `[b, m]`."""
+        limit, count = self.config.sketch_limit, num_layers or len(self.target.layers)
+        if limit:
+            sketch = sketch * (limit / sketch.norm(dim=-1, keepdim=True).clamp_min(limit))
+        if self.ahru is None:
+            return sketch.unsqueeze(-2).expand(*sketch.shape[:-1], count, -1)
+        return self.ahru(sketch, count)
 
     def captured(self) -> Callable[[Tensor], dict[str, Tensor]]:
         """Weight generation as a CUDA graph, for many sketches: launching its small steps one by one takes far longer.

@@ -34,6 +34,7 @@ class Group:
     query: Tensor
     query_classes: Tensor
     plain: Tensor | None = None  # support and query, turned as the condition says but else without it, if asked for
+    condition: Condition | None = None  # that it is seen under
 
 
 class ImageBank:
@@ -317,7 +318,7 @@ class GroupSampler:
         without = None
         if plain:
             without = torch.cat(split(self._normalised(images, condition and condition.turns_only())))
-        return Group(support, support_classes, query, query_classes, without)
+        return Group(support, support_classes, query, query_classes, without, condition)
 
     def draw_halves(self, number: int) -> Tensor:
         """Further groups for the sketch's own loss: `[sketch_groups, 2, sketch_images, c, h, w]`.
@@ -356,12 +357,15 @@ class GroupSampler:
         )
         images, labels = [], []
         for bank, first, count in zip(self.banks, self.first, wanted.tolist(), strict=True):
-            for part in torch.arange(count).split(16 if self.groups.conditions else max(1, count)) if count else ():
-                picks = torch.randint(len(bank.labels), (len(part),), generator=generator)
-                turns = torch.randint(self.groups.turns, (len(part),), generator=generator)
-                classes = bank.labels[picks] + turns * len(bank.members)
-                images.append(self._prepared(bank, picks, classes, generator, self._condition(bank, generator)))
-                labels.append(classes + first)
+            if not count:
+                continue
+            picks = torch.randint(len(bank.labels), (count,), generator=generator)
+            turns = torch.randint(self.groups.turns, (count,), generator=generator)
+            classes = bank.labels[picks] + turns * len(bank.members)
+            changed = self._changed(bank, picks, classes, generator)
+            for part in changed.split(16 if self.groups.conditions else size):
+                images.append(self._normalised(part, self._condition(bank, generator), generator))
+            labels.append(classes + first)
         return torch.cat(images), torch.cat(labels)
 
     def _sizes(self, bank: ImageBank) -> tuple[int, int, int]:

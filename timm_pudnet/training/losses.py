@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_pudnet.adapt import centroid_logits, class_centroids
-from timm_pudnet.config import InputError
 from timm_pudnet.target import batch_norms
 
 
@@ -85,38 +84,6 @@ class NormOutputs:
         taken = self.means.copy()
         self.means.clear()
         return taken
-
-
-class StemReached(Exception):
-    """Ends a forward pass of which no more is wanted."""
-
-
-class StemOutput:
-    """Keeps what the first BatchNorm layer of a model gave last, every place of every channel: `rows`, `[n, c h w]`.
-
-    Means over the places, as above, hardly tell in which order an image's channels are.
-
-    Args:
-        model: Whose layer; the hook stays on it.
-        ends: End every forward pass there, by `StemReached`.
-
-    Raises:
-        InputError: The model has no such layer.
-    """
-
-    rows: Tensor
-
-    def __init__(self, model: nn.Module, *, ends: bool = False) -> None:
-        self.ends = ends
-        first = next((norm for _, norm in batch_norms(model)), None)
-        if first is None:
-            raise InputError('losses: stem needs a target with BatchNorm layers, this one has none')
-        first.register_forward_hook(self._keep)
-
-    def _keep(self, _norm: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.rows = output.float().flatten(1)
-        if self.ends:
-            raise StemReached
 
 
 def _positive_mean(output: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from timm_pudnet import remote
 from timm_pudnet.adapt import Whitening, calibrate, centroid_logits, class_centroids
@@ -25,19 +26,14 @@ from timm_pudnet.hypernet import PudNet, pretrained_model, target_of
 from timm_pudnet.images import open_images
 from timm_pudnet.target import batch_norms, create_feature_model
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input
-from timm_pudnet.training.losses import (
-    NormOutputs,
-    StemOutput,
-    StemReached,
-    distillation_loss,
-    group_losses,
-    sketch_loss,
-)
+from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
 from timm_pudnet.training.recipe import Recipe
 from timm_pudnet.training.run import Run, config_fields, go
+from timm_pudnet.training.undoing import ChannelUndoing
 
 # Fields of its config in which a hypernetwork may differ from the one that it starts from.
 _FREE = ('input', 'prior_images', 'sketch_limit', 'tag', 'class_names', 'training', 'library_versions')
+UNDOING_GROUPS = 4000  # of which the first layers learn to undo conditions, at most
 START_GROUPS = 64  # whose mean sketch gives the weights that a control of such a hypernetwork starts from
 
 
@@ -352,15 +348,45 @@ class _MetaRun(_ClassifierRun):
             if started is None:
                 raise InputError('schedule: fixed_encoder needs a hypernetwork as start, whose encoder it is')
             self.hypernet.encoder.requires_grad_(False)
+        self.undoing = self._channel_undoing(started) if self.recipe.losses.undoing else None
         self.teacher = None  # lends its forward pass to the network of `start`, where its features are wanted
-        weigh = self.recipe.losses
-        if weigh.distillation or weigh.stem:
+        if self.recipe.losses.distillation:
             self.teacher = copy.deepcopy(self.target).eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            models = (self.target, self.teacher)
-            self.outputs = [NormOutputs(model) for model in models] if weigh.distillation else []
-            self.stems = [StemOutput(model, ends=not weigh.of_features) for model in models] if weigh.stem else []
+            self.outputs = [NormOutputs(model) for model in (self.target, self.teacher)]
             self.teaching = None if started is None else started.requires_grad_(False).to(self.device)
         return {'hypernet': self.hypernet, 'head': self.head, 'target': self.target}
+
+    @torch.no_grad()
+    def _channel_undoing(self, started: PudNet | None) -> ChannelUndoing:
+        """What the first layers are to give, by what `start` gives for the mean sketch of groups as they are."""
+        if started is None:
+            raise InputError('losses: undoing needs a hypernetwork as start, whose sketch tells conditions apart')
+        groups = (self.sampler.draw(number, 'start', plain=True).plain for number in range(START_GROUPS))
+        sketches = [started.encoder(images.cpu()).mean(0) for images in groups if images is not None]
+        weights = started(torch.stack(sketches).mean(0))
+        self.images_before = self._groups_before * (self.recipe.images_per_step // self.parts)
+        weights = {key: value.to(self.device) for key, value in weights.items()}
+        return ChannelUndoing(self.hypernet, self.target, weights)
+
+    @property
+    def _groups_before(self) -> int:
+        return min(UNDOING_GROUPS, self.num_steps * self.parts)
+
+    @torch.no_grad()
+    def prepare(self, progress: bool) -> None:
+        """Has the first layers learn to undo conditions, where the recipe wants it."""
+        if self.undoing is None:
+            return
+        encoder, sketches, conditions = self.hypernet.encoder.eval(), [], []
+        for number in tqdm(range(self._groups_before), 'sketches', disable=not progress, delay=2, leave=False):
+            group = self.sampler.draw(number, 'undoing')
+            sketches.append(encoder(torch.cat([group.support, group.query]).to(self.device)).mean(0))
+            conditions.append(group.condition)
+        encoder.train()
+        with torch.enable_grad():
+            self.undoing.learn(torch.stack(sketches), conditions, self.sampler.generator('undoing', 0), progress)
+        if self.average is not None:
+            self.average.set(nn.ModuleDict(self.modules))
 
     def is_ordinary(self, name: str) -> bool:
         return name.startswith(('head.', 'hypernet.shared.')) or name.endswith('.base')
@@ -381,53 +407,42 @@ class _MetaRun(_ClassifierRun):
             self.hypernet.encoder.eval()
         with self.mixed_precision():
             rows = self.hypernet.encoder(support if further is None else torch.cat([support, further.flatten(0, 2)]))
-        weights = self.hypernet(rows[: len(support)].mean(0))
+        sketch = rows[: len(support)].mean(0)
+        weights = self.hypernet(sketch)
         if self.recipe.schedule.fixed_statistics:
             for _, norm in batch_norms(self.target):
                 norm.eval()
         for key in self.hypernet.target.keys('calibrated'):
             del weights[key]  # the target keeps its own
-        terms: dict[str, Tensor] = {}
-        features = self._features(torch.cat([support, query]), weights)
-        if features is not None:
-            losses = group_losses(
-                features[: len(support)],
-                features[len(support) :],
-                group.support_classes.to(self.device),
-                group.query_classes.to(self.device),
-                full_logits=self.head(features),
-                temperature=self.hypernet.temperature,
-                label_smoothing=self.recipe.schedule.label_smoothing,
-            )
-            terms = {'metric': losses.metric, 'full': losses.full, 'consistency': losses.consistency}
+        features = self.features(torch.cat([support, query]), weights)
+        losses = group_losses(
+            features[: len(support)],
+            features[len(support) :],
+            group.support_classes.to(self.device),
+            group.query_classes.to(self.device),
+            full_logits=self.head(features),
+            temperature=self.hypernet.temperature,
+            label_smoothing=self.recipe.schedule.label_smoothing,
+        )
+        terms = {'metric': losses.metric, 'full': losses.full, 'consistency': losses.consistency}
         if self.teacher is not None:
             assert group.plain is not None
             with torch.no_grad():
                 plain, own = group.plain.to(self.device), None
                 if self.teaching is not None:
                     own = self.teaching(self.teaching.encoder(plain[: len(support)]).mean(0))
-                wanted = self._features(plain, own, model=self.teacher)
-            if weigh.stem:
-                terms['stem'] = distillation_loss(*([stem.rows] for stem in self.stems))
-            if weigh.distillation:
-                assert features is not None
-                assert wanted is not None
-                found, goals = (
-                    [first, *outputs.take()] for first, outputs in zip((features, wanted), self.outputs, strict=True)
-                )
-                terms['distillation'] = distillation_loss(found, goals)
+                wanted = self.features(plain, own, model=self.teacher)
+            found, goals = (
+                [first, *outputs.take()] for first, outputs in zip((features, wanted), self.outputs, strict=True)
+            )
+            terms['distillation'] = distillation_loss(found, goals)
+        if self.undoing is not None:
+            terms['undoing'] = self.undoing.loss(sketch[None], [self.undoing.wanted(group.condition)])
         if further is not None:
             terms['sketch'] = sketch_loss(rows[len(support) :].unflatten(0, further.shape[:3]).mean(2))
         # A term of weight 0 is watched, not trained on.
         kept = [getattr(weigh, name) * value for name, value in terms.items() if getattr(weigh, name)]
         return torch.stack(kept).sum(), terms
-
-    def _features(self, images: Tensor, weights: dict[str, Tensor] | None, **kwargs: Any) -> Tensor | None:
-        """The features, as `features` gives them; None where what the stem gives is all that is wanted."""
-        try:
-            return self.features(images, weights, **kwargs)
-        except StemReached:
-            return None
 
     def finished(self) -> PudNet:
         """The hypernetwork, with the norm statistics that the target gathered over the groups."""

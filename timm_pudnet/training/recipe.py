@@ -103,9 +103,10 @@ class LossWeights:
             it predicts, if it is a hypernetwork) for the same images before a condition changed their pixels' values;
             it needs `start`. So the hypernetwork learns to undo conditions (but turns, which a plain training with
             `turns = 4` knows).
-        stem: Of the same distance of what the first norm layer gives, there of every place: so the first conv learns in
-            which order the channels are, and whether bright is dark, which is hardly learned through the layers behind
-            it. Where no term but this and the sketch's own has a weight, the target runs no further than that layer.
+        undoing: Of the distance of the first kernel, and of the bias of the norm behind it, from those that undo what
+            the condition did to order and sign of the channels, which is hardly learned through the layers behind. The
+            hypernetwork learns it by itself before the first step, from the sketches of as many groups as training
+            has, 4,000 at most; so it needs a hypernetwork as `start`, best with its encoder (`fixed_encoder`).
     """
 
     metric: float = 1.0
@@ -113,17 +114,12 @@ class LossWeights:
     consistency: float = 1.0
     sketch: float = 1.0
     distillation: float = 0.0
-    stem: float = 0.0
+    undoing: float = 0.0
 
     def __post_init__(self) -> None:
         values = dataclasses.astuple(self)
         if min(values) < 0 or not any(values):
             raise InputError('losses: no weight may be below zero, and one must be above')
-
-    @property
-    def of_features(self) -> bool:
-        """Whether a term has a weight that needs the target's features."""
-        return bool(self.metric or self.full or self.consistency or self.distillation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,12 +229,14 @@ class Recipe:
         if self.schedule.fixed_encoder and not self.start:
             raise InputError('schedule: fixed_encoder needs start, a hypernetwork whose encoder it is')
         weigh = self.losses
-        for name in ('distillation', 'stem'):
-            if getattr(weigh, name) and not self.start:
-                raise InputError(f'losses: {name} needs start, whose features are wanted')
+        if weigh.distillation and not self.start:
+            raise InputError('losses: distillation needs start, whose features are wanted')
+        if weigh.undoing and not (self.start and self.groups.conditions):
+            raise InputError('losses: undoing needs start, and groups with conditions')
         if self.schedule.frozen and (not self.start or weigh.full or weigh.consistency):
             raise InputError('schedule: a rate of 0 needs start, and losses with full = 0.0 and consistency = 0.0')
-        if not (weigh.of_features or weigh.stem or self.groups.sketch_groups):
+        others = [field.name for field in dataclasses.fields(weigh) if field.name != 'sketch']
+        if not (self.groups.sketch_groups or any(getattr(weigh, name) for name in others)):
             raise InputError('losses: the sketch alone has a weight, but groups: sketch_groups is 0')
 
     @classmethod

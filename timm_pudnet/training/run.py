@@ -58,6 +58,8 @@ def go(
         for pattern in (f'.{CHECKPOINT_NAME}.*', f'.{LOG_NAME}.*', f'.{PLOT_NAME}.*', '.tmp??????'):
             for left in checkpoint.parent.glob(pattern):
                 left.unlink(missing_ok=True)
+    if run.step == 0:
+        run.prepare(progress)
     last = min(run.num_steps, max_steps or run.num_steps)
     each = run.recipe.images_per_step
     board = (
@@ -96,6 +98,7 @@ def rate_at(step: int, num_steps: int, recipe: Recipe) -> float:
 class Run:
     """The whole state of a training run: modules, optimisers, sampler, step, log."""
 
+    images_before = 0  # seen before the first step
     modules: dict[str, nn.Module]  # what is saved; `target` holds norm statistics, the rest is trained
 
     def __init__(self, recipe: Recipe, device: str | torch.device | None) -> None:
@@ -158,6 +161,9 @@ class Run:
     def build(self) -> dict[str, nn.Module]:
         """The modules of the run by name."""
         raise NotImplementedError
+
+    def prepare(self, progress: bool) -> None:
+        """What comes before the first step; a run that goes on from a checkpoint has it behind it."""
 
     def losses(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a part of a step, and its terms by name; parts are numbered through the run."""
@@ -314,7 +320,7 @@ class Run:
     def cost(self) -> dict[str, Any]:
         """What the training cost, as the config of a hypernetwork states it."""
         return {
-            'images': self.step * self.recipe.images_per_step,
+            'images': self.step * self.recipe.images_per_step + self.images_before,
             'seconds': round(self.seconds),
             'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {self.device.type}, '
             f'{self.processes.count} process{"es" if self.processes.count > 1 else ""}',

@@ -1,0 +1,128 @@
+"""The first layers of a target as they undo what a condition did to the channels of an image.
+
+In training the condition is known, and with it the kernel that is right for it: so the hypernetwork is told, and need
+not find out through all layers behind it, by which it hardly learns this. What it has to learn is to read the condition
+off the sketch.
+
+Dimension letters: `b` sketches, `m` width of the sketch, `o i h w` a kernel tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from timm_pudnet.config import InputError
+from timm_pudnet.hypernet import PudNet
+from timm_pudnet.target import batch_norms
+from timm_pudnet.training.conditions import Condition
+
+BATCH = 64  # sketches a step of `learn`
+MOST_STEPS = 4000
+RATE = 1e-2  # AdamW's largest
+
+
+class ChannelUndoing:
+    """What kernel and norm bias give, of images under a condition, what `weights` give of them without it.
+
+    Under a condition that takes channel `i` from channel `j` the kernel is `W'[:, i] = +-std_i / std_j W[:, j]`, minus
+    where it inverts, and what that leaves over is the same everywhere: the norm's bias takes it. So order and
+    inversion are undone exactly, but at the edge, where an image is padded with zeros. Gamma, noise and turns stay.
+
+    Args:
+        hypernet: What is to predict such weights.
+        model: Its target.
+        weights: The target's state dict for images without a condition.
+
+    Raises:
+        InputError: The first predicted kernel does not see the channels of an image, or no BatchNorm follows it.
+    """
+
+    def __init__(self, hypernet: PudNet, model: nn.Module, weights: dict[str, Tensor]) -> None:
+        keys = [layer.key for layer in hypernet.target.layers]
+        self.hypernet, self.kernel = hypernet, weights[keys[0]]
+        name, norm = next(iter(batch_norms(model)), ('', None))
+        if (
+            self.kernel.ndim != 4
+            or self.kernel.shape[1] != hypernet.target.in_chans
+            or norm is None
+            or norm.num_features != len(self.kernel)
+        ):
+            raise InputError(
+                'losses: undoing needs a target whose first conv sees the channels of an image, and a BatchNorm behind '
+                f'it, unlike {hypernet.config.model_name}'
+            )
+        if f'{name}.bias' not in keys:
+            raise InputError('losses: undoing needs predict_norm = true in [hypernet]')
+        self.places = (0, keys.index(f'{name}.bias'))
+        self.bias, self.gain = (weights[f'{name}.{one}'] for one in ('bias', 'weight'))
+        self.slope = self.gain / (weights[f'{name}.running_var'] + norm.eps).sqrt()
+        self.mean, self.std = (torch.tensor(one) for one in (hypernet.config.input.mean, hypernet.config.input.std))
+
+    def wanted(self, condition: Condition | None) -> tuple[Tensor, Tensor]:
+        """The kernel `[o, i, h, w]` and the norm's bias `[o]` that are right under a condition."""
+        if condition is None:
+            return self.kernel, self.bias
+        order = list(condition.order)
+        sign = -1.0 if condition.inverted else 1.0
+        # A normalised pixel x of channel i was sign * std_i / std_j * x + left over, in channel j = order[i].
+        scale = sign * self.std / self.std[order]
+        over = (float(condition.inverted) + sign * self.mean - self.mean[order]) / self.std[order]
+        moved, device = self.kernel[:, order], self.kernel.device
+        bias = self.bias + self.slope * (moved.sum((2, 3)) @ over.to(device))
+        return moved * scale.to(device)[:, None, None], bias
+
+    def loss(self, sketches: Tensor, wanted: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """How far what is predicted for sketches `[b, m]` is from what is wanted for each.
+
+        Both distances are squared; the kernel's over the squared norm of `weights`' kernel, the bias's over that of the
+        norm's gain.
+        """
+        codes = self.hypernet.codes(sketches, self.places[1] + 1)
+        errors = []
+        for place, goals, size in zip(self.places, zip(*wanted, strict=True), (self.kernel, self.gain), strict=True):
+            found = torch.vmap(self.hypernet.generators[place])(codes[:, place])
+            errors.append((found - torch.stack(goals)).square().flatten(1).sum(1).mean() / size.square().sum())
+        return torch.stack(errors).sum()
+
+    def learn(
+        self,
+        sketches: Tensor,
+        conditions: Sequence[Condition | None],
+        generator: torch.Generator,
+        progress: bool = False,
+    ) -> None:
+        """Teaches the hypernetwork, but not its encoder, to read conditions off sketches `[b, m]`.
+
+        That takes thousands of steps, each of which costs as little as a few of its smallest layers do.
+        """
+        kernel, bias = (self.hypernet.generators[place] for place in self.places)
+        # Of a residual generator's steering only what mixes channels: the rest of it is in the way.
+        rows: slice | None = getattr(kernel, 'channel_rows', None)
+        trained = [
+            value for name, value in kernel.named_parameters() if name == 'steer' or (not rows and name != 'base')
+        ]
+        trained += [value for name, value in bias.named_parameters() if name != 'base']
+        trained += [] if self.hypernet.ahru is None else list(self.hypernet.ahru.parameters())
+        optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+        steps = min(MOST_STEPS, 20 * len(sketches))
+        wanted = [self.wanted(condition) for condition in conditions]
+        for step in tqdm(range(steps), 'undoing', disable=not progress, delay=2, leave=False):
+            for group in optimizer.param_groups:
+                group['lr'] = RATE * min(1.0, (step + 1) / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            picks = torch.randint(len(sketches), (BATCH,), generator=generator)
+            loss = self.loss(sketches[picks], [wanted[pick] for pick in picks.tolist()])
+            gradients = torch.autograd.grad(loss, trained)
+            for value, gradient in zip(trained, gradients, strict=True):
+                value.grad = gradient
+            if rows:
+                trained[0].grad = torch.zeros_like(gradients[0])
+                trained[0].grad[rows] = gradients[0][rows]
+            nn.utils.clip_grad_norm_(trained, 5.0)
+            optimizer.step()
+        for value in trained:
+            value.grad = None
