@@ -60,6 +60,14 @@ def test_sketches_of_a_batch_do_not_mix():
     assert_close(ahru(sketches.view(2, 2, 12)), codes.view(2, 2, 5, 12))
 
 
+@pytest.mark.parametrize('grad', [True, False])
+def test_the_codes_of_the_first_layers_are_those_of_a_whole_walk(grad):
+    ahru, sketch = make_ahru(), torch.randn(12)
+    with torch.set_grad_enabled(grad):
+        assert_close(ahru(sketch, 2), ahru(sketch)[:2], rtol=0, atol=0)
+        assert ahru(torch.randn(3, 12), 2).shape == (3, 2, 12)
+
+
 def test_gradients_reach_every_parameter_and_the_sketch():
     ahru, sketch = make_ahru(), torch.randn(12, requires_grad=True)
     (ahru(sketch) * torch.randn(5, 12)).sum().backward()

@@ -125,6 +125,9 @@ def test_sketches_are_shortened_to_the_limit(tiny):
     with torch.no_grad():
         assert_close(limited(short), tiny(short), rtol=0, atol=0)
         assert_close(limited(long), tiny(long * 2 / long.norm()))
+        codes = limited.codes(torch.stack([short, long]))  # each by its own length
+        assert_close(codes, torch.stack([limited.codes(short), limited.codes(long)]))
+        assert_close(limited.codes(long, 2), codes[1, :2])
     with pytest.raises(InputError, match='sketch_limit'):
         dataclasses.replace(tiny.config, sketch_limit=-1.0)
 

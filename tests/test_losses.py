@@ -155,3 +155,10 @@ def test_norm_outputs_are_the_means_of_positive_parts_in_order_and_turn_with_the
         model[0].weight.copy_(model[0].weight.rot90(1, (2, 3)).clone())
     model(images.rot90(1, (2, 3)))
     assert_close(outputs.take(), [first, second], rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_without_batchnorm_has_norm_outputs_of_none():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))
+    outputs = NormOutputs(model)
+    model(torch.randn(2, 3, 8, 8))
+    assert outputs.take() == []

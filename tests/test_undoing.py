@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -94,6 +95,11 @@ def test_a_hypernetwork_learns_it_from_sketches_that_tell_conditions_apart(targe
         key for key in moved if key.startswith(('encoder.', 'shared.', 'norm_statistics.')) or key.endswith('.base')
     ]
     assert {key.split('.')[1] for key in moved if key.startswith('generators.')} == set(map(str, undoing.places))
+    rows = getattr(hypernet.generators[0], 'channel_rows', None)
+    if rows is not None:  # of the steering only what mixes channels has learned
+        steer = hypernet.generators[0].steer
+        assert not torch.cat([steer[: rows.start], steer[rows.stop :]]).any()
+        assert steer[rows].any()
     assert all(parameter.grad is None for parameter in hypernet.parameters())
 
 
@@ -158,10 +164,27 @@ def test_training_learns_it_before_its_first_step_and_keeps_it(earlier, make_rec
         assert_close(after.encoder.state_dict()[key], value, rtol=0, atol=0)
     losses = [json.loads(line)['undoing'] for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
     assert sum(losses) / len(losses) < 0.5  # 2.0 where nothing is known
+    assert sum(losses[-10:]) < 1.5 * sum(losses[:10])
     assert after.config.training['images'] == 2 * recipe.schedule.images  # as many groups before as after
+
+
+@pytest.mark.parametrize('ema', [0.0, 0.999])
+def test_what_it_learned_is_in_the_hypernetwork_for_new_groups_too(ema, earlier, make_recipe, coloured):
+    recipe = undoing_recipe(make_recipe, earlier, 30, ema=ema)
     sampler = GroupSampler([coloured], recipe.hypernet.input, recipe.groups, seed=9)
-    kernels = [after(after.encoder(sampler.draw(n).support).mean(0))['conv1.0.weight'] for n in range(2)]
-    assert (kernels[0] - kernels[1]).norm() > 0.1 * kernels[0].norm()
+    groups = [sampler.draw(number) for number in range(20)]
+    before = PudNet.from_pretrained(earlier)
+    after = meta_train(recipe, banks=[coloured], device='cpu', progress=False)
+    as_they_are = GroupSampler([coloured], recipe.hypernet.input, dataclasses.replace(recipe.groups, conditions=0.0))
+    with torch.no_grad():
+        sketches = torch.stack([before.encoder(group.support).mean(0) for group in groups])
+        usual = [before.encoder(as_they_are.draw(number, 'start').support).mean(0) for number in range(64)]
+        weights = before(torch.stack(usual).mean(0))
+    model, losses = timm.create_model('test_resnet', num_classes=0), []
+    for hypernet in (before, after):
+        undoing = ChannelUndoing(hypernet, model, weights)
+        losses.append(float(undoing.loss(sketches, [undoing.wanted(group.condition) for group in groups]).detach()))
+    assert losses[1] < 0.5 * losses[0]
 
 
 def test_a_run_that_goes_on_has_it_behind_it(earlier, make_recipe, bank, tmp_path):

@@ -212,7 +212,7 @@ class ResidualGenerator(nn.Module):
         if self.channels:
             kernel = channels.view(self.channels, -1) @ kernel
         if self.rank:
-            kernel = self._add_low_rank(kernel, rank, in_place=not torch.is_grad_enabled())  # vmap knows no addmm_
+            kernel = self._add_low_rank(kernel, rank, in_place=not torch.is_grad_enabled())  # which vmap cannot
         return kernel.view(self.shape)
 
     @property

@@ -358,33 +358,45 @@ class _MetaRun(_ClassifierRun):
 
     @torch.no_grad()
     def _channel_undoing(self, started: PudNet | None) -> ChannelUndoing:
-        """What the first layers are to give, by what `start` gives for the mean sketch of groups as they are."""
+        """What the first layers are to give, by what `start` gives for the mean sketch of groups without conditions."""
         if started is None:
             raise InputError('losses: undoing needs a hypernetwork as start, whose sketch tells conditions apart')
-        groups = (self.sampler.draw(number, 'start', plain=True).plain for number in range(START_GROUPS))
-        sketches = [started.encoder(images.cpu()).mean(0) for images in groups if images is not None]
-        weights = started(torch.stack(sketches).mean(0))
-        self.images_before = self._groups_before * (self.recipe.images_per_step // self.parts)
+        sampler = group_sampler(self.recipe, self.sampler.banks)
+        sampler.groups = dataclasses.replace(self.recipe.groups, conditions=0.0)
+        supports = (sampler.draw(number, 'start').support for number in range(START_GROUPS))
+        weights = started(torch.stack([started.encoder(support).mean(0) for support in supports]).mean(0))
         weights = {key: value.to(self.device) for key, value in weights.items()}
         return ChannelUndoing(self.hypernet, self.target, weights)
 
     @property
     def _groups_before(self) -> int:
-        return min(UNDOING_GROUPS, self.num_steps * self.parts)
+        """Groups whose sketches come before the first step."""
+        return 0 if self.undoing is None else min(UNDOING_GROUPS, self.num_steps * self.parts)
 
-    @torch.no_grad()
+    @property
+    def images_before(self) -> int:
+        return self._groups_before * self.recipe.groups.images_per_step // self.recipe.groups.per_step
+
     def prepare(self, progress: bool) -> None:
         """Has the first layers learn to undo conditions, where the recipe wants it."""
         if self.undoing is None:
             return
-        encoder, sketches, conditions = self.hypernet.encoder.eval(), [], []
-        for number in tqdm(range(self._groups_before), 'sketches', disable=not progress, delay=2, leave=False):
+        encoder, count = self.hypernet.encoder.eval(), self._groups_before
+        sketches = torch.zeros(count, self.recipe.hypernet.sketch_width, device=self.device)
+        conditions = []
+        for number in tqdm(range(count), 'sketches', disable=not progress, delay=2, leave=False):
             group = self.sampler.draw(number, 'undoing')
-            sketches.append(encoder(torch.cat([group.support, group.query]).to(self.device)).mean(0))
             conditions.append(group.condition)
+            if number % self.processes.count == self.processes.rank:
+                with torch.no_grad():
+                    sketches[number] = encoder(torch.cat([group.support, group.query]).to(self.device)).mean(0)
         encoder.train()
-        with torch.enable_grad():
-            self.undoing.learn(torch.stack(sketches), conditions, self.sampler.generator('undoing', 0), progress)
+        self.processes.sum_([sketches])
+        learned = self.undoing.learn(sketches, conditions, self.sampler.generator('undoing', 0), progress)
+        with torch.no_grad():  # those of the first process, to the bit
+            for value in learned if self.processes.rank else ():
+                value.zero_()
+            self.processes.sum_(learned)
         if self.average is not None:
             self.average.set(nn.ModuleDict(self.modules))
 

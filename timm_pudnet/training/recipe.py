@@ -127,7 +127,7 @@ class Schedule:
     """How long and how fast.
 
     Args:
-        images: Images seen in all.
+        images: Images seen in all, not counting those of the sketches that `undoing` learns from before.
         optimizer: `adamw` for all; or `sgd` (Nesterov, 0.9) for what an ordinary training of the target would train,
             base kernels, shared weights and the full head, and AdamW for the rest.
         rate: Largest rate: AdamW's, or SGD's where that is the optimizer; there 0 leaves what an ordinary training of
@@ -231,8 +231,10 @@ class Recipe:
         weigh = self.losses
         if weigh.distillation and not self.start:
             raise InputError('losses: distillation needs start, whose features are wanted')
-        if weigh.undoing and not (self.start and self.groups.conditions):
-            raise InputError('losses: undoing needs start, and groups with conditions')
+        if weigh.undoing and not (self.start and self.groups.conditions and self.schedule.fixed_statistics):
+            raise InputError(
+                'losses: undoing needs start, groups with conditions, and schedule: fixed_statistics = true'
+            )
         if self.schedule.frozen and (not self.start or weigh.full or weigh.consistency):
             raise InputError('schedule: a rate of 0 needs start, and losses with full = 0.0 and consistency = 0.0')
         others = [field.name for field in dataclasses.fields(weigh) if field.name != 'sketch']

@@ -59,7 +59,9 @@ def go(
             for left in checkpoint.parent.glob(pattern):
                 left.unlink(missing_ok=True)
     if run.step == 0:
-        run.prepare(progress)
+        started = time.monotonic()
+        run.prepare(progress and main)
+        run.seconds += time.monotonic() - started
     last = min(run.num_steps, max_steps or run.num_steps)
     each = run.recipe.images_per_step
     board = (
@@ -98,7 +100,6 @@ def rate_at(step: int, num_steps: int, recipe: Recipe) -> float:
 class Run:
     """The whole state of a training run: modules, optimisers, sampler, step, log."""
 
-    images_before = 0  # seen before the first step
     modules: dict[str, nn.Module]  # what is saved; `target` holds norm statistics, the rest is trained
 
     def __init__(self, recipe: Recipe, device: str | torch.device | None) -> None:
@@ -161,6 +162,11 @@ class Run:
     def build(self) -> dict[str, nn.Module]:
         """The modules of the run by name."""
         raise NotImplementedError
+
+    @property
+    def images_before(self) -> int:
+        """Images seen before the first step."""
+        return 0
 
     def prepare(self, progress: bool) -> None:
         """What comes before the first step; a run that goes on from a checkpoint has it behind it."""

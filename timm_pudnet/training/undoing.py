@@ -31,7 +31,8 @@ class ChannelUndoing:
 
     Under a condition that takes channel `i` from channel `j` the kernel is `W'[:, i] = +-std_i / std_j W[:, j]`, minus
     where it inverts, and what that leaves over is the same everywhere: the norm's bias takes it. So order and
-    inversion are undone exactly, but at the edge, where an image is padded with zeros. Gamma, noise and turns stay.
+    inversion are undone exactly where the norm works by the statistics in `weights`, but at the edge, where an image is
+    padded with zeros. Gamma, noise and turns stay.
 
     Args:
         hypernet: What is to predict such weights.
@@ -62,11 +63,13 @@ class ChannelUndoing:
         self.bias, self.gain = (weights[f'{name}.{one}'] for one in ('bias', 'weight'))
         self.slope = self.gain / (weights[f'{name}.running_var'] + norm.eps).sqrt()
         self.mean, self.std = (torch.tensor(one) for one in (hypernet.config.input.mean, hypernet.config.input.std))
+        self._made: dict[tuple[tuple[int, ...], bool] | None, tuple[Tensor, Tensor]] = {None: (self.kernel, self.bias)}
 
     def wanted(self, condition: Condition | None) -> tuple[Tensor, Tensor]:
         """The kernel `[o, i, h, w]` and the norm's bias `[o]` that are right under a condition."""
-        if condition is None:
-            return self.kernel, self.bias
+        known = None if condition is None else (condition.order, condition.inverted)
+        if condition is None or known in self._made:
+            return self._made[known]
         order = list(condition.order)
         sign = -1.0 if condition.inverted else 1.0
         # A normalised pixel x of channel i was sign * std_i / std_j * x + left over, in channel j = order[i].
@@ -74,7 +77,8 @@ class ChannelUndoing:
         over = (float(condition.inverted) + sign * self.mean - self.mean[order]) / self.std[order]
         moved, device = self.kernel[:, order], self.kernel.device
         bias = self.bias + self.slope * (moved.sum((2, 3)) @ over.to(device))
-        return moved * scale.to(device)[:, None, None], bias
+        self._made[known] = moved * scale.to(device)[:, None, None], bias
+        return self._made[known]
 
     def loss(self, sketches: Tensor, wanted: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """How far what is predicted for sketches `[b, m]` is from what is wanted for each.
@@ -95,10 +99,14 @@ class ChannelUndoing:
         conditions: Sequence[Condition | None],
         generator: torch.Generator,
         progress: bool = False,
-    ) -> None:
+    ) -> list[nn.Parameter]:
         """Teaches the hypernetwork, but not its encoder, to read conditions off sketches `[b, m]`.
 
-        That takes thousands of steps, each of which costs as little as a few of its smallest layers do.
+        That takes thousands of steps, each of which costs as little as a few of its smallest layers do. The AHRU learns
+        too, and with it the codes of all layers change: what a sketch changed behind the first ones has to learn again.
+
+        Returns:
+            The parameters that have learned.
         """
         kernel, bias = (self.hypernet.generators[place] for place in self.places)
         # Of a residual generator's steering only what mixes channels: the rest of it is in the way.
@@ -126,3 +134,4 @@ class ChannelUndoing:
             optimizer.step()
         for value in trained:
             value.grad = None
+        return trained
