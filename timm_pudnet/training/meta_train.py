@@ -34,7 +34,7 @@ from timm_pudnet.training.undoing import ChannelUndoing
 # Fields of its config in which a hypernetwork may differ from the one that it starts from.
 _FREE = ('input', 'prior_images', 'sketch_limit', 'tag', 'class_names', 'training', 'library_versions')
 UNDOING_GROUPS = 4000  # of which the first layers learn to undo conditions, at most
-START_GROUPS = 64  # whose mean sketch gives the weights that a control of such a hypernetwork starts from
+START_GROUPS = 64  # whose mean sketch says what a hypernetwork that training starts from usually predicts
 
 
 def meta_train(
@@ -208,6 +208,13 @@ def group_sampler(recipe: Recipe, banks: Sequence[ImageBank]) -> GroupSampler:
     )
 
 
+@torch.no_grad()
+def _usual_weights(hypernet: PudNet, sampler: GroupSampler) -> dict[str, Tensor]:
+    """What a hypernetwork predicts for the mean sketch of groups."""
+    supports = (sampler.draw(number, 'start').support for number in range(START_GROUPS))
+    return hypernet(torch.stack([hypernet.encoder(support).mean(0) for support in supports]).mean(0))
+
+
 class _ClassifierRun(Run):
     """A training on groups of labelled images."""
 
@@ -356,16 +363,13 @@ class _MetaRun(_ClassifierRun):
             self.teaching = None if started is None else started.requires_grad_(False).to(self.device)
         return {'hypernet': self.hypernet, 'head': self.head, 'target': self.target}
 
-    @torch.no_grad()
     def _channel_undoing(self, started: PudNet | None) -> ChannelUndoing:
         """What the first layers are to give, by what `start` gives for the mean sketch of groups without conditions."""
         if started is None:
             raise InputError('losses: undoing needs a hypernetwork as start, whose sketch tells conditions apart')
         sampler = group_sampler(self.recipe, self.sampler.banks)
         sampler.groups = dataclasses.replace(self.recipe.groups, conditions=0.0)
-        supports = (sampler.draw(number, 'start').support for number in range(START_GROUPS))
-        weights = started(torch.stack([started.encoder(support).mean(0) for support in supports]).mean(0))
-        weights = {key: value.to(self.device) for key, value in weights.items()}
+        weights = {key: value.to(self.device) for key, value in _usual_weights(started, sampler).items()}
         return ChannelUndoing(self.hypernet, self.target, weights)
 
     @property
@@ -492,10 +496,7 @@ class _PlainRun(_ClassifierRun):
         self.head = self.make_head()
         hypernet = self._started_hypernet()
         if hypernet is not None:
-            with torch.no_grad():
-                supports = (self.sampler.draw(number, 'start').support for number in range(START_GROUPS))
-                sketches = [hypernet.encoder(support).mean(0) for support in supports]
-                self.target.load_state_dict(self._of_target(hypernet(torch.stack(sketches).mean(0))))
+            self.target.load_state_dict(self._of_target(_usual_weights(hypernet, self.sampler)))
         elif self.recipe.start:
             self.target.load_state_dict(self._started_target())
         return {'target': self.target, 'head': self.head}

@@ -114,6 +114,9 @@ class ChannelUndoing:
         trained = [
             value for name, value in kernel.named_parameters() if name == 'steer' or (not rows and name != 'base')
         ]
+        mixing = torch.ones_like(trained[0])
+        if rows:
+            mixing.zero_()[rows] = 1
         trained += [value for name, value in bias.named_parameters() if name != 'base']
         trained += [] if self.hypernet.ahru is None else list(self.hypernet.ahru.parameters())
         optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
@@ -125,11 +128,9 @@ class ChannelUndoing:
             picks = torch.randint(len(sketches), (BATCH,), generator=generator)
             loss = self.loss(sketches[picks], [wanted[pick] for pick in picks.tolist()])
             gradients = torch.autograd.grad(loss, trained)
+            gradients[0].mul_(mixing)
             for value, gradient in zip(trained, gradients, strict=True):
                 value.grad = gradient
-            if rows:
-                trained[0].grad = torch.zeros_like(gradients[0])
-                trained[0].grad[rows] = gradients[0][rows]
             nn.utils.clip_grad_norm_(trained, 5.0)
             optimizer.step()
         for value in trained:
