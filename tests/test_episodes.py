@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from timm_pudnet.config import InputConfig, InputError
 from timm_pudnet.images import open_images
 from timm_pudnet.training import Augmentation, Data, Groups, GroupSampler, ImageBank, load_banks
-from timm_pudnet.training.episodes import augment, bank_input, quarter_turns, timm_augmented
+from timm_pudnet.training.episodes import augment, bank_input, mixed, quarter_turns, timm_augmented
 
 PIXELS = InputConfig(input_size=(3, 12, 12), mean=(0.0,) * 3, std=(1.0,) * 3)
 SMALL = InputConfig(input_size=(3, 16, 16))
@@ -374,6 +374,49 @@ def test_what_timm_refuses_is_one_line(kwargs, needle, one_line):
     before = global_states()
     with pytest.raises(InputError) as error:
         sampler.draw(0)
+    one_line(error, 'augmentation', needle)
+    assert global_states() == before
+
+
+# timm's Mixup
+
+
+def test_mixed_images_are_pairs_in_the_shares_that_their_classes_have():
+    """Every image is constant, its class's number: any mixture then tells its shares by its mean."""
+    labels = torch.arange(8)
+    images = labels.float()[:, None, None, None].expand(8, 3, 16, 16).contiguous()
+    for kwargs in ({'mixup_alpha': 1.0}, {'mixup_alpha': 0.0, 'cutmix_alpha': 1.0}):
+        found, shares = mixed(images, labels, 8, kwargs, torch.Generator().manual_seed(3))
+        assert_close(shares.sum(1), torch.ones(8))
+        assert_close(found.mean((1, 2, 3)), shares @ torch.arange(8.0), rtol=1e-4, atol=1e-4)
+        assert ((shares > 0).sum(1) <= 2).all()
+        assert (shares.amax(1) < 1).any()
+        assert_close(shares.sum(0), torch.ones(8))  # every image in as many as any other
+    assert sorted(mixed(images, labels, 8, {'prob': 0.0}, torch.Generator())[1].argmax(1).tolist()) == list(range(8))
+
+
+def test_mixing_is_reproducible_and_leaves_the_global_random_states_alone():
+    images, labels = torch.rand(16, 3, 12, 12), torch.arange(16)
+
+    def mix(seed):
+        return mixed(images, labels, 16, {'cutmix_alpha': 1.0}, torch.Generator().manual_seed(seed))
+
+    before = global_states()
+    first = mix(1)
+    assert global_states() == before
+    random.seed(8), np.random.seed(8), torch.manual_seed(8)
+    assert_close(mix(1), first, rtol=0, atol=0)
+    assert not torch.equal(mix(2)[0], first[0])
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'count', 'needle'),
+    [({'mixup_alfa': 1.0}, 4, 'mixup_alfa'), ({}, 5, 'odd'), ({'mixup_alpha': 0.0}, 4, 'Mixup')],
+)
+def test_what_mixup_refuses_is_one_line(kwargs, count, needle, one_line):
+    images, before = torch.rand(count, 3, 8, 8), global_states()
+    with pytest.raises(InputError) as error:
+        mixed(images, torch.arange(count), 5, kwargs, torch.Generator())
     one_line(error, 'augmentation', needle)
     assert global_states() == before
 

@@ -164,6 +164,28 @@ def test_training_leaves_the_global_random_states_alone(make_recipe, bank):
     assert_close(run(meta_train, recipe, None, bank, max_steps=2), first, rtol=0, atol=0)
 
 
+def test_an_ordinary_training_mixes_its_batches_where_the_recipe_says_so(make_recipe, bank):
+    """The loss is the cross-entropy by the classes' shares; another step mixes in another way."""
+    recipe = make_recipe(augmentation=Augmentation(mixup={'cutmix_alpha': 1.0}), schedule={'label_smoothing': 0.0})
+    loop_run = loop._PlainRun(recipe, [bank], 'cpu')
+    sampler = loop.group_sampler(recipe, [bank])
+    for number in (0, 5):
+        images, shares = loop.mixed(
+            *sampler.batch(number, recipe.images_per_step),
+            sampler.num_classes,
+            {'cutmix_alpha': 1.0},
+            sampler.generator('mixup', number),
+        )
+        assert not torch.equal(shares, shares.round())
+        with torch.no_grad():
+            wanted = -(loop_run.head(loop_run.features(images)).log_softmax(1) * shares).sum(1).mean()
+            assert_close(loop_run.losses(number)[0], wanted)
+    images, labels = sampler.batch(0, recipe.images_per_step)
+    with torch.no_grad():
+        plain = torch.nn.functional.cross_entropy(loop_run.head(loop_run.features(images)), labels)
+        assert abs(float(loop_run.losses(0)[0]) - float(plain)) > 1e-3
+
+
 # The terms of the loss
 
 

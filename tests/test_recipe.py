@@ -75,6 +75,9 @@ sketch = 0.5
 auto_augment = "rand-m5"
 re_prob = 0.3
 
+[augmentation.mixup]
+cutmix_alpha = 1.0
+
 [groups]
 conditions = 1
 sketch_groups = 4
@@ -90,7 +93,9 @@ def test_a_recipe_may_have_several_sets_and_every_table(tmp_path):
         Data(images='photos', data_dir='/data', split='all', unseen=('cup',), share=3.0),
     )
     assert recipe.losses == LossWeights(metric=2.0, sketch=0.5)
-    assert recipe.augmentation == Augmentation(flip=False, timm={'auto_augment': 'rand-m5', 're_prob': 0.3})
+    assert recipe.augmentation == Augmentation(
+        flip=False, timm={'auto_augment': 'rand-m5', 're_prob': 0.3}, mixup={'cutmix_alpha': 1.0}
+    )
     assert recipe.groups == Groups(n_way=3, conditions=1.0, sketch_groups=4, turns=2)
     assert recipe.schedule == Schedule(images=5000, rate=1e-3, optimizer='sgd', ema=0.99)
     again = Recipe.from_dict(recipe.to_dict())

@@ -5,15 +5,17 @@ Dimension letters: `n` images, `c h w` an image.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from timm.data.mixup import Mixup
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.nn import functional as F
@@ -131,6 +133,8 @@ class Augmentation:
         brightness: Largest change of the pixel values, as a share.
         timm: Arguments of `timm.data.create_transform` (`auto_augment`, `re_prob`, `color_jitter`, ...). Where given,
             timm's own training transform takes the place of all of the above; several times slower.
+        mixup: Arguments of `timm.data.Mixup` (`mixup_alpha`, `cutmix_alpha`, `prob`, ...), by which a plain training
+            mixes the images of each batch, and their classes; groups are not mixed.
     """
 
     flip: bool = True
@@ -139,6 +143,7 @@ class Augmentation:
     scale: float = 0.15
     brightness: float = 0.3
     timm: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mixup: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, top in (('shift', 1), ('rotation', 180), ('scale', 1), ('brightness', 1)):
@@ -159,6 +164,32 @@ def timm_augmented(images: Tensor, kwargs: dict[str, Any], generator: torch.Gene
         )
     except (TypeError, ValueError, KeyError, AssertionError) as error:
         raise InputError(f'augmentation: timm.data.create_transform refused {kwargs}: {error}') from error
+    with _seeded(generator):
+        return torch.stack([transform(to_pil_image(image)) for image in images])  # type: ignore[misc]
+
+
+def mixed(
+    images: Tensor, labels: Tensor, num_classes: int, kwargs: dict[str, Any], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Images `[n, c, h, w]` mixed in pairs by timm's Mixup, in another order, and the shares of the classes `[n, k]`.
+
+    Raises:
+        InputError: timm refuses an argument, or the number of images is odd.
+    """
+    if len(images) % 2:
+        raise InputError(f'augmentation: mixup pairs the images of a batch, but they are {len(images)}, an odd number')
+    order = torch.randperm(len(images), generator=generator)  # else images of one set meet those of another alone
+    try:
+        mixup = Mixup(**{'label_smoothing': 0.0, **kwargs}, num_classes=num_classes)
+        with _seeded(generator):
+            return mixup(images[order], labels[order].to(images.device))
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f'augmentation: timm.data.Mixup refused {kwargs}: {error}') from error
+
+
+@contextlib.contextmanager
+def _seeded(generator: torch.Generator) -> Iterator[None]:
+    """What draws from Python, NumPy or torch in here draws by the generator; afterwards as if it had not."""
     seed = int(torch.randint(2**31, (), generator=generator))
     state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -166,7 +197,7 @@ def timm_augmented(images: Tensor, kwargs: dict[str, Any], generator: torch.Gene
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)
-            return torch.stack([transform(to_pil_image(image)) for image in images])  # type: ignore[misc]
+            yield
     finally:
         random.setstate(state)
         np.random.set_state(numpy_state)

@@ -25,7 +25,7 @@ from timm_pudnet.hub import embedded
 from timm_pudnet.hypernet import PudNet, pretrained_model, target_of
 from timm_pudnet.images import open_images
 from timm_pudnet.target import batch_norms, create_feature_model
-from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input
+from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input, mixed
 from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
 from timm_pudnet.training.recipe import Recipe
 from timm_pudnet.training.run import Run, config_fields, go
@@ -508,6 +508,9 @@ class _PlainRun(_ClassifierRun):
     def losses(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward pass of an ordinary batch, cross-entropy of the full head."""
         images, labels = self.sampler.batch(number, self.recipe.images_per_step // self.parts)
+        if mixup := self.recipe.augmentation.mixup:
+            generator = self.sampler.generator('mixup', number)
+            images, labels = mixed(images, labels, self.sampler.num_classes, mixup, generator)
         logits = self.head(self.features(images.to(self.device)))
         smoothing = self.recipe.schedule.label_smoothing
         loss = F.cross_entropy(logits, labels.to(self.device), label_smoothing=smoothing)
