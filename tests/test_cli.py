@@ -28,8 +28,9 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import timm_pudnet
-from timm_pudnet import hub
+from timm_pudnet import PudNet, hub
 from timm_pudnet.cli import main
+from timm_pudnet.config import InputConfig
 from timm_pudnet.files import config_sha256, weights_sha256
 
 pytestmark = pytest.mark.filterwarnings('default::timm_pudnet.PudNetWarning')  # they are shown, as lines
@@ -241,6 +242,37 @@ def test_an_unlabelled_folder_gives_a_feature_model_and_is_told_so(work, predict
     write_folder(tmp_path / 'flat', pictures(6)[0])
     assert 'features' in succeeds(*predict(tmp_path / 'flat')).stdout
     assert timm.create_model('local-dir:model', pretrained=True).num_classes == 0
+    assert re.search(r'Head</\w+>\s*<\w+>none<', Path('model/report/index.html').read_text())
+    assert 'no labels' in succeeds(*predict(tmp_path / 'flat', '--head', 'ridge', out='more')).stderr
+
+
+def test_what_is_saved_can_be_read_by_whom_the_umask_lets(images, work, predict):
+    before = os.umask(0o027)
+    try:
+        succeeds(*predict(images))
+    finally:
+        os.umask(before)
+    for path in (Path('model'), *Path('model').rglob('*')):
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
+
+
+def test_a_head_that_is_no_single_layer_is_predicted_and_saved(images, work, predict, tmp_path):
+    """timm's RepViT has a norm in its classifier."""
+    wide = InputConfig(input_size=(3, 64, 64))
+    network = PudNet.for_target('repvit_m0_9', generator='residual', sketch_width=8, sketch_channels=(4, 4), input=wide)
+    network.save_pretrained(tmp_path / 'net')
+    succeeds(*predict(images, name='repvit_m0_9', hypernet=tmp_path / 'net'))
+    assert timm.create_model('local-dir:model', pretrained=True).num_classes == 3
+    assert Path('model/report/index.html').is_file()
+
+
+def test_too_little_memory_is_one_line(images, work, predict, monkeypatch, nothing_written):
+    def refuse(*args, **kwargs):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+
+    monkeypatch.setattr('timm_pudnet.evaluation.measure_held_out', refuse)
+    with nothing_written(work):
+        fails(*predict(images), needles=['out of memory', '--device cpu'])
 
 
 def printed_lines(stdout):
@@ -621,6 +653,14 @@ def test_a_bad_recipe_is_one_line_and_writes_nothing(case, shapes, tmp_path, not
         (tmp_path / 'recipe.toml').write_text(change((shapes / 'recipe.toml').read_text()))
     with nothing_written(tmp_path):
         fails('train', tmp_path / 'recipe.toml', '--out', tmp_path / 'out', needles=needles)
+
+
+def test_a_control_that_timm_s_format_cannot_hold_is_refused_before_training(shapes, tmp_path, nothing_written):
+    text = (shapes / 'recipe.toml').read_text().replace('"test_resnet"', '"repvit_m0_9"')
+    (tmp_path / 'recipe.toml').write_text(text)
+    with nothing_written(tmp_path):
+        line = ['repvit_m0_9', 'head', 'train_plain']
+        fails('train', tmp_path / 'recipe.toml', '--out', tmp_path / 'out', '--plain', needles=line)
 
 
 def test_bad_options_of_training_are_one_line(shapes, tmp_path, nothing_written):

@@ -81,6 +81,13 @@ def test_every_arm_learns_from_the_same_images_and_is_tested_on_others(compare, 
         assert torch.allclose(tensor, (bank.images / 255 - config.mean[0]) / config.std[0], atol=1e-6)
 
 
+def test_fine_tuning_goes_on_with_the_predicted_head(compare, pictures, monkeypatch):
+    kept, fit = [], room.fit_classifier
+    monkeypatch.setattr(room, 'fit_classifier', lambda *args: kept.append(fit(*args)) or kept[-1])
+    compare(*pictures(24), arms=('fine_tuned',))
+    assert kept == [True]
+
+
 def test_predicted_is_what_predict_model_gives(compare, tiny, pictures, monkeypatch):
     split = {}
     work = room.split_copies

@@ -493,6 +493,59 @@ def test_a_map_style_dataset_of_timm_knows_its_labels(folder):
     same(read(source)[0], read(open_images(folder, input=RGB))[0])
 
 
+@leaves_files_open
+@pytest.mark.parametrize('labelled', [True, False])
+def test_a_set_of_hugging_face_may_have_labels_or_none(labelled, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr('datasets.config.HF_CACHE_HOME', tmp_path)
+    where = folder if labelled else folder / 'dog'
+    source = open_images(f'hfds/{where}', input=RGB, split='train', data_dir=str(tmp_path), with_labels=labelled)
+    images, labels = read(source)
+    if labelled:
+        assert labels.tolist() == [0, 0, 1, 1, 1]
+        assert source.class_names == ('cat', 'dog')
+    else:
+        assert not source.labelled
+        assert len(images) == 3
+        assert not open_images(f'hfds/{where}', input=RGB, split='train', data_dir=str(tmp_path)).labelled
+
+
+@leaves_files_open
+def test_a_broken_image_of_timm_s_dataset_does_not_lend_its_label_to_the_next_one(folder):
+    """timm itself gives the next image, and its label, in its place."""
+    first = sorted((folder / 'cat').iterdir())[0]
+    first.write_bytes(first.read_bytes()[:40])
+    data = timm.data.create_dataset('', root=str(folder))
+    source = open_images(data, input=RGB)
+    with pytest.warns(PudNetWarning, match='skipped 1 of'):
+        images, labels = read(source)
+    assert labels.tolist() == [0, 1, 1, 1]
+    assert len(source.skipped) == 1
+    part = open_images(Subset(data, [1, 0, 3]), input=RGB)
+    with pytest.warns(PudNetWarning, match='skipped 1 of'):
+        assert read(part)[1].tolist() == [0, 1]
+    same(read(part)[0], images[[0, 2]])
+    with pytest.raises(InputError, match='cannot be read'):
+        read(open_images(data, input=RGB, strict=True))
+
+
+def test_a_dataset_whose_targets_are_all_minus_one_has_no_labels():
+    def made(targets):
+        data = TensorDataset(torch.rand(3, 3, 8, 8), torch.tensor(targets))
+        data.targets = targets
+        return data
+
+    assert not open_images(made([-1, -1, -1]), input=RGB).labelled
+    assert open_images(made([2, 1, 1]), input=RGB).labels.tolist() == [1, 0, 0]
+
+
+def test_a_subset_without_images_is_said_to_be_empty():
+    data = TensorDataset(torch.rand(3, 3, 8, 8), torch.tensor([0, 1, 1]))
+    data.targets, data.classes = [0, 1, 1], ['cat', 'dog']
+    for empty in (Subset(data, []), DataLoader(Subset(data, []), 2)):
+        with pytest.raises(InputError, match='no images'):
+            open_images(empty, input=RGB)
+
+
 def stack(items):
     return torch.stack([torch.from_numpy(np.array(image)) for image, _ in items]), [label for _, label in items]
 

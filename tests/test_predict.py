@@ -1017,6 +1017,7 @@ def test_a_device_without_memory_for_an_image_is_told_in_one_line(net, support, 
     [
         ({'out_indices': (1, 2)}, ['out_indices=(1, 2)']),
         ({'features_only': True, 'out_indices': (1, 99)}, ['(1, 99)']),
+        ({'pretrained_cfg_overlay': {'crop': 0.9}}, ['pretrained_cfg_overlay', 'crop']),
         ({'features_only': True, 'feature_cls': 'foo'}, ["feature_cls='foo'"]),
     ],
 )
@@ -1039,6 +1040,9 @@ def test_features_only_gives_the_feature_maps_of_the_calibrated_network(net, sup
     model = create_model(
         'test_resnet', pretrained_from=support[0], hypernet=net, features_only=True, out_indices=(1, 3), feature_cls=cls
     )
+    configs = [getattr(module, 'pretrained_cfg', None) or {} for module in model.modules()]
+    assert any(configs)
+    assert not any('state_dict' in config for config in configs), 'the weights are held twice'
     with torch.inference_mode():
         found, wanted = model(query[0]), whole.forward_intermediates(query[0], indices=(1, 3), intermediates_only=True)
     for one, other in zip(found, wanted, strict=True):

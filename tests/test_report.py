@@ -290,6 +290,17 @@ def test_the_test_is_the_model_s_own_answers(source, model):
     assert np.array_equal(pixels.permute(1, 2, 0).numpy(), shown)
 
 
+@pytest.mark.parametrize('count', [255, 256, 257, 259, 260, 300])
+def test_images_of_any_number_are_tested_and_evenly_chosen_for_the_map(count, model, tiny, monkeypatch):
+    monkeypatch.setattr('timm_pudnet.evaluation.holdout.MOST_ON_A_MAP', 2)
+    pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8)
+    many = open_images(pixels, torch.arange(count) % 3, input=tiny.config.input)
+    test = measure_held_out(model, many.subset(range(9)), many)
+    assert test.places.tolist() == list(range(0, count, -(-count // 2)))
+    assert len(test.features) == len(test.places)
+    assert len(test.labels) == count
+
+
 @pytest.mark.filterwarnings('ignore::timm_pudnet.PudNetWarning')
 def test_copies_across_the_parts_are_counted(source, model):
     used = source.subset([1, 2, 3, 8, 9, 10, 11, 16, 17])

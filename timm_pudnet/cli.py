@@ -42,6 +42,11 @@ class _Commands(click.Group):
             text = ' '.join(str(error).split())
             click.echo(f'Error: {text}', err=True)
             ctx.exit(2)
+        except RuntimeError as error:
+            if type(error).__name__ != 'OutOfMemoryError':  # torch's; it is not imported for `--help`
+                raise
+            click.echo(f'Error: {str(error).partition(". ")[0]}: use --device cpu', err=True)
+            ctx.exit(2)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -183,7 +188,9 @@ def predict(
             f'{others.description} taught the head too; they are not shown here, and what raw pixels reach is by the '
             'labelled images alone.'
         )
-    classes = f'{len(source.class_names):,} classes' if source.class_names else 'no labels'
+    classes = (
+        f'{model.num_classes:,} classes' if model.num_classes else 'no labels' if not source.labelled else 'no head'
+    )
     gave = f'{classes}; {len(kept):,} gave the weights' if tested is not None else f'{classes}; all gave the weights'
     tiles = [('Predicted in', f'{seconds:.2f} s', f'{count / 1e6:.1f}M weights, on {where}')]
     if source.labels is not None:
@@ -194,7 +201,7 @@ def predict(
             model,
             kept,
             test,
-            classifier=model.get_classifier().weight.detach().flatten(1).cpu() if model.num_classes else None,  # type: ignore[operator, union-attr]
+            classifier=_class_rows(model),
             title=f'{model_name} for {images}',
             tiles=tiles,
             notes=notes,
@@ -210,7 +217,7 @@ def predict(
             'In the folder': str(Path.cwd()),
             'Images': source.description,
             'Hypernetwork': f'{network.name}, weights {evaluation.weights_digest(network)}',
-            'Head': head,
+            'Head': head if model.num_classes else 'none',
             **({'Unlabelled images': others.description} if others is not None else {}),
             'Input': f'{chans}x{height}x{width}',
             'Model': f'{count:,} weights, {size:.1f} MB on disk',
@@ -246,6 +253,14 @@ def _expectation_of(network: Any) -> Any:
     return found
 
 
+def _class_rows(model: Any) -> Any:
+    """Weight `[k, d]` of the model's classifier; None where it has none, or several."""
+    from torch import nn
+
+    found = model.get_classifier() if model.num_classes else None
+    return found.weight.detach().flatten(1).cpu() if isinstance(found, nn.Linear | nn.Conv2d) else None
+
+
 def _expect(expectation: Any, network: Any, model: Any, used: Any, head: str) -> dict[str, Any]:
     """Says what to expect of the model, and gives it as the report wants it."""
     from timm_pudnet.evaluation import read_traits
@@ -279,7 +294,7 @@ def _expect(expectation: Any, network: Any, model: Any, used: Any, head: str) ->
 def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str | None, data_dir: str | None) -> None:
     """Train a hypernetwork by a RECIPE file; goes on where an earlier run in --out stopped."""
     from timm_pudnet import denoising, training
-    from timm_pudnet.hypernet import save_tensors
+    from timm_pudnet.hypernet import save_tensors, target_of, written_whole
     from timm_pudnet.predict import save_model
 
     loaded = training.Recipe.load(recipe)
@@ -292,7 +307,7 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
             raise InputError(
                 f'--short writes nothing and tries no control: leave {"--plain" if plain else "--out"} out'
             )
-        _try_recipe(loaded, training.load_banks(loaded, data_dir), device)
+        _try_recipe(loaded, training.load_banks(loaded, data_dir, progress=True), device)
         return
     if out is None:
         raise InputError('--out is missing: name a folder for the result, or try the recipe with --short')
@@ -300,9 +315,19 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
     for path in [result] if plain else [result, out / 'config.json']:
         if path.exists():
             raise OutputExistsError(f'{path} exists: choose another --out, or remove it first')
+    if plain and loaded.denoising is None:
+        target = target_of(loaded.hypernet)
+        if {key for key, role in target.roles.items() if role != 'classifier'} != target.headless:
+            raise InputError(
+                f"{loaded.hypernet.model_name}: its head has layers before the classifier, without which timm's format "
+                'cannot hold it: train the control in Python, timm_pudnet.training.train_plain'
+            )
     banks: Any
-    banks = training.load_banks(loaded, data_dir) if loaded.denoising is None else denoising.load_patches(loaded)
     first = os.environ.get('RANK', '0') == '0'  # of several processes the first one speaks and writes
+    if loaded.denoising is None:
+        banks = training.load_banks(loaded, data_dir, progress=first)
+    else:
+        banks = denoising.load_patches(loaded)
     if first:
         _say_found(banks)
         kind = 'images' if loaded.denoising is None else 'patches'
@@ -318,7 +343,8 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         if not first:
             return
         if whitening is not None:
-            save_tensors({'whitening': whitening}, _whitening_path(result), {})
+            with written_whole(_whitening_path(result)) as beside:
+                save_tensors({'whitening': whitening}, beside, {})
         save_model(model, result)
     else:
         trainer = training.meta_train if loaded.denoising is None else denoising.meta_train_denoiser
@@ -359,10 +385,14 @@ def _try_recipe(recipe: Any, banks: Any, device: str | None) -> None:
         f'Tried      {found["images"]:,} images in {found["seconds"]:.0f} s; right in groups of seen classes: '
         f'{found["before"]:.1%} before, {found["after"]:.1%} after (chance {found["chance"]:.1%})'
     )
-    learns = found['after'] > found['before'] + found['chance'] / 2
+    if recipe.start:
+        kept = found['after'] > found['before'] - found['chance'] / 2
+        verdict = 'It keeps what it starts with' if kept else 'It loses what it starts with'
+    else:
+        learns = 1 - found['after'] < 0.9 * (1 - found['before'])
+        verdict = 'It learns' if learns else 'It does not learn yet'
     click.echo(
-        f'{"It learns" if learns else "It does not learn yet"}; the whole recipe takes about {hours:.1f} hours here, '
-        f'at {found["images_per_second"]:.0f} images/s'
+        f'{verdict}; the whole recipe takes about {hours:.1f} hours here, at {found["images_per_second"]:.0f} images/s'
     )
 
 
@@ -466,15 +496,16 @@ def evaluate(
         raise InputError(
             f'{source.description}: {len(unseen)} classes that {network.name} was not trained on; two needed'
         )
-    bank = ImageBank.from_source(source, unseen)
+    bank = ImageBank.from_source(source, unseen, progress=True)
     click.echo(f'Found      {len(bank.labels):,} images in {len(unseen)} unseen classes: {_some(bank.class_names)}')
     support_bank = other_bank = None
     if support_split is not None:
         given = open_images(images, input=config, split=support_split, data_dir=data_dir)
-        support_bank = ImageBank.from_source(given, unseen)
+        support_bank = ImageBank.from_source(given, unseen, progress=True)
         click.echo(f'Support    {len(support_bank.labels):,} images of these classes in split {support_split}')
     if other is not None:
-        other_bank = ImageBank.from_source(open_images(other, input=config, split=split, data_dir=other_data_dir))
+        given = open_images(other, input=config, split=split, data_dir=other_data_dir)
+        other_bank = ImageBank.from_source(given, progress=True)
         click.echo(f'Other      {len(other_bank.labels):,} images of {_some(other_bank.class_names)}')
     drawn = evaluation.TestGroups.draw(
         bank,

@@ -246,7 +246,7 @@ class PudNetConfig:
             if not isinstance(given, Mapping):
                 raise InputError(f'input must be an object, got {shown(given)}')
             values['input'] = InputConfig(**_known('config.json, input', InputConfig, given))
-            _check_model_kwargs(values.get('model_kwargs', {}))
+            check_model_kwargs(values.get('model_kwargs', {}))
             return cls(**values)
         except (TypeError, AttributeError, ValueError, OverflowError) as error:
             raise DamagedFileError(str(error)) from error
@@ -288,7 +288,7 @@ _NOT_FROM_A_FILE = {'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'p
 _NOT_FROM_A_FILE |= {'cache_dir', 'num_classes', 'scriptable', 'exportable', 'no_jit', 'features_only'}
 
 
-def _check_model_kwargs(given: Mapping[str, Any]) -> None:
+def check_model_kwargs(given: Mapping[str, Any]) -> None:
     """Refuses what no architecture needs: a stranger may have written it, and timm builds whatever it is told to."""
 
     def plain(value: Any, depth: int) -> bool:
@@ -297,7 +297,7 @@ def _check_model_kwargs(given: Mapping[str, Any]) -> None:
             return depth > 0 and len(inner) <= 32 and all(plain(item, depth - 1) for item in inner)
         if isinstance(value, str):
             return len(value) <= 100 and value.isprintable()
-        return value is None or (isinstance(value, (bool, int, float)) and abs(value) <= 2048)
+        return value is None or (isinstance(value, (bool, int, float)) and abs(value) <= 8192)
 
     for key, value in given.items():
         if key in _NOT_FROM_A_FILE:

@@ -653,7 +653,9 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
     beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:
         yield beside
-        beside.chmod(0o755)
+        mask = _umask()
+        for path in (beside, *beside.rglob('*')):  # safetensors and mkdtemp make them for their owner alone
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         os.replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

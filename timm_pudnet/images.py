@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import math
@@ -26,6 +27,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
+from timm.data.dataset import ImageDataset
 from timm.data.dataset_factory import create_dataset
 from timm.data.transforms import center_crop_or_pad
 from timm.data.transforms_factory import create_transform
@@ -230,7 +232,7 @@ class ImageSource:
             labels = None
             for position in range(len(self._positions)):
                 with contextlib.suppress(OSError):  # an unreadable image says nothing about labels
-                    _, labels = _split_item(self._data[position], self._where)
+                    _, labels = _split_item(_item(self._data, position), self._where)
                     break
         else:
             return False
@@ -453,7 +455,8 @@ def open_images(
         [(4, 3, 32, 32), (2, 3, 32, 32)]
     """
     if isinstance(images, ImageSource):
-        if labels is not None or images.input != input:
+        # Pixels at the input size are not cropped again, whatever share the network sees of others.
+        if labels is not None or dataclasses.replace(images.input, crop_pct=input.crop_pct) != input:
             raise InputError(f'{images.description}: opened already, with its own labels and input')
         return images
     names = found_labels = class_names = renumber = None
@@ -798,7 +801,7 @@ def _index_labels(values: Any, names: Sequence[str] | None = None) -> tuple[Tens
     labels = _to_label_tensor(values, 'labels')
     unique, numbers = labels.unique(return_inverse=True)
     k = len(unique)
-    if names is not None and unique[0] >= 0 and unique[-1] < len(names):
+    if names is not None and k and unique[0] >= 0 and unique[-1] < len(names):
         return numbers, tuple(str(names[number]) for number in unique.tolist())
     if unique.tolist() == list(range(k)):
         return labels, None
@@ -838,9 +841,29 @@ def _split_item(item: Any, where: str, batched: bool = False) -> tuple[Any, Any]
 
 def _item_or_error(dataset: Any, position: int, where: str) -> tuple[Any, Any]:
     try:
-        return _split_item(dataset[position], where)
+        return _split_item(_item(dataset, position), where)
     except OSError as error:
         return error, -1
+
+
+def _item(dataset: Any, position: int) -> Any:
+    """What a dataset has there; timm's own gives the next image, and its label, in place of one that cannot be read."""
+    whole: Any = dataset
+    while type(whole) is Subset:
+        whole, position = whole.dataset, whole.indices[position]
+    if type(whole) is not ImageDataset or whole.load_bytes:
+        return whole[position]
+    reader: Any = whole.reader
+    file, target, *_ = reader[position]
+    try:
+        image = Image.open(file)
+        image = image.convert(whole.input_img_mode) if whole.input_img_mode else image
+    except Exception:
+        file.close()
+        raise
+    if target is not None and whole.target_transform is not None:
+        target = whole.target_transform(target)
+    return image if whole.transform is None else whole.transform(image), -1 if target is None else target
 
 
 def _class_names(dataset: Any) -> tuple[str, ...] | None:
@@ -873,7 +896,9 @@ def _dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | Non
         values = _to_label_tensor(targets, 'targets')[slice(None) if chosen is None else chosen]
     except (InputError, IndexError):  # targets of another kind: the items tell
         return None, names
-    return (values if len(values) == len(dataset) else None), names
+    if len(values) != len(dataset) or (len(values) and (values < 0).all()):  # timm's and others' -1 is no label
+        return None, names
+    return values, names
 
 
 def _dataset_labels(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | None]:
@@ -899,7 +924,10 @@ def _timm_dataset(name: str, data_dir: str | os.PathLike[str] | None, split: str
         raise NotFoundError(f'{name}: data_dir {root}: no such folder; nothing is downloaded')
     mode = '' if prefix == 'hfds' else 'L' if channels == 1 else 'RGB'  # hfds: undecoded, so that we see what is broken
     try:
-        return create_dataset(name, root=root, split=split, download=False, input_img_mode=mode)
+        found: Any = create_dataset(name, root=root, split=split, download=False, input_img_mode=mode)
+        if prefix == 'hfds' and 'label' not in (table := found.reader.dataset).column_names:
+            found.reader.dataset = table.add_column('label', [-1] * len(table))  # timm asks for one
+        return found
     except Exception as error:
         reason = first_line(error)
         kind = NotFoundError if 'not found' in reason.lower() else InputError

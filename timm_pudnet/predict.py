@@ -258,6 +258,10 @@ def _predict(
         _in_memory(lambda part, labels: sketch.add(part.to(device), labels), images, labels)
         sample.add(images, labels)
     num_classes = 0
+    if head == 'ridge' and not source.labelled:
+        warnings.warn(
+            f'{source.description}: no labels, so no head: the model gives features', PudNetWarning, stacklevel=3
+        )
     if source.labelled and head != 'none':
         if not spec.classifiers:
             raise InputError(f'{spec.model_name} has no classifier: head="none" gives a feature model')
@@ -404,12 +408,17 @@ def build_model(
         'label_offset': 0,
         'label_names': tuple(class_names or map(str, range(num_classes))) if num_classes else None,
     }
-    overlay.update(timm_kwargs.pop('pretrained_cfg_overlay', None) or {})
-    kwargs = {**network.config.model_kwargs, **timm_kwargs, 'num_classes': num_classes}
+    overlay.update(timm_kwargs.get('pretrained_cfg_overlay') or {})
+    kwargs = {
+        **network.config.model_kwargs,
+        **timm_kwargs,
+        'num_classes': num_classes,
+        'pretrained_cfg_overlay': overlay,
+    }
     name = network.config.model_name
     with _NoRandomInit():
         try:
-            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+            model = timm.create_model(name, pretrained=True, **kwargs)
         except (TypeError, ValueError, AssertionError, IndexError, RuntimeError) as error:  # those of _NOT_OF_TARGET
             given = ', '.join(f'{key}={value!r}' for key, value in timm_kwargs.items() if key in _NOT_OF_TARGET)
             if not given:
@@ -418,7 +427,9 @@ def build_model(
         except OSError as error:  # vit_small_resnet26d_224 for one
             reason = first_line(error)
             raise NotFoundError(f'{name}: timm fetches pretrained weights of a part of it first ({reason})') from error
-    model.pretrained_cfg.pop('state_dict', None)  # type: ignore[union-attr, operator]
+    for module in model.modules():  # timm's wrapper for features has a config of its own beside the model's
+        if isinstance(config := getattr(module, 'pretrained_cfg', None), dict):
+            config.pop('state_dict', None)
     model.default_cfg = model.pretrained_cfg
     return model
 

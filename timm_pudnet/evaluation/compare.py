@@ -37,6 +37,7 @@ from timm_pudnet.training.finetune import (
     finetune_epochs,
     fit_classifier,
     measured,
+    name_classes,
     normalised,
     seconds_since,
     split_copies,
@@ -226,10 +227,13 @@ def compare(
 
     try:
         with bar:
-            predict_model(model_name, used.images[:32], hypernet=network, head='none', device=device)  # warms up
+            few = used.part(torch.arange(min(32, len(used.labels))))
+            predict_model(model_name, few.source(config), hypernet=network, head='none', device=device)  # warms up
+            given = used.source(config)
             started = time.perf_counter()
-            predicted = predict_model(model_name, used.images, used.labels, hypernet=network, device=device)
+            predicted = predict_model(model_name, given, hypernet=network, device=device)
             seconds = seconds_since(started, device)
+            name_classes(predicted, bank.class_names)
             point = {'epoch': 0, 'seconds': seconds, **measured(predicted, tested)}
             add('predicted', point)
             runs = {

@@ -126,7 +126,8 @@ def measure_held_out(
         repeated += sum(key in keys for key in content_keys(images).tolist())
         wrong = [(float(confidence[i]), total + i, images[i]) for i in (guess != labels).nonzero().flatten().tolist()]
         mistakes = sorted([*mistakes, *wrong], key=lambda one: -one[0])[:MOST_MISTAKES]
-        kept = torch.arange(-total % every, len(labels), every)
+        kept = torch.arange(len(labels))
+        kept = kept[(total + kept) % every == 0]
         places.append(total + kept)
         features.append(model.forward_head(maps[kept.to(device)], pre_logits=True).float().cpu())  # type: ignore[operator]
         truth.append(labels)

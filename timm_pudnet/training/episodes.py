@@ -23,7 +23,7 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from timm_pudnet.config import InputConfig, InputError
-from timm_pudnet.images import ImageSource
+from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.training.conditions import Condition
 
 
@@ -95,6 +95,10 @@ class ImageBank:
     def part(self, picks: Tensor) -> ImageBank:
         """The images of these numbers, with the classes of all."""
         return ImageBank(self.images[picks], self.labels[picks], self.class_names)
+
+    def source(self, input: InputConfig) -> ImageSource:
+        """Images and labels as `predict_model` takes them: at the input size already, so not cropped again."""
+        return open_images(self.images, self.labels, input=dataclasses.replace(input, crop_pct=1.0))
 
     def select(self, classes: Sequence[str]) -> ImageBank:
         """The images of some classes, numbered in the order of `classes`.

@@ -241,8 +241,8 @@ class FineTuning:
         self.before: dict[str, Any] | None = None
         self.history: list[dict[str, Any]] = []
         if isinstance(start, str):
-            start = predict_model(start, self.images.images, self.images.labels, hypernet=network, device=device)
-            _name_classes(start, bank.class_names)
+            start = predict_model(start, self.images.source(config), hypernet=network, device=device)
+            name_classes(start, bank.class_names)
         fits = fit_classifier(start, bank.class_names)
         self.model = start.to(device)
         if self.held is not None and fits:
@@ -527,11 +527,12 @@ def fit_classifier(model: nn.Module, class_names: Sequence[str]) -> bool:
         )
     if not fits:
         nn.init.zeros_(classifier.weight)  # no head yet, see _fit_head
-    _name_classes(model, class_names)
+    name_classes(model, class_names)
     return fits
 
 
-def _name_classes(model: nn.Module, class_names: Sequence[str]) -> None:
+def name_classes(model: nn.Module, class_names: Sequence[str]) -> None:
+    """Gives a timm model's classes their names."""
     described: Any = model
     described.pretrained_cfg = {
         **described.pretrained_cfg,

@@ -158,8 +158,12 @@ def _read(
     return recipe, banks or load_banks(recipe)
 
 
-def load_banks(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) -> list[ImageBank]:
+def load_banks(
+    recipe: Recipe, data_dir: str | os.PathLike[str] | None = None, *, progress: bool = False
+) -> list[ImageBank]:
     """Reads the seen classes' images into memory, a bank a data set, from `data_dir` in place of the recipe's if given.
+
+    With `progress`, a bar shows what takes longer than two seconds.
 
     Raises:
         InputError: A set cannot be read, has no labels, or lacks a class that the recipe names.
@@ -176,7 +180,7 @@ def load_banks(recipe: Recipe, data_dir: str | os.PathLike[str] | None = None) -
         chosen = data.classes or tuple(name for name in names if name not in data.unseen)
         if names and not chosen:
             raise InputError(f'{source.description}: unseen names every class, none is left to train on')
-        banks.append(ImageBank.from_source(source, chosen or None))
+        banks.append(ImageBank.from_source(source, chosen or None, progress=progress))
     return banks
 
 

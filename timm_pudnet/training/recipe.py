@@ -14,7 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetConfig, reject_unknown_keys
+from timm_pudnet.config import (
+    InputConfig,
+    InputError,
+    NotFoundError,
+    PudNetConfig,
+    check_model_kwargs,
+    reject_unknown_keys,
+)
 from timm_pudnet.training.episodes import Augmentation, Groups
 
 
@@ -176,6 +183,11 @@ class Schedule:
             or not 0 <= self.warmup < 1
         ):
             raise InputError('schedule: images and rate must be above zero, warmup in [0, 1)')
+        if not self.clip > 0 or not self.weight_decay >= 0 or not 0 <= self.label_smoothing < 1:
+            raise InputError(
+                'schedule: clip must be above zero, weight_decay not below, label_smoothing in [0, 1); got '
+                f'{self.clip}, {self.weight_decay}, {self.label_smoothing}'
+            )
 
     @property
     def frozen(self) -> bool:
@@ -269,6 +281,10 @@ class Recipe:
         if isinstance(hypernet, Mapping) and 'input' in hypernet:
             hypernet = {**hypernet, 'input': _build(InputConfig, hypernet['input'], f'{where}: [hypernet.input]')}
         values['hypernet'] = _build(PudNetConfig, hypernet, f'{where}: [hypernet]')
+        try:
+            check_model_kwargs(values['hypernet'].model_kwargs)  # else what comes of it could not be read again
+        except InputError as error:
+            raise InputError(f'{where}: [hypernet] {error}') from error
         for name, kind in (('seed', int), ('start', str)):
             if name in values:
                 values[name] = _typed(values[name], kind, f'{where}: {name}')

@@ -286,12 +286,13 @@ class Run:
             'step': str(self.step),
             'seconds': str(self.seconds),
             'skipped': str(self.skipped),
-            'log': json.dumps(self.log),
         }
         tensors = {
             key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
             for key, value in self._tensors().items()
         }
+        # Not among the metadata, of which safetensors takes 100 MB and no more.
+        tensors['log'] = torch.frombuffer(bytearray(json.dumps(self.log).encode()), dtype=torch.uint8)
         # The log takes its place first: a run stopped between the two writes it again, one at its end would not.
         with written_whole(path) as beside, written_whole(path.with_name(LOG_NAME)) as log:
             save_tensors(tensors, beside, about)
@@ -321,7 +322,7 @@ class Run:
         for name, module in self.modules.items():
             module.load_state_dict(_taken(tensors, f'{name}.'))
         self.step, self.seconds, self.skipped = int(about['step']), float(about['seconds']), int(about['skipped'])
-        self.log = json.loads(about['log'])
+        self.log = json.loads(bytes(tensors['log'].tolist()))
 
     def cost(self) -> dict[str, Any]:
         """What the training cost, as the config of a hypernetwork states it."""
