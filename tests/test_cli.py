@@ -655,6 +655,24 @@ def test_a_bad_recipe_is_one_line_and_writes_nothing(case, shapes, tmp_path, not
         fails('train', tmp_path / 'recipe.toml', '--out', tmp_path / 'out', needles=needles)
 
 
+@pytest.mark.parametrize(
+    ('start', 'before', 'after', 'verdict'),
+    [
+        ('', 0.2, 0.5, 'It learns'),
+        ('', 0.2, 0.22, 'It does not learn yet'),
+        ('', 0.8, 0.85, 'It learns'),  # by more than half of chance it can hardly get better
+        ('resnet18.mixed56', 0.8, 0.79, 'It keeps what it starts with'),
+        ('resnet18.mixed56', 0.8, 0.5, 'It loses what it starts with'),
+    ],
+)
+def test_a_short_try_is_judged_by_where_it_starts(start, before, after, verdict, shapes, tmp_path, monkeypatch):
+    text = (shapes / 'recipe.toml').read_text()
+    (tmp_path / 'recipe.toml').write_text(f'start = "{start}"\n{text}' if start else text)
+    found = {'before': before, 'after': after, 'chance': 0.125, 'images': 10, 'seconds': 1.0, 'images_per_second': 10.0}
+    monkeypatch.setattr('timm_pudnet.training.try_recipe', lambda *args, **kwargs: found)
+    assert f'{verdict}; the whole recipe' in succeeds('train', tmp_path / 'recipe.toml', '--short').stdout
+
+
 def test_a_control_that_timm_s_format_cannot_hold_is_refused_before_training(shapes, tmp_path, nothing_written):
     text = (shapes / 'recipe.toml').read_text().replace('"test_resnet"', '"repvit_m0_9"')
     (tmp_path / 'recipe.toml').write_text(text)

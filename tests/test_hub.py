@@ -319,7 +319,6 @@ CLASSIFIERS = [
     'resnet18.fashion_set',
     'resnet18.mixed',
     'resnet18.mixed56',
-    'resnet18.mixed64',
     'resnet18.mixed96',
     'resnet18.cifar100_set',
     'resnet18.cifar100_superclass',

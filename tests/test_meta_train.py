@@ -539,6 +539,12 @@ def test_a_long_log_goes_through_a_checkpoint_whole(make_recipe, bank, tmp_path)
         assert len(str(file.metadata())) < 500
     other.load(tmp_path / 'checkpoint.safetensors')
     assert other.log == one.log
+    tensors = safetensors.torch.load_file(tmp_path / 'checkpoint.safetensors')
+    del tensors['log']
+    with safe_open(tmp_path / 'checkpoint.safetensors', 'pt') as file:
+        safetensors.torch.save_file(tensors, tmp_path / 'old.safetensors', file.metadata())
+    with pytest.raises(DamagedFileError, match='earlier version'):
+        other.load(tmp_path / 'old.safetensors')
 
 
 def test_a_checkpoint_of_another_recipe_or_kind_is_refused(make_recipe, bank, tmp_path, one_line):

@@ -236,7 +236,7 @@ def compare_scratch(
 @torch.inference_mode()
 def _predicted(hypernet: PudNet, model: nn.Module, support: GroupImages, query: GroupImages) -> tuple[Tensor, float]:
     """Which queries the predicted network classifies rightly, and the seconds until it could classify."""
-    # The images are in memory, seen and normalised, before the clock starts, as they are for scratch.
+    # Images that one batch holds are seen and normalised before the clock starts, as all are for scratch.
     support.sample  # noqa: B018
     started = time.perf_counter()
     weights = hypernet(group_sketch(hypernet, support))

@@ -308,6 +308,8 @@ class Run:
             raise DamagedFileError(f'{path} is damaged ({error}): remove it to start anew') from error
         if (about.get('recipe'), about.get('kind')) != (self.recipe.digest, type(self).__name__):
             raise InputError(f'{path} belongs to another recipe: choose another folder, or remove it to start anew')
+        if 'log' not in tensors:
+            raise DamagedFileError(f'{path} is of an earlier version of timm-pudnet: remove it to start anew')
         home = {id(p): o for o in self.optimizers for group in o.param_groups for p in group['params']}
         for number, parameter in enumerate(self.parameters):
             state = _taken(tensors, f'optimizer.{number}.')
