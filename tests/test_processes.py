@@ -161,7 +161,7 @@ def test_two_processes_learn_what_one_does(name, two, recipes, bank, tmp_path):
         if one[key].is_floating_point():
             far += int((one[key] - both[key]).abs().gt(1e-5 + 1e-3 * one[key].abs()).sum())
             total += one[key].numel()
-        else:
+        elif key != 'log':  # told above
             assert_close(both[key], one[key], rtol=0, atol=0)
     assert far <= (0 if name == 'sgd' else 0.001 * total), (far, total)
 
