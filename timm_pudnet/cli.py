@@ -188,9 +188,8 @@ def predict(
             f'{others.description} taught the head too; they are not shown here, and what raw pixels reach is by the '
             'labelled images alone.'
         )
-    classes = (
-        f'{model.num_classes:,} classes' if model.num_classes else 'no labels' if not source.labelled else 'no head'
-    )
+    without = 'no head' if source.labelled else 'no labels'
+    classes = f'{model.num_classes:,} classes' if model.num_classes else without
     gave = f'{classes}; {len(kept):,} gave the weights' if tested is not None else f'{classes}; all gave the weights'
     tiles = [('Predicted in', f'{seconds:.2f} s', f'{count / 1e6:.1f}M weights, on {where}')]
     if source.labels is not None:
@@ -254,7 +253,7 @@ def _expectation_of(network: Any) -> Any:
 
 
 def _class_rows(model: Any) -> Any:
-    """Weight `[k, d]` of the model's classifier; None where it has none, or several."""
+    """Weight `[k, d]` of the model's classifier; None where it has none, or no single layer."""
     from torch import nn
 
     found = model.get_classifier() if model.num_classes else None
@@ -315,13 +314,11 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
     for path in [result] if plain else [result, out / 'config.json']:
         if path.exists():
             raise OutputExistsError(f'{path} exists: choose another --out, or remove it first')
-    if plain and loaded.denoising is None:
-        target = target_of(loaded.hypernet)
-        if {key for key, role in target.roles.items() if role != 'classifier'} != target.headless:
-            raise InputError(
-                f"{loaded.hypernet.model_name}: its head has layers before the classifier, without which timm's format "
-                'cannot hold it: train the control in Python, timm_pudnet.training.train_plain'
-            )
+    if plain and loaded.denoising is None and not target_of(loaded.hypernet).ends_in_classifier:
+        raise InputError(
+            f"{loaded.hypernet.model_name}: its head has layers before the classifier, without which timm's format "
+            'cannot hold it: train the control in Python, timm_pudnet.training.train_plain'
+        )
     banks: Any
     first = os.environ.get('RANK', '0') == '0'  # of several processes the first one speaks and writes
     if loaded.denoising is None:

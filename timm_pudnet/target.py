@@ -107,6 +107,11 @@ class TargetSpec:
         return _headless(self.model_name, json.dumps(self.model_kwargs, sort_keys=True))
 
     @property
+    def ends_in_classifier(self) -> bool:
+        """Whether timm's model of `num_classes=0` loses the classifier and nothing else."""
+        return self.headless == {key for key, role in self.roles.items() if role != 'classifier'}
+
+    @property
     def predicted_share(self) -> float:
         """Share of the weights that are predicted, of all but the classifier."""
         predicted, shared = self.numel('predicted'), self.numel('shared')
@@ -312,8 +317,7 @@ def create_feature_model(spec: TargetSpec, **kwargs: Any) -> nn.Module:
         >>> model(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 96])
     """
-    kept = {key for key, role in spec.roles.items() if role != 'classifier'}
-    if kept == spec.headless:
+    if spec.ends_in_classifier:
         return timm.create_model(spec.model_name, **{**spec.model_kwargs, **kwargs, 'num_classes': 0})
     model = timm.create_model(spec.model_name, **{**spec.model_kwargs, **kwargs, 'num_classes': 2})
     for name in spec.classifiers:

@@ -230,6 +230,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.data:
             raise InputError('data: a recipe needs at least one set of images')
+        check_model_kwargs(self.hypernet.model_kwargs)  # else what comes of it could not be read again
         if self.denoising is not None:
             for name, default in (('groups', Groups()), ('augmentation', Augmentation()), ('losses', LossWeights())):
                 if getattr(self, name) != default:
@@ -281,10 +282,6 @@ class Recipe:
         if isinstance(hypernet, Mapping) and 'input' in hypernet:
             hypernet = {**hypernet, 'input': _build(InputConfig, hypernet['input'], f'{where}: [hypernet.input]')}
         values['hypernet'] = _build(PudNetConfig, hypernet, f'{where}: [hypernet]')
-        try:
-            check_model_kwargs(values['hypernet'].model_kwargs)  # else what comes of it could not be read again
-        except InputError as error:
-            raise InputError(f'{where}: [hypernet] {error}') from error
         for name, kind in (('seed', int), ('start', str)):
             if name in values:
                 values[name] = _typed(values[name], kind, f'{where}: {name}')

@@ -324,7 +324,7 @@ class Run:
         for name, module in self.modules.items():
             module.load_state_dict(_taken(tensors, f'{name}.'))
         self.step, self.seconds, self.skipped = int(about['step']), float(about['seconds']), int(about['skipped'])
-        self.log = json.loads(bytes(tensors['log'].tolist()))
+        self.log = json.loads(tensors['log'].numpy().tobytes())
 
     def cost(self) -> dict[str, Any]:
         """What the training cost, as the config of a hypernetwork states it."""
