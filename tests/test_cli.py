@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import tqdm
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
@@ -32,6 +34,7 @@ from timm_pudnet import PudNet, hub
 from timm_pudnet.cli import main
 from timm_pudnet.config import InputConfig
 from timm_pudnet.files import config_sha256, weights_sha256
+from timm_pudnet.hypernet import plan_hypernet
 
 pytestmark = pytest.mark.filterwarnings('default::timm_pudnet.PudNetWarning')  # they are shown, as lines
 
@@ -133,7 +136,15 @@ def test_a_prediction_says_what_it_found_and_did_and_wrote(images, work, predict
     out = succeeds(*predict(images)).stdout
     for needle in ('24 images', '3 classes', str(images), 'cup, jar, pan', '6 of them', '18 give the weights'):
         assert needle in out
-    for needle in ('test_resnet.tiny', 'on cpu', '3x32x32', 'Accuracy', 'Raw pixels', 'Chance      33.3%', 'MB'):
+    for needle in (
+        'test_resnet.tiny',
+        'Device     cpu',
+        '3x32x32',
+        'Accuracy',
+        'Raw pixels',
+        'Chance      33.3%',
+        'MB',
+    ):
         assert needle in out
     assert [path.name for path in work.iterdir()] == ['model']
     assert sorted(path.name for path in (work / 'model').iterdir()) == ['config.json', 'model.safetensors', 'report']
@@ -264,6 +275,38 @@ def test_a_head_that_is_no_single_layer_is_predicted_and_saved(images, work, pre
     succeeds(*predict(images, name='repvit_m0_9', hypernet=tmp_path / 'net'))
     assert timm.create_model('local-dir:model', pretrained=True).num_classes == 3
     assert Path('model/report/index.html').is_file()
+
+
+@pytest.mark.parametrize('what', ['in use', 'tested'])
+def test_damaged_images_of_a_small_class_cost_the_test_and_not_the_model(what, images, work, predict):
+    split = succeeds(*predict(images, out='whole')).stdout
+    assert 'Kept aside 6' in split
+    source = timm_pudnet.images.open_images(images, input=InputConfig())
+    used, tested = timm_pudnet.evaluation.split_held_out(source, 0.25)
+    part = used if what == 'in use' else tested
+    for row in range(len(part)):
+        if what == 'tested' or part.labels[row] == 0:
+            (images / part.name(row)).write_bytes(b'no image')
+    result = succeeds(*predict(images))
+    assert 'Accuracy' not in result.stdout
+    told = {'in use': 'all gave the weights, none is tested', 'tested': 'Not tested: none of the 6 images'}[what]
+    assert told in result.stderr
+    assert told in Path('model/report/index.html').read_text()
+    assert timm.create_model('local-dir:model', pretrained=True).num_classes == 3
+
+
+def test_names_that_the_terminal_cannot_write_are_written_otherwise(images, work, predict, monkeypatch, fresh_process):
+    (images / 'cup').rename(images / '猫')
+    monkeypatch.setenv('PYTHONIOENCODING', 'cp1252')
+    code, stdout, stderr = fresh_process('-m', 'timm_pudnet.cli', *predict(images), cwd=work)
+    assert (code, stderr) == (0, '')
+    assert 'jar, pan, \\u732b' in stdout
+
+
+def test_a_pass_over_many_images_shows_a_bar(images, work, predict, monkeypatch):
+    assert 'Reading' not in succeeds(*predict(images, out='quick')).stderr  # within two seconds
+    monkeypatch.setattr('timm_pudnet.images.tqdm', lambda **kwargs: tqdm.tqdm(**{**kwargs, 'delay': 0}))
+    assert re.search(r'Reading: .* 0/18 ', succeeds(*predict(images, out='slow')).stderr)
 
 
 def test_too_little_memory_is_one_line(images, work, predict, monkeypatch, nothing_written):
@@ -598,13 +641,27 @@ def test_the_line_that_training_prints_runs(trained):
 
 def test_several_sets_are_found_and_trained_on(shapes, tmp_path):
     images = json.dumps(str(shapes / 'my shapes'))
-    unseen = f'[[data]]\nimages = {images}\nunseen = ["cup", "jar", "mug"]\nshare = 2\n\n[groups]'
+    unseen = f'[[data]]\nimages = {images}\nclasses = ["lid", "pan"]\nshare = 2\n\n[groups]'
     recipe = (shapes / 'recipe.toml').read_text().replace('[data]', '[[data]]').replace('[groups]', unseen)
     (tmp_path / 'recipe.toml').write_text(recipe)
     printed = succeeds('train', tmp_path / 'recipe.toml', '--out', tmp_path / 'out').stdout
     assert '78 images in 3 classes: cup, jar, pan' in printed
     assert '52 images in 2 classes: lid, pan' in printed
     assert timm_pudnet.load_hypernet(tmp_path / 'out').config.class_names == ('cup', 'jar', 'pan', 'lid', 'pan')
+
+
+def test_a_class_that_one_set_trains_on_and_another_keeps_for_the_test_is_refused(shapes, tmp_path, monkeypatch):
+    images = json.dumps(str(shapes / 'my shapes'))
+    unseen = f'[[data]]\nimages = {images}\nunseen = ["cup", "mug"]\n\n[groups]'
+    recipe = (shapes / 'recipe.toml').read_text().replace('[data]', '[[data]]').replace('[groups]', unseen)
+    (tmp_path / 'recipe.toml').write_text(recipe)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError('images were read before the classes were checked')
+
+    monkeypatch.setattr(timm_pudnet.training.ImageBank, 'from_source', refuse)
+    fails('train', tmp_path / 'recipe.toml', '--out', tmp_path / 'out', needles=["'cup'", 'unseen in', 'seen in'])
+    assert not (tmp_path / 'out').exists()
 
 
 def test_a_result_that_exists_is_not_trained_over(trained, shapes, nothing_written, monkeypatch):
@@ -1100,6 +1157,25 @@ def test_info_shows_the_plan_of_an_architecture():
         assert needle in text, (needle, text)
     text = succeeds('info', 'convnext_tiny', '--model-kwargs', 'conv_mlp=true', '--generator', 'residual').output
     assert '% predicted' in text
+
+
+def test_info_says_how_much_of_the_weights_the_sketch_changes():
+    def share(*words):
+        text = succeeds('info', 'test_resnet', *words).output
+        return float(re.search(r'([\d.]+)% of the predicted ones change with the sketch', text)[1])
+
+    assert share('--generator', 'paper') == 100
+    plan = plan_hypernet('test_resnet', generator='residual', generator_kwargs={'largest': 1000})
+    steered = [layer.numel for layer in plan.target.layers if math.prod(layer.kernel[:2]) <= 1000]
+    assert 0 < plan.steered == sum(steered) < plan.target.numel('predicted')
+    net = PudNet(plan.config)
+    with torch.no_grad():
+        for generator in net.generators:
+            for parameter in generator.parameters():
+                parameter.add_(torch.randn_like(parameter))
+    one, other = net(torch.randn(plan.config.sketch_width)), net(torch.randn(plan.config.sketch_width))
+    changed = [layer.numel for layer in plan.target.layers if not torch.equal(one[layer.key], other[layer.key])]
+    assert sum(changed) == plan.steered
 
 
 def test_a_folder_of_something_else_does_not_hide_an_architecture(tmp_path, monkeypatch):

@@ -174,6 +174,9 @@ class TestNoise:
         spreads = [float(add_noise(torch.full((1, 99, 99), v), 'poisson', 0.2, generator()).std()) for v in (0.05, 0.8)]
         assert abs(spreads[1] / spreads[0] - 4) < 0.2
 
+    def test_pixels_below_zero_give_no_photons(self):
+        assert not add_noise(torch.full((3, 5, 5), -0.1), 'poisson', 0.3, generator()).any()
+
     def test_own_noise_is_left_as_it_is(self):
         images = torch.rand(3, 5, 5)
         assert add_noise(images, 'own', 0.3, generator()) is images

@@ -1,3 +1,4 @@
+import importlib
 import random
 
 import numpy as np
@@ -5,11 +6,14 @@ import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
+from torch.utils.data import IterableDataset
 
 from timm_pudnet.config import InputConfig, InputError
 from timm_pudnet.images import open_images
 from timm_pudnet.training import Augmentation, Data, Groups, GroupSampler, ImageBank, load_banks
 from timm_pudnet.training.episodes import augment, bank_input, mixed, quarter_turns, timm_augmented
+
+meta_train_room = importlib.import_module('timm_pudnet.training.meta_train')  # the package's name is the function
 
 PIXELS = InputConfig(input_size=(3, 12, 12), mean=(0.0,) * 3, std=(1.0,) * 3)
 SMALL = InputConfig(input_size=(3, 16, 16))
@@ -93,6 +97,30 @@ def test_a_bank_is_read_for_each_set_of_a_recipe(tmp_path, make_recipe, pictures
         with pytest.raises(InputError) as error:
             banks_of(make_recipe, data)
         one_line(error, first, *needles)
+
+
+def test_classes_without_names_go_by_their_numbers(make_recipe, monkeypatch, one_line):
+    """As those of a web dataset."""
+    rows = [(np.full((16, 16, 3), 50 * label, np.uint8), label) for label in (0, 1, 2, 0, 1, 2)]
+
+    class Numbers(IterableDataset):
+        def __iter__(self):
+            return iter(rows)
+
+    opened = open_images
+    monkeypatch.setattr(meta_train_room, 'open_images', lambda name, **kwargs: opened(Numbers(), input=kwargs['input']))
+    (bank,) = banks_of(make_recipe, Data(images='wds/numbers', unseen=('1',)))
+    assert bank.class_names == ('0', '2')
+    assert bank.images[bank.members[1]].float().mean() == 100
+    (bank,) = banks_of(make_recipe, Data(images='wds/numbers', classes=('2', '1')))
+    assert bank.class_names == ('2', '1')
+    for data, needles in (
+        ((Data(images='wds/numbers', unseen=('7',)),), ["'7'", 'unseen']),
+        ((Data(images='wds/numbers', unseen=('1',)), Data(images='wds/numbers')), ["'1'", 'unseen in', 'seen in']),
+    ):
+        with pytest.raises(InputError) as error:
+            banks_of(make_recipe, *data)
+        one_line(error, *needles)
 
 
 def test_a_selection_of_classes_is_numbered_anew():

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -528,6 +529,41 @@ def test_a_broken_image_of_timm_s_dataset_does_not_lend_its_label_to_the_next_on
         read(open_images(data, input=RGB, strict=True))
 
 
+def png_with_a_broken_chunk():
+    """PIL opens it, and raises a SyntaxError when it decodes it."""
+    rows = zlib.compress(b''.join(b'\0' + row.tobytes() for row in noise(64, 64, 3)))
+    header = struct.pack('>IIBBBBB', 64, 64, 8, 2, 0, 0, 0)
+    return png([(b'IHDR', header), (b'IDAT', rows[:3000]), (b'\0\1\2\3', rows[3000:]), (b'IEND', b'')])
+
+
+@leaves_files_open
+@pytest.mark.parametrize('kind', ['timm', 'torchvision'])
+def test_whatever_is_wrong_with_an_image_of_a_dataset_it_is_skipped(kind, folder):
+    first, second = sorted((folder / 'cat').iterdir())[:2]
+    first.write_bytes(png_with_a_broken_chunk())
+    second.write_bytes(bomb(60_000))
+    made = {
+        'timm': lambda: timm.data.create_dataset('', root=str(folder)),
+        'torchvision': lambda: torchvision.datasets.ImageFolder(str(folder)),
+    }
+    source = open_images(made[kind](), input=RGB)
+    with pytest.warns(PudNetWarning, match='skipped 2 of'):
+        _, labels = read(source)
+    assert len(labels) == len(source) - 2
+    assert len(source.skipped) == 2
+
+
+def test_some_images_without_a_label_among_named_classes_are_an_error():
+    data = TensorDataset(torch.rand(3, 3, 8, 8), torch.tensor([0, 1, -1]))
+    data.targets, data.classes = [0, 1, -1], ['cat', 'dog']
+    with pytest.raises(InputError, match='label -1 among those of 2 classes'):
+        open_images(data, input=RGB)
+    assert open_images(Subset(data, [0, 1]), input=RGB).class_names == ('cat', 'dog')
+    data.classes = None
+    data.targets = [1, 1, -1]  # classes of that number
+    assert open_images(data, input=RGB).class_names == ('-1', '1')
+
+
 def test_a_dataset_whose_targets_are_all_minus_one_has_no_labels():
     def made(targets):
         data = TensorDataset(torch.rand(3, 3, 8, 8), torch.tensor(targets))
@@ -650,7 +686,10 @@ def test_subset_errors():
 def bomb(side):
     """A tiny PNG whose header claims `side` x `side` pixels."""
     header = struct.pack('>IIBBBBB', side, side, 8, 0, 0, 0, 0)
-    chunks = [(b'IHDR', header), (b'IDAT', zlib.compress(b'\0' * 100)), (b'IEND', b'')]
+    return png([(b'IHDR', header), (b'IDAT', zlib.compress(b'\0' * 100)), (b'IEND', b'')])
+
+
+def png(chunks):
     body = b''.join(
         struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data)) for kind, data in chunks
     )

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -375,7 +376,8 @@ def test_the_average_changes_nothing_of_the_training_itself(make_recipe, bank, t
 
 
 @TRAINERS
-def test_bfloat16_is_nearly_float32(train, make_recipe, bank, tmp_path):
+def test_bfloat16_is_nearly_float32(train, make_recipe, bank, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, 'bfloat16_slowdown', lambda device: 0.5)  # used, however slow it is here
     # 32 pixels: oneDNN's bfloat16 gradient of a 3x3 conv of stride 2 on maps of one pixel is not finite.
     hypernet = {'input': InputConfig(input_size=(3, 32, 32))}
     bank = ImageBank(bank.images.repeat_interleave(2, 2).repeat_interleave(2, 3), bank.labels, bank.class_names)
@@ -389,6 +391,34 @@ def test_bfloat16_is_nearly_float32(train, make_recipe, bank, tmp_path):
         assert first != second
         for name in first:
             assert abs(first[name] - second[name]) < 0.3 * abs(first[name]), name
+
+
+@pytest.mark.parametrize(('slowdown', 'told'), [(9.8, 'a conv takes 9.8 times'), (math.inf, 'cpu does not compute')])
+@TRAINERS
+def test_without_bfloat16_arithmetic_training_is_in_float32_and_says_so(
+    train, slowdown, told, make_recipe, bank, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(engine, 'bfloat16_slowdown', lambda device: slowdown)
+    whole = run(train, make_recipe(2), tmp_path / 'float32', bank)
+    with pytest.warns(PudNetWarning, match=told) as caught:
+        half = run(train, make_recipe(2, schedule={'precision': 'bfloat16'}), tmp_path / 'bfloat16', bank)
+    assert all('inf times' not in str(one.message) for one in caught)
+    assert_close(half, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+def test_the_cost_of_training_names_its_precision(precision, make_recipe, bank, monkeypatch, recwarn):
+    monkeypatch.setattr(engine, 'bfloat16_slowdown', lambda device: 1.0)
+    recipe = make_recipe(schedule={'precision': precision})
+    net = meta_train(recipe, None, banks=[bank], device='cpu', progress=False, max_steps=1)
+    assert net.config.training['machine'].endswith(f'1 process, {precision}')
+    assert not [one for one in recwarn if issubclass(one.category, PudNetWarning)]
+
+
+def test_the_slowdown_by_bfloat16_is_measured_without_touching_random_numbers():
+    before = torch.random.get_rng_state()
+    assert 0.01 < engine.bfloat16_slowdown(torch.device('cpu')) < 1000
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 # Variants of the hypernetwork
@@ -602,6 +632,31 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(make_recipe, bank, tmp_path, 
     assert (tmp_path / engine.CHECKPOINT_NAME).read_bytes() == before
     run(meta_train, make_recipe(), tmp_path, bank, max_steps=2)
     assert len(log_of(tmp_path)) == 2
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_told_before_the_work(make_recipe, bank, tmp_path, monkeypatch):
+    recipe = make_recipe(2, **RECIPES['sgd and average'])
+    run(meta_train, recipe, tmp_path / 'first', bank, max_steps=1)
+    size = (tmp_path / 'first' / engine.CHECKPOINT_NAME).stat().st_size
+
+    def with_free(free):
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(engine.shutil, 'disk_usage', lambda path: usage._replace(free=free))
+
+    monkeypatch.setattr(engine.Run, 'steps', None)  # no step is begun
+    with_free(int(1.9 * size))
+    with pytest.raises(InputError, match='make room') as error:
+        run(meta_train, recipe, tmp_path / 'other' / 'run', bank)
+    assert '\n' not in str(error.value)
+    assert not (tmp_path / 'other').exists()
+    with_free(int(0.9 * size))  # the earlier one has its place already
+    with pytest.raises(InputError, match='make room'):
+        run(meta_train, recipe, tmp_path / 'first', bank)
+    monkeypatch.undo()
+    with_free(int(1.1 * size))
+    run(meta_train, recipe, tmp_path / 'first', bank)
+    with_free(int(2.1 * size))
+    run(meta_train, recipe, tmp_path / 'other' / 'run', bank)
 
 
 # Steps that are not finite

@@ -188,6 +188,71 @@ def test_the_command_line_trains_in_two_processes(two):
     timm_pudnet.load_hypernet(root / 'by command')
 
 
+DIES = """
+import importlib, os, sys
+import torch
+from timm_pudnet.cli import main
+from timm_pudnet.training import run as engine
+
+torch.set_num_threads(1)
+loop = importlib.import_module('timm_pudnet.training.meta_train')
+loop.go = lambda run, folder, seconds, *rest: engine.go(run, folder, 0.0, *rest)  # a checkpoint after every step
+if os.environ['RANK'] == '1':
+    gradients = engine.Run._gradients
+    def dies(self, before):
+        if self.step == 3:
+            os.kill(os.getpid(), 9)
+        return gradients(self, before)
+    engine.Run._gradients = dies
+main(['train', sys.argv[1], '--out', sys.argv[2]])
+"""
+
+
+def test_a_process_that_dies_is_told_in_one_line_and_the_training_goes_on_later(
+    pictures, write_folder, tmp_path, fresh_process
+):
+    write_folder(tmp_path / 'pictures', *pictures(15, size=16))
+    recipe = COMMAND.format(images=json.dumps(str(tmp_path / 'pictures'))).replace('images = 12', 'images = 60')
+    (tmp_path / 'recipe.toml').write_text(recipe)
+    (tmp_path / 'script.py').write_text(DIES)
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        port = listener.getsockname()[1]
+    env = {**os.environ, 'PYTHONPATH': str(Path(timm_pudnet.__file__).parents[1]), 'OMP_NUM_THREADS': '1'}
+    env |= {'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / 'script.py', tmp_path / 'recipe.toml', tmp_path / 'out'],
+            env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        printed = [process.communicate(timeout=300)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [2, -9], printed
+    errors = [line for line in printed[0].splitlines() if line.startswith('Error: ')]
+    assert len(errors) == 1
+    assert 'another process of this training is gone' in errors[0]
+    assert 'Traceback' not in printed[0]
+    assert not (tmp_path / 'out' / 'model.safetensors').exists()
+    log = (tmp_path / 'out' / 'run' / 'log.jsonl').read_text()
+    assert len(log.splitlines()) == 3
+    code, _, stderr = fresh_process(
+        '-m', 'timm_pudnet.cli', 'train', tmp_path / 'recipe.toml', '--out', tmp_path / 'out'
+    )
+    assert code == 0, stderr
+    timm_pudnet.load_hypernet(tmp_path / 'out')
+    whole = (tmp_path / 'out' / 'run' / 'log.jsonl').read_text()
+    assert whole.startswith(log)
+    assert len(whole.splitlines()) == 5
+
+
 def test_several_processes_without_accelerate_are_told_what_to_install(monkeypatch, one_line):
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setitem(sys.modules, 'accelerate', None)

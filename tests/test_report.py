@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,11 +17,20 @@ from click.testing import CliRunner
 from PIL import Image
 
 import timm_pudnet
-from timm_pudnet import NotFoundError, OutputExistsError
+from timm_pudnet import NotFoundError, OutputExistsError, PudNetWarning
 from timm_pudnet.cli import main
-from timm_pudnet.evaluation import HeldOutTest, Report, fit_expectation, make_report, measure_held_out, weights_digest
+from timm_pudnet.evaluation import (
+    HeldOutTest,
+    Report,
+    fit_expectation,
+    make_report,
+    measure_held_out,
+    read_traits,
+    weights_digest,
+)
 from timm_pudnet.evaluation.expectation import HeldOutSet, Traits
-from timm_pudnet.evaluation.report import feature_map, first_images
+from timm_pudnet.evaluation.holdout import _raw_pixels
+from timm_pudnet.evaluation.report import feature_map, first_images, sample_features
 from timm_pudnet.images import open_images
 from timm_pudnet.predict import predict_model
 
@@ -310,6 +320,39 @@ def test_copies_across_the_parts_are_counted(source, model):
     apart = measure_held_out(model, used, source.subset([4, 12, 20]))
     assert apart.repeated == 0
     assert 'Repeated' not in ''.join(apart.lines())
+
+
+def test_what_does_not_fit_in_memory_at_once_is_tested_and_shown_in_parts(model, tiny, pictures, monkeypatch):
+    """As on a GPU that has just predicted the model in parts, too."""
+    used = open_images(*pictures(24), input=tiny.config.input)
+    tested = open_images(*pictures(40, seed=2), input=tiny.config.input)
+    references = tuple(map(tuple, torch.randn(8, 16).tolist()))
+    expectation = SimpleNamespace(references=references)
+
+    def measured():
+        test = measure_held_out(model, used, tested)
+        return test, sample_features(model, tested), read_traits(tiny, model, used, expectation)
+
+    whole, forward = measured(), model.forward_features
+
+    def scarce(images):
+        if len(images) > 10:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB')
+        return forward(images)
+
+    monkeypatch.setattr(model, 'forward_features', scarce)
+    with pytest.warns(PudNetWarning, match=r'out of memory with \d+ images at once: going on with'):
+        parts = measured()
+    assert torch.equal(parts[0].guesses, whole[0].guesses)
+    torch.testing.assert_close(parts[0].features, whole[0].features)
+    torch.testing.assert_close(parts[1], whole[1])
+    torch.testing.assert_close(parts[2].row(), whole[2].row(), rtol=1e-4, atol=1e-5)
+
+
+def test_pixels_of_large_images_are_compared_at_a_smaller_size():
+    images = torch.rand(2, 3, 100, 40)
+    assert _raw_pixels(images).shape == (2, 3 * 64 * 40)
+    assert torch.equal(_raw_pixels(images[..., :64, :]), images[..., :64, :].flatten(1))
 
 
 # On the command line

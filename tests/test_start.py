@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from timm_pudnet import PudNet, load_hypernet, save_model
 from timm_pudnet.config import InputError, NotFoundError
-from timm_pudnet.training import ImageBank, LossWeights, meta_train, train_plain, try_recipe
+from timm_pudnet.training import Data, ImageBank, LossWeights, meta_train, train_plain, try_recipe
 from timm_pudnet.training.run import config_fields
 
 loop = importlib.import_module('timm_pudnet.training.meta_train')  # the package's name for it is the function
@@ -48,6 +48,20 @@ def test_the_paper_s_generator_starts_from_a_model_too(start, make_recipe, bank)
     predicted = hypernet(torch.zeros(hypernet.config.sketch_width))
     for key, value in model.named_parameters():
         assert_close(predicted[key], value.detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('train', [meta_train, train_plain])
+def test_a_start_that_was_trained_on_an_unseen_class_is_refused(train, make_recipe, bank, tmp_path, one_line):
+    known = PudNet.for_target(**config_fields(make_recipe(hypernet=RESIDUAL).hypernet, class_names=('cup', 'jar')))
+    folder = str(known.save_pretrained(tmp_path / 'known'))
+
+    def with_unseen(*unseen):
+        return make_recipe(1, start=folder, hypernet=RESIDUAL, data=(Data(images='nowhere', unseen=unseen),))
+
+    with pytest.raises(InputError) as error:
+        train(with_unseen('lid', 'jar'), banks=[bank], device='cpu', progress=False)
+    one_line(error, folder, "'jar'", 'unseen')
+    train(with_unseen('lid'), banks=[bank], device='cpu', progress=False)
 
 
 def test_timm_s_own_weights_are_a_start(start, make_recipe, bank, monkeypatch):

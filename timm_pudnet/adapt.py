@@ -90,9 +90,13 @@ def _channel_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     channels; and what is left is in float64, for a difference of squares.
     """
     maps = features.float().reshape(*features.shape[:2], -1)
-    mean = maps.mean(2).double().mean(0)
-    square = torch.linalg.vector_norm(maps, dim=2).double().square().mean(0) / maps.shape[2]
-    return mean.float(), (square - mean.square()).clamp(min=0).float()
+    means, norms = maps.mean(2), torch.linalg.vector_norm(maps, dim=2)
+    if maps.device.type == 'mps':  # which has no float64
+        means, norms = means.cpu(), norms.cpu()
+    mean = means.double().mean(0)
+    square = norms.double().square().mean(0) / maps.shape[2]
+    variance = (square - mean.square()).clamp(min=0)
+    return mean.float().to(maps.device), variance.float().to(maps.device)
 
 
 class StreamingCentroids:
@@ -111,7 +115,7 @@ class StreamingCentroids:
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Takes in features `[n, d]` and labels `[n]` in `0..k-1`."""
-        features, labels = features.double().cpu(), labels.cpu()
+        features, labels = features.cpu().double(), labels.cpu()
         if self.sums is None:
             self.sums = torch.zeros(self.num_classes, features.shape[1], dtype=torch.float64)
         self.sums.index_add_(0, labels, features)
@@ -156,7 +160,7 @@ class StreamingRidge:
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Takes in features `[n, d]` and labels `[n]` in `0..k-1`."""
-        features = features.double().cpu()
+        features = features.cpu().double()
         self.centroids.add(features, labels)
         if self.gram is None:
             self.gram = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
@@ -180,7 +184,7 @@ class StreamingRidge:
         gram, cross = self.gram - total * mean.outer(mean), sums - counts[:, None] * mean
         level = mean
         if whitening is not None:
-            whitening = whitening.double().cpu()
+            whitening = whitening.cpu().double()
             gram, cross, level = whitening @ gram @ whitening, cross @ whitening, mean @ whitening
         penalty = _ridge_penalty(self.strength, gram.diagonal().sum() / total, level)
         weight = torch.linalg.solve(gram + penalty * torch.eye(len(gram), dtype=torch.float64), cross.t()).t()
@@ -211,17 +215,17 @@ def ridge_classifier(
         stream = StreamingRidge(num_classes, strength=strength)
         stream.add(features, labels)
         return stream.classifier(whitening)
-    features, labels = features.double().cpu(), labels.cpu()
+    features, labels = features.cpu().double(), labels.cpu()
     counts = labels.bincount(minlength=num_classes)
     _refuse_empty_classes(counts, [str(label) for label in range(num_classes)])
-    whitened = features if whitening is None else features @ whitening.double().cpu()
+    whitened = features if whitening is None else features @ whitening.cpu().double()
     rows = whitened - whitened.mean(0)
     targets = F.one_hot(labels, num_classes).double() - counts / count
     gram = rows @ rows.t()  # [n, n]: the same solution by the push-through identity
     penalty = _ridge_penalty(strength, gram.diagonal().mean(), whitened.mean(0))
     weight = (rows.t() @ torch.linalg.solve(gram + penalty * torch.eye(count, dtype=torch.float64), targets)).t()
     if whitening is not None:
-        weight = weight @ whitening.double().cpu()
+        weight = weight @ whitening.cpu().double()
     return weight.float(), (counts / count - weight @ features.mean(0)).float()
 
 
@@ -260,11 +264,11 @@ def self_training_classifier(
     weight, bias = labelled.classifier(whitening)
     sharpness = math.log(SURE / (1 - SURE) * (centroids.num_classes - 1))
     first = guess = (sharpness * (unlabelled.cpu().float() @ weight.t() + bias)).softmax(1).double()
-    rows, sums, counts, gram = unlabelled.double().cpu(), centroids.sums, centroids.counts, labelled.gram
+    rows, sums, counts, gram = unlabelled.cpu().double(), centroids.sums, centroids.counts, labelled.gram
     assert sums is not None
     assert gram is not None
     if whitening is not None:
-        whitening = whitening.double().cpu()
+        whitening = whitening.cpu().double()
         rows, sums, gram = rows @ whitening, sums @ whitening, whitening @ gram @ whitening
     total = int(counts.sum()) + len(rows)
     mean = (sums.sum(0) + rows.sum(0)) / total
@@ -347,7 +351,7 @@ class Whitening:
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Takes in features `[n, d]` of classes `[n]`, of one group."""
-        features, labels = features.detach().double().cpu(), labels.cpu()
+        features, labels = features.detach().cpu().double(), labels.cpu()
         classes, labels = labels.unique(return_inverse=True)
         spread = features - class_centroids(features, labels, len(classes))[labels]
         self.scatter += spread.t() @ spread

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import os
@@ -32,6 +33,9 @@ class _Commands(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):  # a name that they cannot encode is no reason to stop
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors='backslashreplace')
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
@@ -45,7 +49,8 @@ class _Commands(click.Group):
         except RuntimeError as error:
             if type(error).__name__ != 'OutOfMemoryError':  # torch's; it is not imported for `--help`
                 raise
-            click.echo(f'Error: {str(error).partition(". ")[0]}: use --device cpu', err=True)
+            remedy = 'make the groups of the recipe smaller, or ' if ctx.invoked_subcommand == 'train' else ''
+            click.echo(f'Error: {str(error).partition(". ")[0]}: {remedy}use --device cpu', err=True)
             ctx.exit(2)
 
 
@@ -132,7 +137,7 @@ def predict(
     from timm_pudnet import predict as room
     from timm_pudnet.files import sha256
     from timm_pudnet.hub import resolve_hypernet
-    from timm_pudnet.hypernet import library_versions
+    from timm_pudnet.hypernet import library_versions, usable_device
     from timm_pudnet.images import open_images
 
     if not 0 <= holdout < 1:
@@ -144,10 +149,12 @@ def predict(
     expectation = _expectation_of(network)
     _check_data_dir(data_dir, images, unlabelled)
     source = open_images(images, input=config, split=split, data_dir=data_dir, strict=strict)
+    source.progress = True
     click.echo(f'Found      {source.description}')
     others = None
     if unlabelled is not None:
         others = open_images(unlabelled, input=config, split=split, data_dir=data_dir, strict=strict, with_labels=False)
+        others.progress = True
         click.echo(f'Also       {others.description}, for the head')
     kept, tested = evaluation.split_held_out(source, holdout if head != 'none' else 0, seed)
     single = []
@@ -158,19 +165,34 @@ def predict(
             click.echo(f'Only one image each, none kept aside: {_some(tuple(single))}')
         click.echo(f'Kept aside {len(tested):,} of them for the test, {len(kept):,} give the weights')
     chans, height, width = config.input_size
-    started = time.perf_counter()
-    model = room.predict_model(model_name, kept, unlabelled=others, hypernet=network, head=head, device=device)
+    where = usable_device(device)
+    click.echo(f'Device     {where}; images are seen at {chans}x{height}x{width}')
+    notes, started = [], time.perf_counter()
+    try:
+        model = room.predict_model(model_name, kept, unlabelled=others, hypernet=network, head=head, device=where)
+    except InputError:
+        if tested is None or kept.labels is None or not _a_class_is_unread(kept):
+            raise
+        # What was kept aside of it may be readable.
+        notes = ['Too few images of a class can be read to keep one aside: all gave the weights, none is tested.']
+        click.echo(f'Warning: {notes[0]}', err=True)
+        kept, tested, started = source, None, time.perf_counter()
+        model = room.predict_model(model_name, kept, unlabelled=others, hypernet=network, head=head, device=where)
     seconds = time.perf_counter() - started
-    where = next(model.parameters()).device
     count = sum(parameter.numel() for parameter in model.parameters())
-    click.echo(
-        f'Predicted  {count / 1e6:.1f}M weights of {model_name} with {network.name} on {where}, '
-        f'input {chans}x{height}x{width}, in {seconds:.2f} s'
-    )
+    click.echo(f'Predicted  {count / 1e6:.1f}M weights of {model_name} with {network.name} in {seconds:.2f} s')
     told: dict[str, Any] = {}
     if expectation is not None:
         told = _expect(expectation, network, model, kept, head)
-    test = None if tested is None else evaluation.measure_held_out(model, kept, tested, others)
+    test = None
+    try:
+        test = None if tested is None else evaluation.measure_held_out(model, kept, tested, others)
+    except InputError as error:
+        if strict or tested is None or not tested.skipped:
+            raise
+        # None of them can be read; the model is there.
+        notes.append(f'Not tested: {error}')
+        click.echo(f'Warning: {notes[-1]}', err=True)
     for row in () if test is None else test.lines():
         click.echo(row)
     if not source.labelled:
@@ -180,7 +202,7 @@ def predict(
     if out is None:
         click.echo('Not saved: add --out FOLDER to keep the model and a page about it')
         return
-    notes = [f'Only one image each, none kept aside: {_some(tuple(single))}'] if single else []
+    notes += [f'Only one image each, none kept aside: {_some(tuple(single))}'] if single else []
     skipped = sum(len(part.skipped) for part in (kept, tested, others) if part is not None)
     notes += [f'{skipped:,} images could not be read and were left out.'] if skipped else []
     if others is not None:
@@ -234,6 +256,13 @@ def predict(
         click.echo(f'Report     {written}: open it in a browser; it needs no network')
         if importlib.util.find_spec('matplotlib') is None:
             click.echo("           Its plots are not there as PNG files: pip install 'timm-pudnet[train]'")
+
+
+def _a_class_is_unread(source: Any) -> bool:
+    """Whether no image of some class could be read in the latest pass."""
+    unread = {name for name, _ in source.skipped}
+    read = {label for row, label in enumerate(source.labels.tolist()) if source.name(row) not in unread}
+    return len(read) < len(source.labels.unique())
 
 
 def _expectation_of(network: Any) -> Any:
@@ -293,7 +322,7 @@ def _expect(expectation: Any, network: Any, model: Any, used: Any, head: str) ->
 def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str | None, data_dir: str | None) -> None:
     """Train a hypernetwork by a RECIPE file; goes on where an earlier run in --out stopped."""
     from timm_pudnet import denoising, training
-    from timm_pudnet.hypernet import save_tensors, target_of, written_whole
+    from timm_pudnet.hypernet import save_tensors, target_of, usable_device, written_whole
     from timm_pudnet.predict import save_model
 
     loaded = training.Recipe.load(recipe)
@@ -319,6 +348,8 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
             f"{loaded.hypernet.model_name}: its head has layers before the classifier, without which timm's format "
             'cannot hold it: train the control in Python, timm_pudnet.training.train_plain'
         )
+    several = int(os.environ.get('WORLD_SIZE', '1')) > 1  # processes, each of which takes a GPU of its own
+    where = None if several else usable_device(device)
     banks: Any
     first = os.environ.get('RANK', '0') == '0'  # of several processes the first one speaks and writes
     if loaded.denoising is None:
@@ -329,14 +360,15 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         _say_found(banks)
         kind = 'images' if loaded.denoising is None else 'patches'
         click.echo(
-            f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} {kind}; stop and resume at will'
+            f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} {kind}'
+            f'{f", on {where}" if where else ""}; stop and resume at will'
         )
     if plain:
         whitening = None
         if loaded.denoising is None:
-            model, whitening = training.train_plain(loaded, out / 'run-plain', banks=banks, device=device)
+            model, whitening = training.train_plain(loaded, out / 'run-plain', banks=banks, device=where or device)
         else:
-            model = denoising.train_plain_denoiser(loaded, out / 'run-plain', banks=banks, device=device)
+            model = denoising.train_plain_denoiser(loaded, out / 'run-plain', banks=banks, device=where or device)
         if not first:
             return
         if whitening is not None:
@@ -345,12 +377,13 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         save_model(model, result)
     else:
         trainer = training.meta_train if loaded.denoising is None else denoising.meta_train_denoiser
-        hypernet = trainer(loaded, out / 'run', banks=banks, device=device)
+        hypernet = trainer(loaded, out / 'run', banks=banks, device=where or device)
         if not first:
             return
         hypernet.save_pretrained(out, half=True)
         if recipe.resolve() != (out / 'recipe.toml').resolve():
-            shutil.copyfile(recipe, out / 'recipe.toml')
+            with written_whole(out / 'recipe.toml') as beside:
+                shutil.copyfile(recipe, beside)
     name = str(out) if len(out.parts) > 1 else f'./{out}'  # a folder's name, whatever hypernetwork is called so
     words = ['timm-pudnet', 'evaluate', name, loaded.data[0].images]
     root = data_dir or loaded.data[0].data_dir
@@ -488,12 +521,22 @@ def evaluate(
         )
     config = bank_input(network.config.input)
     source = open_images(images, input=config, split=split, data_dir=data_dir)
-    unseen = [name for name in source.class_names or () if name not in network.config.class_names]
+    whole = None
+    names = source.class_names
+    if names is None and source.labelled:  # the classes are numbers, known when all is read
+        if not all(name.isdigit() for name in network.config.class_names):
+            raise InputError(
+                f'{source.description}: its classes have no names, by which to tell those that {network.name} was '
+                'trained on: use image folders'
+            )
+        whole = ImageBank.from_source(source, progress=True)
+        names = whole.class_names
+    unseen = [name for name in names or () if name not in network.config.class_names]
     if len(unseen) < 2:
         raise InputError(
             f'{source.description}: {len(unseen)} classes that {network.name} was not trained on; two needed'
         )
-    bank = ImageBank.from_source(source, unseen, progress=True)
+    bank = ImageBank.from_source(source, unseen, progress=True) if whole is None else whole.select(unseen)
     click.echo(f'Found      {len(bank.labels):,} images in {len(unseen)} unseen classes: {_some(bank.class_names)}')
     support_bank = other_bank = None
     if support_split is not None:
@@ -527,6 +570,7 @@ def evaluate(
         except (RuntimeError, ValueError, KeyError, AssertionError, OSError, SafetensorError) as error:
             raise InputError(f'--control {path} holds no timm model: {error}') from error
     network = network.to(usable_device(device))
+    click.echo(f'Measuring  {len(drawn):,} groups on {network.device}')
     result = evaluation.evaluate(
         network,
         bank,
@@ -549,10 +593,11 @@ def evaluate(
         ending = 'json' if protocol is None else f'{protocol}.json'
         results, listed = (Path(hypernet) / f'{name}.{ending}' for name in ('results', 'groups'))
         verb = 'Replaced  ' if results.exists() else 'Wrote     '
-        drawn.save(listed)
         with written_whole(results) as beside:
             beside.write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
-        click.echo(f'{verb} {results}, {listed}')
+            drawn.save(listed)
+        click.echo(f'{verb} {results}, {listed}. Next:')
+        click.echo(f'\n    {shlex.join(["timm-pudnet", "push", hypernet, f"ORG/{network.name}", "--dry-run"])}\n')
 
 
 def _labels_a_class(text: str, support_split: str | None) -> int | Literal['all']:
@@ -725,11 +770,13 @@ def compare(
     """
     from timm_pudnet import evaluation
     from timm_pudnet import predict as room
-    from timm_pudnet.hypernet import written_whole
+    from timm_pudnet.hypernet import usable_device, written_whole
 
     if out is not None:
         room.check_output(out)
     _check_data_dir(data_dir, images)
+    where = usable_device(device)
+    click.echo(f'Comparing  {model_name} on {where}')
 
     def keep(result: dict[str, Any]) -> None:
         if out is not None:  # after each point, so that nothing is lost however this ends
@@ -751,7 +798,7 @@ def compare(
         arms=('fine_tuned', 'adam', 'adam_centralised', *([] if pretrained == 'none' else ['pretrained'])),
         pretrained=None if pretrained == 'none' else pretrained,
         seed=seed,
-        device=device,
+        device=where,
         strict=strict,
         data_dir=data_dir,
         split=split,
@@ -1013,7 +1060,11 @@ def info(
         f'Target     {model_name}: {plan.weights:,} weights without the classifier, {target.num_features} features'
     )
     click.echo(f'Layers     {len(target.layers)} predicted, {plan.kernels:,} kernels')
-    click.echo(f'Weights    {shares["predicted"]:.1%} predicted, {shares["shared"]:.1%} shared by all image sets')
+    steered = plan.steered / max(1, target.numel('predicted'))
+    click.echo(
+        f'Weights    {shares["predicted"]:.1%} predicted, {shares["shared"]:.1%} shared by all image sets; '
+        f'{steered:.1%} of the predicted ones change with the sketch'
+    )
     click.echo(f'Calibrated {target.numel("calibrated"):,} norm statistics, on the images')
     click.echo(
         f'Generator  {plan.config.generator}: {plan.parameters:,} parameters, {plan.parameters / weights:.2f} times '

@@ -28,7 +28,8 @@ MOST_CHANNELS, MOST_TAPS, FEW_PIXELS = 4, 49, 16
 def register_generator(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Makes a generator class known under a name; its instances map a code `[m]` to a tensor of their layer's shape.
 
-    One that can start from given weights has a method `start_from(value)`.
+    One that can start from given weights has a method `start_from(value)`; one that gives some layers the same tensor
+    whatever the code says so by `steered` (true where it is not there).
 
     Raises:
         InputError: The name is taken.
@@ -214,6 +215,11 @@ class ResidualGenerator(nn.Module):
         if self.rank:
             kernel = self._add_low_rank(kernel, rank, in_place=not torch.is_grad_enabled())  # which vmap cannot
         return kernel.view(self.shape)
+
+    @property
+    def steered(self) -> bool:
+        """Whether the code changes the kernel at all."""
+        return self.changed and sum(self.sizes) > 0
 
     @property
     def channel_rows(self) -> slice | None:

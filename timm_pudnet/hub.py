@@ -276,8 +276,13 @@ def pull(name: str) -> Path:
 def _folder(name: str | os.PathLike[str], refresh: bool = False) -> Path:
     if not isinstance(name, (str, os.PathLike)):
         raise InputError(f'hypernet must be a PudNet, a folder or a name, not a {type(name).__name__}')
-    # A name of ours goes before a folder of the same name, which ./NAME still reaches.
     text, at_hand = os.fspath(name), embedded()
+    known = f'At hand: {", ".join(at_hand) or "none"}'
+    if not isinstance(name, str):  # a Path is a folder
+        if (folder := Path(text).expanduser()).is_dir():
+            return folder
+        raise NotFoundError(f'{shown(text, 200)}: no such folder of a hypernetwork. {known}')
+    # A name of ours goes before a folder of the same name, which ./NAME or a Path still reaches.
     if text in at_hand or DEFAULTS.get(text) in at_hand:
         return at_hand[text if text in at_hand else DEFAULTS[text]]
     serving = [folder for key, folder in at_hand.items() if text == key.split('.')[0]]
@@ -286,16 +291,15 @@ def _folder(name: str | os.PathLike[str], refresh: bool = False) -> Path:
     path = Path(text).expanduser()
     if path.is_dir():
         return path
-    known = f'At hand: {", ".join(at_hand) or "none"}'
     if text.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
         repo = remote.split_repo(text)
         return remote.fetch(*repo, refresh=refresh) if repo else remote.local_folder(text)
-    if isinstance(name, str) and (repo := remote.split_repo(text)):
+    if repo := remote.split_repo(text):
         try:
             return remote.fetch(*repo, refresh=refresh)
         except NotFoundError as error:
             raise NotFoundError(f'{error}; nor is there a folder {text}. {known}') from error
-    if os.sep in text or not isinstance(name, str):
+    if os.sep in text:
         raise NotFoundError(f'{shown(text, 200)}: no such folder of a hypernetwork. {known}')
     return _without_org(text, at_hand, known, refresh)
 

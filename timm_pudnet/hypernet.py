@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -485,11 +485,14 @@ class Plan:
         config: Of the hypernetwork, its generator chosen.
         target: Where every tensor of the target would come from.
         parameters: Of the hypernetwork.
+        steered: Predicted weights of the target that change with the sketch; the others (late, large layers of
+            `residual`) are learned once.
     """
 
     config: PudNetConfig
     target: TargetSpec
     parameters: int
+    steered: int
 
     @property
     def kernels(self) -> int:
@@ -528,19 +531,26 @@ def plan_hypernet(model_name: str, *, generator: str = 'auto', **config: Any) ->
         grey = (0.5,) * spec.in_chans
         wanted = dataclasses.replace(wanted, input=InputConfig(input_size=(spec.in_chans, 32, 32), mean=grey, std=grey))
     wanted = _chosen(wanted, generator, config)
-    return Plan(config=wanted, target=spec, parameters=_num_parameters(wanted))
+    return _plan(wanted, spec)
 
 
-def _num_parameters(config: PudNetConfig) -> int:
+def _plan(config: PudNetConfig, target: TargetSpec) -> Plan:
     with torch.device('meta'):
-        return sum(parameter.numel() for parameter in PudNet(config).parameters())
+        made = PudNet(config)
+    parts = zip(target.layers, made.generators, strict=True)
+    return Plan(
+        config=config,
+        target=target,
+        parameters=sum(parameter.numel() for parameter in made.parameters()),
+        steered=sum(layer.numel for layer, generator in parts if getattr(generator, 'steered', True)),
+    )
 
 
 def _chosen(config: PudNetConfig, generator: str, given: Mapping[str, Any]) -> PudNetConfig:
     """The config with its kind of generator, and with the width of sketches where it is not among the given fields."""
     if generator == 'auto':
         generator = 'paper'
-        size = _num_parameters(dataclasses.replace(config, generator=generator))
+        size = _plan(dataclasses.replace(config, generator=generator), target_of(config)).parameters
         if size > MOST_PARAMETERS:
             generator = 'residual'
             warnings.warn(
@@ -561,7 +571,7 @@ def _chosen(config: PudNetConfig, generator: str, given: Mapping[str, Any]) -> P
             sketch_channels=(width // 8, width // 4),
             generator_kwargs={'rank': rank, **config.generator_kwargs},
         )
-        plan = Plan(config=sized, target=target, parameters=_num_parameters(sized))
+        plan = _plan(sized, target)
         if plan.parameters <= MOST_OF_TARGET * plan.weights:
             break
     return sized
@@ -585,13 +595,32 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
     Raises:
         InputError: There is no such device here, or it holds no values.
+
+    Warns:
+        PudNetWarning: No device was named, and the CUDA that is here cannot be used: the CPU is taken.
     """
     try:
         found = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        if not device:
+            warnings.warn(
+                f'CUDA is here, but cannot be used ({first_line(error)}): going on with the CPU',
+                PudNetWarning,
+                stacklevel=2,
+            )
+            return torch.device('cpu')
         raise InputError(f'device {str(device)!r} cannot be used here: use cpu, or cuda where there is one') from error
     return found
+
+
+def forked_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Random numbers drawn in here, after a `torch.manual_seed` too, leave those outside as they were.
+
+    Torch's `fork_rng` by itself would wake CUDA for work on the CPU, and warn of every further GPU.
+    """
+    awake = device.type == 'cuda' or torch.cuda.is_initialized()
+    return torch.random.fork_rng(list(range(torch.cuda.device_count())) if awake else [])
 
 
 def copy_speed(num_bytes: int = 2**26) -> float:
@@ -641,7 +670,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     beside = Path(name)
     try:
         yield beside
-        beside.chmod(0o666 & ~_umask())
+        with suppress(OSError):  # some file systems have no modes
+            beside.chmod(0o666 & ~_umask())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -649,14 +679,32 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_written_whole(folder: Path) -> Iterator[Path]:
-    """Gives a folder beside `folder` to fill, renamed when the block ends well; nothing is left when it fails."""
-    beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
+    """Gives a folder to fill, beside `folder` and renamed when the block ends well; nothing is left when it fails.
+
+    An empty folder that is there already, which may be a mount or a link, stays itself: it is filled.
+    """
+    there = folder.is_dir()
+    beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder if there else folder.parent))
     try:
         yield beside
         mask = _umask()
         for path in (beside, *beside.rglob('*')):  # safetensors and mkdtemp make them for their owner alone
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        os.replace(beside, folder)
+            with suppress(OSError):  # some file systems have no modes
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        if not there:
+            os.replace(beside, folder)
+            return
+        if others := [path.name for path in folder.iterdir() if path.name != beside.name]:
+            raise OutputExistsError(f'{folder} has got {others[0]} meanwhile: choose another output folder')
+        names = [path.name for path in beside.iterdir()]
+        try:
+            for name in names:
+                os.replace(beside / name, folder / name)
+        except OSError:
+            for name in names:
+                if (folder / name).exists():
+                    os.replace(folder / name, beside / name)
+            raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

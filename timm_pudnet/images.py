@@ -34,6 +34,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
 
 from timm_pudnet.config import (
     InputConfig,
@@ -86,7 +87,10 @@ class ImageSource:
         skipped: `(name, reason)` of the images that the latest pass could not read.
         labels: int64 `[n]` where known before reading, else None.
         labelled: Whether batches carry labels.
+        progress: Whether a bar shows passes over the images that take longer than two seconds.
     """
+
+    progress = False
 
     def __init__(
         self,
@@ -149,10 +153,16 @@ class ImageSource:
         """
         if batch_size < 1:
             raise InputError(f'batch_size must be at least 1, got {batch_size}')
-        for x, y in self._decoded(batch_size, keep) if self._kept is None else self._kept:
-            for start in range(0, len(x), batch_size):
-                part = slice(start, start + batch_size)
-                yield self._preprocess.normalise(x[part]), (y[part] if y is not None else None)
+        total = None
+        with contextlib.suppress(TypeError):  # a stream's is not known
+            total = len(self)
+        bar = tqdm(desc='Reading', total=total, unit='image', delay=2, leave=False, disable=not self.progress)
+        with bar:
+            for x, y in self._decoded(batch_size, keep) if self._kept is None else self._kept:
+                for start in range(0, len(x), batch_size):
+                    part = slice(start, start + batch_size)
+                    yield self._preprocess.normalise(x[part]), (y[part] if y is not None else None)
+                bar.update(len(x))
 
     def _decoded(self, batch_size: int, keep: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
         """A pass over the images themselves: `[b, c, h, w]`, uint8 or float in 0-1, and the labels of the readable."""
@@ -231,8 +241,9 @@ class ImageSource:
         elif isinstance(self._data, Dataset):
             labels = None
             for position in range(len(self._positions)):
-                with contextlib.suppress(OSError):  # an unreadable image says nothing about labels
-                    _, labels = _split_item(_item(self._data, position), self._where)
+                item = _item(self._data, position)
+                if not isinstance(item, Exception):  # an unreadable image says nothing about labels
+                    _, labels = _split_item(item, self._where)
                     break
         else:
             return False
@@ -840,13 +851,23 @@ def _split_item(item: Any, where: str, batched: bool = False) -> tuple[Any, Any]
 
 
 def _item_or_error(dataset: Any, position: int, where: str) -> tuple[Any, Any]:
-    try:
-        return _split_item(_item(dataset, position), where)
-    except OSError as error:
-        return error, -1
+    item = _item(dataset, position)
+    return (item, -1) if isinstance(item, Exception) else _split_item(item, where)
 
 
 def _item(dataset: Any, position: int) -> Any:
+    """What a dataset has there, or what is wrong with the image that it cannot read."""
+    try:
+        return _item_of(dataset, position)
+    except (
+        OSError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # PIL's, for damaged files
+        return error
+
+
+def _item_of(dataset: Any, position: int) -> Any:
     """What a dataset has there; timm's own gives the next image, and its label, in place of one that cannot be read."""
     whole: Any = dataset
     while type(whole) is Subset:
@@ -858,9 +879,9 @@ def _item(dataset: Any, position: int) -> Any:
     try:
         image = Image.open(file)
         image = image.convert(whole.input_img_mode) if whole.input_img_mode else image
-    except Exception:
+    except Exception as error:  # a damaged file can make PIL raise nearly anything
         file.close()
-        raise
+        raise OSError(reason_of(error)) from error
     if target is not None and whole.target_transform is not None:
         target = whole.target_transform(target)
     return image if whole.transform is None else whole.transform(image), -1 if target is None else target
@@ -898,6 +919,11 @@ def _dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | Non
         return None, names
     if len(values) != len(dataset) or (len(values) and (values < 0).all()):  # timm's and others' -1 is no label
         return None, names
+    if names is not None and (values < 0).any():
+        raise InputError(
+            f'{type(dataset).__name__}: label {int(values.min())} among those of {len(names)} classes: give all in '
+            'labels=..., or only the images that have one (torch.utils.data.Subset)'
+        )
     return values, names
 
 

@@ -5,6 +5,7 @@ Dimension letters: `n` images, `c h w` an image, `m` width of the sketch, `d` fe
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import tempfile
@@ -20,7 +21,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from timm_pudnet.adapt import HEADS, MOST_UNLABELLED, StreamingRidge, calibrate, self_training_classifier
-from timm_pudnet.config import InputConfig, InputError, NotFoundError, OutputExistsError, PudNetWarning, first_line
+from timm_pudnet.config import (
+    InputConfig,
+    InputError,
+    NotFoundError,
+    OutputExistsError,
+    PudNetError,
+    PudNetWarning,
+    first_line,
+)
 from timm_pudnet.hub import Pushed, push, resolve_hypernet
 from timm_pudnet.hypernet import PudNet, folder_written_whole, target_of, usable_device
 from timm_pudnet.images import ImageSource, open_images
@@ -217,27 +226,45 @@ def push_model(model: nn.Module, repo: str, *, license: str | None = None, priva
 
 def check_output(folder: Path) -> None:
     """Raises unless a new folder can be made at this path."""
-    here = folder.is_dir() and folder.samefile('.')  # which nothing can be renamed to
-    if here or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise OutputExistsError(f'{folder} exists: choose another output folder, or remove it first')
     if not folder.parent.is_dir():
         raise NotFoundError(f'{folder.parent} is not there: make it first, or choose another output folder')
+    parent = folder if folder.is_dir() else folder.parent
+    with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=parent):
+        pass  # before any work: an OSError that names it where nothing can be written
 
 
 def _target_asked_for(network: PudNet, model_name: str, timm_kwargs: dict[str, Any]) -> TargetSpec:
     """The target with the caller's arguments; its tensors must be those that the hypernetwork fills."""
     kwargs = {key: value for key, value in timm_kwargs.items() if key not in _NOT_OF_TARGET and value is not None}
     spec = target_of(network.config, **kwargs)
-    ours = {key: shape for key, shape in network.target.shapes.items() if network.target.roles[key] != 'classifier'}
-    asked = {key: shape for key, shape in spec.shapes.items() if spec.roles[key] != 'classifier'}
+    different = _difference(network, spec)
+    if different is not None:
+        # Those that make it so by themselves; all of them where none does.
+        alone = {}
+        for key, value in kwargs.items():
+            with contextlib.suppress(PudNetError):  # timm may take it beside the others only
+                if _difference(network, target_of(network.config, **{key: value})) is not None:
+                    alone[key] = value
+        given = ', '.join(f'{key}={value!r}' for key, value in (alone or kwargs).items())
+        raise InputError(
+            f'{model_name} with {given} has other weights than hypernetwork {network.name} predicts ({different}): '
+            f'leave {"that argument" if len(alone or kwargs) == 1 else "these arguments"} out'
+        )
+    return spec
+
+
+def _difference(network: PudNet, spec: TargetSpec) -> str | None:
+    """The first tensor in which a target is none of the hypernetwork's, in words; None where there is none."""
+    ours, asked = (
+        {key: shape for key, shape in target.shapes.items() if target.roles[key] != 'classifier'}
+        for target in (network.target, spec)
+    )
     for key in [*ours, *asked]:
         if ours.get(key) != asked.get(key):
-            given = ', '.join(f'{key}={value!r}' for key, value in timm_kwargs.items())
-            raise InputError(
-                f'{model_name} with {given} has other weights than hypernetwork {network.name} predicts '
-                f'({key} is {asked.get(key, "not there")}, not {ours.get(key, "not there")}): leave that argument out'
-            )
-    return spec
+            return f'{key} is {asked.get(key, "not there")}, not {ours.get(key, "not there")}'
+    return None
 
 
 def _predict(
@@ -255,7 +282,7 @@ def _predict(
     sketch = network.streaming_sketch(balance or ('class' if source.labelled else 'none'))
     sample = ImageSample.for_size(network.config.input.input_size)
     for images, labels in source.batches(batch_size, keep=source.labelled and head != 'none'):
-        _in_memory(lambda part, labels: sketch.add(part.to(device), labels), images, labels)
+        in_memory(lambda part, labels: sketch.add(part.to(device), labels), images, labels)
         sample.add(images, labels)
     num_classes = 0
     if head == 'ridge' and not source.labelled:
@@ -329,13 +356,13 @@ def _predict(
             with torch.inference_mode():
                 for images, labels in source.batches(batch_size):
                     assert labels is not None
-                    _in_memory(add, images, labels)
+                    in_memory(add, images, labels)
         with torch.inference_mode():
             for images, _ in others.batches(batch_size) if others is not None else ():
                 keys = content_keys(images)
                 wanted = rest[0].wanted(keys)
                 if wanted.any():
-                    _in_memory(add_unlabelled, images[wanted], keys[wanted])
+                    in_memory(add_unlabelled, images[wanted], keys[wanted])
         for place, (classifier, stream) in enumerate(zip(classifiers, streams, strict=True)):
             assert isinstance(classifier, nn.Linear | nn.Conv2d)
             width, whitening = classifier.weight.shape[1], network.whitening  # that of the first one's features
@@ -356,7 +383,7 @@ def _predict(
     return model.eval()
 
 
-def _in_memory(run: Callable[[Tensor, Any], None], images: Tensor, labels: Tensor | None) -> None:
+def in_memory(run: Callable[[Tensor, Any], None], images: Tensor, labels: Tensor | None) -> None:
     """Runs something over a batch; in halves, and halves of these, where the device has no memory for it."""
     try:
         run(images, labels)
@@ -364,7 +391,7 @@ def _in_memory(run: Callable[[Tensor, Any], None], images: Tensor, labels: Tenso
     except torch.OutOfMemoryError as error:
         half = _fewer(len(images), error)
     for part in (slice(None, half), slice(half, None)):
-        _in_memory(run, images[part], None if labels is None else labels[part])
+        in_memory(run, images[part], None if labels is None else labels[part])
 
 
 def _fewer(count: int, error: torch.OutOfMemoryError) -> int:

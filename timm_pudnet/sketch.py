@@ -105,7 +105,7 @@ class StreamingSketch:
     def add(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Takes in a batch `[n, c, h, w]` and its labels `[n]`."""
         was_training = self.encoder.training
-        features = self.encoder.eval()(images).double().cpu()
+        features = self.encoder.eval()(images).cpu().double()
         self.encoder.train(was_training)
         if self.balance == 'kmeans':
             self.sample.add(features, keys=content_keys(images))

@@ -38,7 +38,7 @@ def add_noise(images: Tensor, kind: str, sigma: float, generator: torch.Generato
         return images + sigma * torch.randn(images.shape, generator=generator).to(images.device)
     if kind == 'poisson':
         photons = 0.5 / sigma**2
-        return (torch.poisson(images.cpu() * photons, generator=generator) / photons).to(images.device)
+        return (torch.poisson(images.cpu().clamp(min=0) * photons, generator=generator) / photons).to(images.device)
     raise InputError(f'noise {kind!r}: use gaussian, poisson or own')
 
 

@@ -26,7 +26,7 @@ from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetWar
 from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.evaluation.scratch import train_from_scratch
 from timm_pudnet.hub import resolve_hypernet
-from timm_pudnet.hypernet import PudNet, library_versions, usable_device, written_whole
+from timm_pudnet.hypernet import PudNet, forked_rng, library_versions, usable_device, written_whole
 from timm_pudnet.images import ImageSource, open_images, reorders
 from timm_pudnet.predict import predict_model
 from timm_pudnet.target import input_of
@@ -162,7 +162,7 @@ def compare(
 
     def random() -> Iterator[dict[str, Any]]:
         model = copy.deepcopy(predicted)
-        with torch.random.fork_rng():
+        with forked_rng(device):
             torch.manual_seed(seed)
             fresh = timm.create_model(model_name, **network.config.model_kwargs, num_classes=len(used.class_names))
         model.load_state_dict(fresh.state_dict())

@@ -25,9 +25,11 @@ from torch.nn import functional as F
 
 from timm_pudnet.adapt import class_centroids
 from timm_pudnet.config import DamagedFileError, InputError
+from timm_pudnet.evaluation.holdout import pre_logits
 from timm_pudnet.evaluation.metrics import rank_correlation
 from timm_pudnet.hypernet import PudNet, written_whole
 from timm_pudnet.images import ImageSource
+from timm_pudnet.predict import in_memory
 
 EXPECTATION_NAME = 'expectation.json'
 SURE = 0.95  # of intervals
@@ -268,9 +270,8 @@ def read_traits(hypernet: PudNet, model: nn.Module, source: ImageSource, expecta
     home, stream, rows, found = hypernet.device, hypernet.to(device).streaming_sketch('class'), [], []
     for images, batch_labels in source.subset(picks.sort().values).batches():
         assert batch_labels is not None
-        stream.add(images.to(device), batch_labels)
-        maps = model.forward_features(images.to(device))  # type: ignore[operator]
-        rows.append(model.forward_head(maps, pre_logits=True).cpu())  # type: ignore[operator]
+        in_memory(lambda part, labels: stream.add(part.to(device), labels), images, batch_labels)
+        rows.append(pre_logits(model, images))
         found.append(batch_labels)
     sketch = stream.result()
     hypernet.to(home)

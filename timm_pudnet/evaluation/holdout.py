@@ -11,14 +11,17 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from timm_pudnet.adapt import StreamingCentroids, centroid_logits
 from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.images import ImageSource
+from timm_pudnet.predict import in_memory
 from timm_pudnet.sketch import content_keys
 
 MOST_MISTAKES = 24
 MOST_ON_A_MAP = 1000
+MOST_RAW_PIXELS = 64  # a side
 
 
 def split_held_out(source: ImageSource, share: float, seed: int = 0) -> tuple[ImageSource, ImageSource | None]:
@@ -57,7 +60,7 @@ class HeldOutTest:
         places: Those of the images whose features are kept, `[p]`.
         features: Of these, `[p, d]`.
         num_classes: `k`.
-        right_raw: How many of the images raw pixels classify rightly, by nearest class mean.
+        right_raw: How many of the images raw pixels classify rightly, by nearest class mean (at 64x64 at most).
         repeated: How many of the images are, pixel by pixel, among those that gave the weights too.
         seconds: Of the model over all of them.
     """
@@ -106,7 +109,7 @@ def measure_held_out(
     raw, keys = StreamingCentroids(num_classes), set()
     for images, labels in used.batches():
         assert labels is not None
-        raw.add(images.flatten(1), labels)
+        raw.add(_raw_pixels(images), labels)
         keys.update(content_keys(images).tolist())
     for images, _ in () if unlabelled is None else unlabelled.batches():
         keys.update(content_keys(images).tolist())
@@ -115,21 +118,29 @@ def measure_held_out(
     truth, guesses, confidences, places, features = [], [], [], [], []
     mistakes: list[tuple[float, int, Tensor]] = []
     right_raw, repeated, total, seconds = 0, 0, 0, 0.0
-    for images, labels in tested.batches():
-        assert labels is not None
+
+    def forward(part: Tensor, _: None) -> None:
+        nonlocal seconds
         started = time.perf_counter()
-        maps = model.forward_features(images.to(device))  # type: ignore[operator]
+        maps = model.forward_features(part.to(device))  # type: ignore[operator]
         scores = model.forward_head(maps).float().cpu()  # type: ignore[operator]
         seconds += time.perf_counter() - started
+        found.append((scores, model.forward_head(maps, pre_logits=True).float().cpu()))  # type: ignore[operator]
+
+    for images, labels in tested.batches():
+        assert labels is not None
+        found: list[tuple[Tensor, Tensor]] = []
+        in_memory(forward, images, None)
+        scores, rows = map(torch.cat, zip(*found, strict=True))
         confidence, guess = scores.softmax(1).max(1)
-        right_raw += int((centroid_logits(images.flatten(1), centroids, 1.0).argmax(1) == labels).sum())
+        right_raw += int((centroid_logits(_raw_pixels(images), centroids, 1.0).argmax(1) == labels).sum())
         repeated += sum(key in keys for key in content_keys(images).tolist())
         wrong = [(float(confidence[i]), total + i, images[i]) for i in (guess != labels).nonzero().flatten().tolist()]
         mistakes = sorted([*mistakes, *wrong], key=lambda one: -one[0])[:MOST_MISTAKES]
         kept = torch.arange(len(labels))
         kept = kept[(total + kept) % every == 0]
         places.append(total + kept)
-        features.append(model.forward_head(maps[kept.to(device)], pre_logits=True).float().cpu())  # type: ignore[operator]
+        features.append(rows[kept])
         truth.append(labels)
         guesses.append(guess)
         confidences.append(confidence)
@@ -148,6 +159,24 @@ def measure_held_out(
         repeated=repeated,
         seconds=seconds,
     )
+
+
+def pre_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """The features `[n, d]` of images `[n, c, h, w]` that the model's classifier reads, on the CPU."""
+    device, rows = next(model.parameters()).device, []
+
+    def forward(part: Tensor, _: None) -> None:
+        maps = model.forward_features(part.to(device))  # type: ignore[operator]
+        rows.append(model.forward_head(maps, pre_logits=True).float().cpu())  # type: ignore[operator]
+
+    in_memory(forward, images, None)
+    return torch.cat(rows)
+
+
+def _raw_pixels(images: Tensor) -> Tensor:
+    """One row `[n, d]` of pixels an image; of large ones at a smaller size, for the memory of many classes' means."""
+    height, width = (min(side, MOST_RAW_PIXELS) for side in images.shape[2:])
+    return F.adaptive_avg_pool2d(images, (height, width)).flatten(1)
 
 
 def as_pixels(image: Tensor, source: ImageSource) -> Tensor:

@@ -26,7 +26,7 @@ from timm_pudnet.adapt import (
 from timm_pudnet.config import InputError
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
-from timm_pudnet.hypernet import PudNet, library_versions
+from timm_pudnet.hypernet import PudNet, forked_rng, library_versions
 from timm_pudnet.target import create_feature_model
 from timm_pudnet.training.episodes import ImageBank
 
@@ -126,7 +126,7 @@ def evaluate(
 
     sketches = torch.stack([group_sketch(hypernet, images(number)[0]) for number in range(count)])
     average = sketches.double().mean(0).float()
-    with torch.random.fork_rng():
+    with forked_rng(device):
         torch.manual_seed(seed)
         model = create_feature_model(hypernet.target).to(device).eval()
     initial = {key: value.clone() for key, value in model.state_dict().items()}

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from timm_pudnet.config import NotFoundError, OutputExistsError
 from timm_pudnet.evaluation.expectation import IN_WORDS, Familiarity
-from timm_pudnet.evaluation.holdout import MOST_ON_A_MAP, REPEATED, HeldOutTest, as_pixels
+from timm_pudnet.evaluation.holdout import MOST_ON_A_MAP, REPEATED, HeldOutTest, as_pixels, pre_logits
 from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.hypernet import folder_written_whole
 from timm_pudnet.images import ImageSource
@@ -436,10 +436,9 @@ def sample_features(model: nn.Module, source: ImageSource) -> tuple[Tensor, Tens
         batches = source.batches()
     except (TypeError, ValueError):  # a stream
         batches = first_images(source, MOST_ON_A_MAP)
-    device, rows, found = next(model.parameters()).device, [], []
+    rows, found = [], []
     for images, labels in batches:
-        maps = model.forward_features(images.to(device))  # type: ignore[operator]
-        rows.append(model.forward_head(maps, pre_logits=True).float().cpu())  # type: ignore[operator]
+        rows.append(pre_logits(model, images))
         found.append(labels)
     return torch.cat(rows), None if found[0] is None else torch.cat(found)
 

@@ -20,7 +20,7 @@ from timm_pudnet.config import InputError
 from timm_pudnet.evaluation.measure import accuracy_interval, group_sketch, support_features
 from timm_pudnet.evaluation.metrics import mean_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
-from timm_pudnet.hypernet import PudNet
+from timm_pudnet.hypernet import PudNet, forked_rng
 from timm_pudnet.target import create_feature_model
 from timm_pudnet.training.episodes import ImageBank
 from timm_pudnet.training.finetune import seconds_since
@@ -70,7 +70,7 @@ def train_from_scratch(
     for name, value in (('num_epochs', num_epochs), ('batch_size', batch_size), ('rate', rate)):
         if not value > 0:
             raise InputError(f'{name} must be above zero, got {value}')
-    with torch.random.fork_rng():
+    with forked_rng(images.device):
         torch.manual_seed(seed)
         kwargs = {**model_kwargs, 'num_classes': int(labels.max()) + 1}
         model = timm.create_model(model_name, **kwargs).to(images.device)
@@ -78,7 +78,7 @@ def train_from_scratch(
     seconds, labels = 0.0, labels.to(images.device)
     for epoch in range(1, num_epochs + 1):
         started = time.perf_counter()
-        with torch.random.fork_rng():
+        with forked_rng(images.device):
             torch.manual_seed(seed + epoch)
             model.train()
             # Parts of nearly equal size: a last one of a single image would have no batch statistics.
@@ -169,7 +169,7 @@ def compare_scratch(
     if groups.n_unlabelled:
         raise InputError('scratch trains on labelled images: draw the groups without unlabelled ones')
     config, device = hypernet.config, hypernet.device
-    with torch.random.fork_rng():
+    with forked_rng(device):
         model = create_feature_model(hypernet.target).to(device).eval()
     optimizers = {'adam': False, 'adam_centralised': True}
     predicted: list[tuple[Tensor, float]] = []

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from timm_pudnet.adapt import class_centroids
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetWarning
 from timm_pudnet.hub import resolve_hypernet
-from timm_pudnet.hypernet import PudNet, usable_device
+from timm_pudnet.hypernet import PudNet, forked_rng, usable_device
 from timm_pudnet.images import open_images
 from timm_pudnet.predict import predict_model
 from timm_pudnet.target import batch_norms, input_of
@@ -341,7 +341,7 @@ def finetune_epochs(
                 for _, norm in batch_norms(model):
                     norm.eval()
             total = 0.0
-            with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+            with forked_rng(device):
                 torch.manual_seed(1000 * seed + epoch)  # of dropout
                 # Parts of nearly equal size: a last one of a single image would have no batch statistics.
                 for picks in torch.randperm(len(images.labels), generator=generator).tensor_split(parts):

@@ -22,12 +22,12 @@ from timm_pudnet.adapt import Whitening, calibrate, centroid_logits, class_centr
 from timm_pudnet.config import DamagedFileError, InputError
 from timm_pudnet.files import CONFIG_NAME, read_json
 from timm_pudnet.hub import embedded
-from timm_pudnet.hypernet import PudNet, pretrained_model, target_of
-from timm_pudnet.images import open_images
+from timm_pudnet.hypernet import PudNet, forked_rng, pretrained_model, target_of
+from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.target import batch_norms, create_feature_model
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input, mixed
 from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
-from timm_pudnet.training.recipe import Recipe
+from timm_pudnet.training.recipe import Data, Recipe
 from timm_pudnet.training.run import Run, config_fields, go
 from timm_pudnet.training.undoing import ChannelUndoing
 
@@ -86,7 +86,8 @@ def train_plain(
 ) -> tuple[nn.Module, Tensor]:
     """Trains the control *plain*: the recipe's target as an ordinary classifier, on as many images of the same classes.
 
-    Arguments and errors as `meta_train`.
+    Arguments and errors as `meta_train`. Over several processes each takes its part of a batch by itself, its norm
+    statistics too: as good, but not the same weights.
 
     Returns:
         The target as a feature model (`num_classes=0`), in eval mode, and the whitening of its features, on the CPU.
@@ -166,22 +167,51 @@ def load_banks(
     With `progress`, a bar shows what takes longer than two seconds.
 
     Raises:
-        InputError: A set cannot be read, has no labels, or lacks a class that the recipe names.
+        InputError: A set cannot be read, has no labels, or lacks a class that the recipe names; or a class of one set
+            is unseen in another.
     """
-    banks = []
-    for data in recipe.data:
-        source = open_images(
+    opened = [
+        open_images(
             data.images, input=bank_input(recipe.hypernet.input), split=data.split, data_dir=data_dir or data.data_dir
         )
-        names = source.class_names or ()
-        absent = [name for name in data.unseen if name not in names]
-        if absent:
-            raise InputError(f'{source.description}: no class {absent[0]!r}, which unseen names')
-        chosen = data.classes or tuple(name for name in names if name not in data.unseen)
-        if names and not chosen:
-            raise InputError(f'{source.description}: unseen names every class, none is left to train on')
-        banks.append(ImageBank.from_source(source, chosen or None, progress=progress))
+        for data in recipe.data
+    ]
+    # Before any image is read, where the names are known before.
+    seen = [_seen_classes(data, source.class_names, source) for data, source in zip(recipe.data, opened, strict=True)]
+    _refuse_overlap(recipe, seen)
+    banks = [
+        ImageBank.from_source(source, names or None, progress=progress)
+        for source, names in zip(opened, seen, strict=True)
+    ]
+    for place, (data, source, bank) in enumerate(zip(recipe.data, opened, banks, strict=True)):
+        if source.class_names is None:  # the classes are numbers, known only now
+            seen[place] = _seen_classes(data, bank.class_names, source)
+            if seen[place] != bank.class_names:
+                banks[place] = bank.select(seen[place])
+    _refuse_overlap(recipe, seen)
     return banks
+
+
+def _seen_classes(data: Data, names: tuple[str, ...] | None, source: ImageSource) -> tuple[str, ...]:
+    """The classes of a set to train on, out of all of its `names`; those that the recipe names where these are None."""
+    if names is None:
+        return data.classes
+    absent = [name for name in data.unseen if name not in names]
+    if absent:
+        raise InputError(f'{source.description}: no class {absent[0]!r}, which unseen names')
+    chosen = data.classes or tuple(name for name in names if name not in data.unseen)
+    if not chosen:
+        raise InputError(f'{source.description}: unseen names every class, none is left to train on')
+    return chosen
+
+
+def _refuse_overlap(recipe: Recipe, seen: Sequence[Sequence[str]]) -> None:
+    for data in recipe.data:
+        for other, names in zip(recipe.data, seen, strict=True):
+            if both := sorted(set(data.unseen) & set(names)):
+                raise InputError(
+                    f'class {both[0]!r} is unseen in {data.images}, but seen in {other.images}: choose one'
+                )
 
 
 def _as_toml(value: Any) -> str:
@@ -275,12 +305,15 @@ class _ClassifierRun(Run):
                 f'start {start} is a hypernetwork of another make than [hypernet] (and its input) says; set there: '
                 + ', '.join(wrong)
             )
+        kept = {name for data in self.recipe.data for name in data.unseen}
+        if both := sorted(kept.intersection(found.config.class_names)):
+            raise InputError(f'start {start} was trained on class {both[0]!r}: leave it out of unseen')
         return found
 
     @torch.inference_mode()
     def tested(self, groups: int, what: str) -> Iterator[tuple[Group, Tensor, Tensor]]:
         """New groups of seen classes, each treated as one of unseen classes; features of support and query."""
-        with torch.random.fork_rng():
+        with forked_rng(self.device):
             model = create_feature_model(target_of(self.recipe.hypernet)).to(self.device)
         sampler = group_sampler(self.recipe, self.sampler.banks)
         sampler.augmentation = None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from timm_pudnet.config import InputError
+from timm_pudnet.config import InputError, PudNetError, first_line
 
 
 class Processes:
@@ -36,7 +37,11 @@ class Processes:
         self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Puts the sum over all processes in place of each tensor; all have the same tensors in the same order."""
+        """Puts the sum over all processes in place of each tensor; all have the same tensors in the same order.
+
+        Raises:
+            PudNetError: Another process is gone.
+        """
         if self.count == 1:
             return
         from accelerate.utils import reduce
@@ -47,13 +52,33 @@ class Processes:
         with torch.no_grad():
             for ours in by_type.values():
                 flat = torch.cat([tensor.flatten() for tensor in ours])
-                total = cast(Tensor, reduce(flat, reduction='sum'))
+                with _together():
+                    total = cast(Tensor, reduce(flat, reduction='sum'))
                 for tensor, part in zip(ours, total.split([t.numel() for t in ours]), strict=True):
                     tensor.copy_(part.view_as(tensor))
 
     def wait(self) -> None:
-        """Returns when all processes are here."""
+        """Returns when all processes are here.
+
+        Raises:
+            PudNetError: Another process is gone.
+        """
         if self.count > 1:
             from accelerate import PartialState
 
-            PartialState().wait_for_everyone()
+            with _together():
+                PartialState().wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """What goes wrong between processes as one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise PudNetError(
+            f'another process of this training is gone ({first_line(error)}): its own message says why; '
+            'started again, the training goes on from its last checkpoint'
+        ) from error

@@ -144,7 +144,8 @@ class Schedule:
         weight_decay: Of weights with more than one dimension; decoupled in AdamW.
         clip: Largest norm of the gradient; of each of the two parts, where SGD has AdamW beside it.
         label_smoothing: Of the full head's loss.
-        precision: `float32` or `bfloat16` (mixed, for the target's passes).
+        precision: `float32` or `bfloat16` (mixed, for the target's passes; float32 all the same, with a warning, where
+            bfloat16 takes far longer: on processors and GPUs that do not compute in it).
         whitening: Whether features are whitened within classes after training (`adapt.Whitening`); it helps where the
             seen classes are few.
         fixed_statistics: Whether the target's norm layers keep the statistics of `start` while the hypernetwork

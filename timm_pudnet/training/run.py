@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import platform
+import shutil
 import time
 import warnings
 import zlib
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_pudnet.config import DamagedFileError, InputError, PudNetConfig, PudNetWarning
-from timm_pudnet.hypernet import save_tensors, target_of, usable_device, written_whole
+from timm_pudnet.hypernet import forked_rng, save_tensors, target_of, usable_device, written_whole
 from timm_pudnet.target import create_feature_model
 from timm_pudnet.training.processes import Processes
 from timm_pudnet.training.recipe import Recipe
@@ -37,6 +39,7 @@ CHECKPOINT_NAME = 'checkpoint.safetensors'
 LOG_NAME = 'log.jsonl'
 PLOT_NAME = 'losses.png'
 MOST_SKIPPED = 10  # steps in a row
+MOST_SLOWDOWN = 1.5  # by bfloat16 over float32 with which it is still used, for the memory that it saves
 
 
 def go(
@@ -48,10 +51,13 @@ def go(
 ) -> None:
     """Trains a run to its end, or to `max_steps`; from the checkpoint in `folder` on, where there is one."""
     checkpoint = Path(folder) / CHECKPOINT_NAME if folder is not None else None
+    last = min(run.num_steps, max_steps or run.num_steps)
     if checkpoint is not None:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
         if checkpoint.exists():
             run.load(checkpoint)
+        if run.step < last:
+            run.check_room(checkpoint)
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
     main = run.processes.rank == 0
     if checkpoint is not None and main:
         # What a run killed while it wrote has left: our own files beside, and those of safetensors.
@@ -62,7 +68,6 @@ def go(
         started = time.monotonic()
         run.prepare(progress and main)
         run.seconds += time.monotonic() - started
-    last = min(run.num_steps, max_steps or run.num_steps)
     each = run.recipe.images_per_step
     board = (
         Board(checkpoint.parent / 'board', run.step) if checkpoint is not None and main and run.step < last else None
@@ -97,6 +102,34 @@ def rate_at(step: int, num_steps: int, recipe: Recipe) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, num_steps - warm)))
 
 
+@functools.cache
+def bfloat16_slowdown(device: torch.device) -> float:
+    """How many times as long as in float32 a conv takes in bfloat16, forward and backward.
+
+    Below one where the device computes in bfloat16; about ten on a processor that does not (those without AVX-512, for
+    instance), which converts every number. Measured on processors, in a part of a second; of a GPU it is known.
+    """
+    if device.type == 'cuda':
+        with torch.cuda.device(device):
+            return 1.0 if torch.cuda.is_bf16_supported(including_emulation=False) else math.inf
+    if device.type != 'cpu':
+        return 1.0
+    with torch.random.fork_rng(devices=[]):
+        conv = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = torch.randn(8, 64, 14, 14).contiguous(memory_format=torch.channels_last)
+    least = {}
+    for half in (False, True):
+        seconds = []
+        for _ in range(4):  # the first prepares
+            started = time.perf_counter()
+            with torch.autocast('cpu', torch.bfloat16, enabled=half):
+                output = conv(images)
+            output.float().sum().backward()
+            seconds.append(time.perf_counter() - started)
+        least[half] = min(seconds)
+    return least[True] / least[False]
+
+
 class Run:
     """The whole state of a training run: modules, optimisers, sampler, step, log."""
 
@@ -106,6 +139,7 @@ class Run:
         self.recipe, self.step, self.seconds, self.skipped = recipe, 0, 0.0, 0
         self.processes = Processes(device)
         self.device = self.processes.device or usable_device(device)
+        self.precision = self._usable_precision()
         self.num_steps = -(-recipe.schedule.images // recipe.images_per_step)
         self.log: list[dict[str, float]] = []
         if self.parts < self.processes.count:
@@ -114,7 +148,7 @@ class Run:
             )
         config = recipe.hypernet
         spec = target_of(config)  # clear errors before any work
-        with torch.random.fork_rng():
+        with forked_rng(self.device):
             torch.manual_seed(recipe.seed)
             self.target = create_feature_model(spec)
             self.modules = {name: module.to(device=self.device).train() for name, module in self.build().items()}
@@ -136,6 +170,24 @@ class Run:
         ]
         self.optimizers = self._make_optimizers(named)
         self.average = ModelEmaV3(nn.ModuleDict(self.modules), recipe.schedule.ema) if recipe.schedule.ema else None
+
+    def _usable_precision(self) -> str:
+        """The recipe's precision; `float32` in place of a `bfloat16` that only slows training down."""
+        if self.recipe.schedule.precision == 'float32':
+            return 'float32'
+        slowdown = bfloat16_slowdown(self.device)
+        slow = torch.tensor(float(slowdown > MOST_SLOWDOWN), device=self.device)
+        self.processes.sum_([slow])  # all do as the slowest
+        if not slow:
+            return 'bfloat16'
+        if self.processes.rank == 0:
+            times = f' (a conv takes {slowdown:.1f} times as long as in float32)' if math.isfinite(slowdown) else ''
+            warnings.warn(
+                f'this {self.device.type} does not compute in bfloat16{times}: training in float32',
+                PudNetWarning,
+                stacklevel=2,
+            )
+        return 'float32'
 
     def _make_optimizers(self, named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
         schedule = self.recipe.schedule
@@ -217,13 +269,14 @@ class Run:
         Every part starts from the norm statistics `before` the step, and the mean of what they become is kept: so it
         does not matter in which order the parts run, or in which process.
         """
-        totals = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in self.statistics]
+        wide = torch.float32 if self.device.type == 'mps' else torch.float64  # which Apple's GPUs do not have
+        totals = [torch.zeros_like(buffer, dtype=wide) for buffer in self.statistics]
         values: dict[str, Tensor] = {}
         for part in range(self.processes.rank, self.parts, self.processes.count):
             number = self.step * self.parts + part
             for buffer, start in zip(self.statistics, before, strict=True):
                 buffer.copy_(start)
-            with torch.random.fork_rng([self.device] if self.device.type == 'cuda' else []):
+            with forked_rng(self.device):
                 # Dropout and drop path in the target draw from torch itself.
                 torch.manual_seed(zlib.crc32(f'{self.recipe.seed} target {number}'.encode()))
                 loss, terms = self.losses(number)
@@ -259,9 +312,8 @@ class Run:
                 module.load_state_dict(self.average.module[name].state_dict())  # type: ignore[index, union-attr]
 
     def mixed_precision(self) -> torch.autocast:
-        """The context of forward passes, as the recipe's precision says."""
-        half = self.recipe.schedule.precision == 'bfloat16'
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+        """The context of forward passes, by the run's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == 'bfloat16')
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {
@@ -278,6 +330,28 @@ class Run:
             tensors.update({f'average.{key}': value for key, value in self.average.module.state_dict().items()})
         return tensors
 
+    def check_room(self, path: Path) -> None:
+        """Raises unless the disk has room for a checkpoint at this path: for two while one is written over another."""
+        sizes = [value.nbytes for module in self.modules.values() for value in module.state_dict().values()]
+        moments = [
+            value.nbytes * (1 if isinstance(optimizer, torch.optim.SGD) else 2)
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for value in group['params']
+        ]
+        needed = sum(moments) + sum(sizes) * (1 if self.average is None else 2)
+        needed *= 1 if path.exists() else 2
+        here = next(folder for folder in path.absolute().parents if folder.is_dir())
+        usage = shutil.disk_usage(here)
+        free, known = usage.free, usage.total > 0  # some file systems do not tell
+        lacking = torch.tensor(float(self.processes.rank == 0 and known and free < needed), device=self.device)
+        self.processes.sum_([lacking])  # of the first process, which writes; all stop by it
+        if lacking:
+            raise InputError(
+                f'{path.parent}: its disk has {free / 1e6:,.0f} MB free, the checkpoints of this training need '
+                f'{needed / 1e6:,.0f} MB: make room, or choose another folder'
+            )
+
     def save(self, path: Path) -> None:
         """Writes the checkpoint and the log beside it, each whole or not at all."""
         about = {
@@ -286,6 +360,7 @@ class Run:
             'step': str(self.step),
             'seconds': str(self.seconds),
             'skipped': str(self.skipped),
+            'precision': self.precision,
         }
         tensors = {
             key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -313,16 +388,17 @@ class Run:
         home = {id(p): o for o in self.optimizers for group in o.param_groups for p in group['params']}
         for number, parameter in enumerate(self.parameters):
             state = _taken(tensors, f'optimizer.{number}.')
-            if state:
-                home[id(parameter)].state[parameter] = {
-                    # In the memory format of the parameter, which fused steps want.
-                    name: value.to(self.device) if name == 'step' else torch.empty_like(parameter).copy_(value)
-                    for name, value in state.items()
-                }
+            # Copies in the memory format of the parameter, which fused steps want; of the count of steps too, for
+            # Windows cannot replace a file that is still mapped into memory.
+            for name, value in state.items():
+                room = torch.empty_like(value, device=self.device) if name == 'step' else torch.empty_like(parameter)
+                home[id(parameter)].state[parameter][name] = room.copy_(value)
         if self.average is not None:
             self.average.module.load_state_dict(_taken(tensors, 'average.'))
         for name, module in self.modules.items():
             module.load_state_dict(_taken(tensors, f'{name}.'))
+        if about.get('precision') == 'float32':  # as it was begun, on another machine perhaps
+            self.precision = 'float32'
         self.step, self.seconds, self.skipped = int(about['step']), float(about['seconds']), int(about['skipped'])
         self.log = json.loads(tensors['log'].numpy().tobytes())
 
@@ -332,7 +408,7 @@ class Run:
             'images': self.step * self.recipe.images_per_step + self.images_before,
             'seconds': round(self.seconds),
             'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {self.device.type}, '
-            f'{self.processes.count} process{"es" if self.processes.count > 1 else ""}',
+            f'{self.processes.count} process{"es" if self.processes.count > 1 else ""}, {self.precision}',
             'recipe_digest': self.recipe.digest,
         }
 
