@@ -48,7 +48,9 @@ def main(
             if rest:
                 ways['with the rest unlabelled'] = {'unlabelled': pool.subset(rest)}
             for way, asked in ways.items():
-                model = timm_pudnet.predict_model(model_name, pool.subset(picks), hypernet=network, **asked)
+                model = timm_pudnet.predict_model(
+                    model_name, pool.subset(picks), hypernet=network, device='cpu', **asked
+                )
                 found.setdefault(way, []).append(100 * accuracy(model, shown))
         rows.append({'labels': count, **{way: mean_interval(shares) for way, shares in found.items()}})
         cells = [f'{way} {row["mean"]:5.1f} +- {row["interval"]:.1f}' for way, row in list(rows[-1].items())[1:]]

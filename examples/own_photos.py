@@ -37,11 +37,12 @@ def main(photos: Path, model_name: str, hypernet: str | None, out: Path, show: i
     model = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     names = model.pretrained_cfg['label_names']
-    paths = sorted(photos.glob('*/*'))
+    unread = {name for name, _ in [*used.skipped, *tested.skipped]}
+    paths = [name for name in map(tested.name, range(len(tested))) if name not in unread]
     for path in paths[:: max(1, len(paths) // show)][:show]:
-        with Image.open(path) as photo, torch.inference_mode():
+        with Image.open(photos / path) as photo, torch.inference_mode():
             answer = model(transform(photo.convert('RGB'))[None]).argmax()
-        print(f'{path.relative_to(photos)}: {names[answer]}')
+        print(f'{path}: {names[answer]}')
 
 
 if __name__ == '__main__':

@@ -25,8 +25,11 @@ def main(hypernet: str, images: str, epochs: int | None, out: Path) -> None:
     # timm_pudnet.finetune(...) does the same in one call; this shows what happened on the way.
     tuning = FineTuning(network.config.model_name, images, hypernet=network, epochs=epochs)
     tuning.run()
-    before, best = tuning.before['accuracy'], tuning.best['accuracy']
-    print(f'on {len(tuning.held.labels)} images kept aside: predicted {before:.1f} %, fine-tuned {best:.1f} %')
+    if tuning.held is None:
+        print('too few images a class to keep any aside: not tested')
+    else:
+        before, best = tuning.before['accuracy'], tuning.best['accuracy']
+        print(f'on {len(tuning.held.labels)} images kept aside: predicted {before:.1f} %, fine-tuned {best:.1f} %')
     print(f'wrote {timm_pudnet.save_model(tuning.result(), out)}')
 
 

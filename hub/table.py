@@ -32,7 +32,9 @@ same architecture trained as an ordinary classifier on as many images of the sam
 calibration (in brackets: with its own norm statistics). *Swapped* is the network predicted from another group's sketch;
 *gain* is what the right sketch adds to it, *gain, other domain* what it adds to the sketch of another data set. *Scratch*
 trains on all images of the group's classes, by Adam with and without gradient centralisation: the seconds until it is as
-good as the predicted network, over the seconds of predicting.
+good as the predicted network, over the seconds of predicting. *Gain over plain* is over the calibrated one, group by group; in brackets
+over that with its own norm statistics, the difference of the means: where that is below zero ordinary training is ahead. Intervals are
+over groups drawn from the same classes and images: others would spread more (`resnet18.cifar100_superclass` has six choices of classes).
 
 | hypernetwork | protocol | labels a class | predicted | ridge head | plain | swapped | gain | gain, other domain | gain over \
 plain | scratch | paper |
@@ -113,6 +115,14 @@ def plain(accuracy: dict[str, dict[str, float]]) -> str:
     return cell(accuracy.get('plain')) + own
 
 
+def gain_over_plain(result: dict[str, Any]) -> str:
+    """What is gained over the control, calibrated, and in brackets over that with its own statistics."""
+    accuracy = result['accuracy']
+    own = accuracy.get('plain_own_statistics')
+    more = '' if own is None else f' ({accuracy["predicted"]["mean"] - own["mean"]:+.2f})'
+    return cell(result.get('gain_over_plain'), signed=True) + more
+
+
 def unlabelled_row(folder: str, protocol: str, result: dict[str, Any]) -> str:
     """A line of the table of images without labels."""
     accuracy = result['accuracy_self_training']
@@ -142,7 +152,7 @@ def row(folder: str, protocol: str, result: dict[str, Any]) -> str:
         cell(accuracy.get('swapped_sketch')),
         cell(result.get('conditioning_gain'), signed=True),
         cell(result.get('conditioning_gain_over_other_domain'), signed=True),
-        cell(result.get('gain_over_plain'), signed=True),
+        gain_over_plain(result),
         scratch(result),
         PAPER.get((folder, f'results.{protocol}' if protocol != 'results' else protocol), '-'),
     ]

@@ -25,7 +25,7 @@ from timm_pudnet.config import first_line
 
 TABLE = Path(__file__).with_suffix('.jsonl')
 SMALL = 64  # side of the images, where the architecture takes them; else its own input size
-MOST = 100_000_000  # weights of a target whose hypernetwork is built; of larger ones the size is worked out
+MOST = 1_300_000_000  # weights of a target whose hypernetwork is built, in 24 GB; of larger ones the size is worked out
 WIDEST = 64  # sketch that weights are predicted from; wider ones, the default of large targets, would only cost time
 FIELDS = {'generator': 'residual', 'min_predicted': 0.0}
 

@@ -1,5 +1,6 @@
 """cli.py: what a user types, sees and finds on disk; above all when something is wrong with it."""
 
+import dataclasses
 import errno
 import hashlib
 import importlib
@@ -293,6 +294,22 @@ def test_damaged_images_of_a_small_class_cost_the_test_and_not_the_model(what, i
     assert told in result.stderr
     assert told in Path('model/report/index.html').read_text()
     assert timm.create_model('local-dir:model', pretrained=True).num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ('right_raw', 'head', 'told'), [(6, 'centroid', 'try --head ridge, or '), (6, 'ridge', ''), (5, 'ridge', None)]
+)
+def test_raw_pixels_that_do_as_well_are_told(right_raw, head, told, images, work, predict, monkeypatch):
+    measure = timm_pudnet.evaluation.measure_held_out
+
+    def measured(*args):
+        test = measure(*args)
+        return dataclasses.replace(test, guesses=test.labels, right_raw=right_raw)  # all 6 right
+
+    monkeypatch.setattr('timm_pudnet.evaluation.measure_held_out', measured)
+    out = succeeds(*predict(images, '--head', head)).stdout
+    wanted = f'raw pixels do as well: {told}train a hypernetwork for images of this family'
+    assert (wanted in out, 'raw pixels do as well' in out) == ((False, False) if told is None else (True, True))
 
 
 def test_names_that_the_terminal_cannot_write_are_written_otherwise(images, work, predict, monkeypatch, fresh_process):

@@ -18,7 +18,7 @@ from timm_pudnet.adapt import (
     ridge_classifier,
     self_training_classifier,
 )
-from timm_pudnet.config import DamagedFileError, InputConfig, InputError
+from timm_pudnet.config import DamagedFileError, InputConfig, InputError, PudNetWarning
 from timm_pudnet.evaluation import (
     TestGroups,
     compare_scratch,
@@ -89,11 +89,17 @@ def recorded(monkeypatch):
     return calls
 
 
-def test_mean_interval_is_numpy_s():
-    values = np.random.default_rng(0).normal(50, 8, 37)
+@pytest.mark.parametrize('count', [2, 3, 5, 20, 31, 32, 60, 100, 101, 500])
+def test_mean_interval_is_student_s_and_for_many_values_normal(count):
+    stats = pytest.importorskip('scipy.stats')
+    values = np.random.default_rng(0).normal(50, 8, count)
     found = mean_interval(values.tolist())
     assert_close(found['mean'], float(values.mean()))
-    assert_close(found['interval'], float(1.96 * values.std(ddof=1) / np.sqrt(37)))
+    quantile = stats.t.ppf(0.975, count - 1) if count < 101 else 1.96
+    assert_close(found['interval'], float(quantile * values.std(ddof=1) / np.sqrt(count)), rtol=1e-3, atol=0)
+
+
+def test_mean_interval_of_one_value_or_of_equal_ones():
     assert mean_interval([3.0])['mean'] == 3.0
     assert math.isnan(mean_interval([3.0])['interval'])
     assert mean_interval([2.0, 2.0, 2.0]) == {'mean': 2.0, 'interval': 0.0}
@@ -187,6 +193,8 @@ def test_colours_are_told_apart_and_the_result_is_json(hypernet, bank, groups):
     assert result['groups_digest'] == groups.digest
     gain = result['accuracy']['predicted']['mean'] - result['accuracy']['plain']['mean']
     assert_close(result['gain_over_plain']['mean'], gain)
+    gain = result['accuracy']['predicted']['mean'] - result['accuracy']['plain_own_statistics']['mean']
+    assert_close(result['gain_over_plain_own_statistics']['mean'], gain)
     assert list(result['accuracy_ridge']) == [name for name in result['accuracy'] if not name.endswith('whitening')]
     assert result['accuracy_ridge']['raw_pixels'] == {'mean': 100.0, 'interval': 0.0}
     assert 'conditioning_gain' in format_table(result)
@@ -413,12 +421,20 @@ def test_groups_of_other_banks_are_refused(hypernet, bank, support_bank, groups,
         (beyond, None, ['40 images']),
         (drawn, renamed, ['red, green, yellow, blue', 'red, green, blue, yellow']),
         (drawn, smaller, ['[3, 16, 8]', '[3, 16, 16]']),
-        (drawn, bank, ['very images']),
+        (drawn, bank, ['40 of the 40 tested images', 'another split']),
     ]
     for chosen, given, needles in cases:
         with pytest.raises(InputError) as error:
             evaluate(hypernet, bank, chosen, support_bank=given, progress=False)
         one_line(error, *needles)
+
+
+def test_tested_images_that_are_in_the_support_bank_too_are_told(hypernet, bank, support_bank):
+    images = torch.cat([support_bank.images, bank.images[:3]])
+    leaky = ImageBank(images, torch.cat([support_bank.labels, bank.labels[:3]]), support_bank.class_names)
+    drawn = TestGroups.draw(bank, count=2, n_way=4, n_shot='all', n_query=6, support_bank=support_bank)
+    with pytest.warns(PudNetWarning, match='3 of the 40 tested images are in the support bank too'):
+        evaluate(hypernet, bank, drawn, support_bank=leaky, progress=False)
 
 
 def test_one_group_has_the_binomial_interval_and_no_gain_over_its_own_sketch(hypernet, support_bank):

@@ -153,6 +153,28 @@ def test_an_expectation_survives_its_file(fitted, tmp_path):
 
 
 @pytest.mark.parametrize(
+    'change',
+    [
+        {'check': {'a': 1}},
+        {'check': {'sets': 'many', 'domains': {}, 'rank_correlation': 1, 'mean_error': 1, 'coverage': 1}},
+        {'references': [[1.0, 2.0]] * 8 + [[1.0]]},
+        {'references': [['a', 'b']] * 9},
+    ],
+    ids=str,
+)
+def test_a_file_that_a_stranger_bent_is_one_line(change, fitted, tmp_path, one_line):
+    path = fitted.save(tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(DamagedFileError) as error:
+        Expectation.load(tmp_path)
+    one_line(error, path, 'fit it again')
+    path.write_text('[' * 100_000)
+    with pytest.raises(DamagedFileError) as error:
+        Expectation.load(tmp_path)
+    one_line(error, path, 'deeply')
+
+
+@pytest.mark.parametrize(
     'text', ['', '[]', '{}', '{"a": 1}', None], ids=['empty', 'list', 'no keys', 'other keys', 'not finite']
 )
 def test_a_damaged_file_is_one_line(text, fitted, tmp_path, one_line):

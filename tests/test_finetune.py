@@ -420,6 +420,24 @@ def test_bad_models_and_images_are_told_in_one_line(model, pictures, tiny_folder
         one_line(error, *needles)
 
 
+def test_a_loss_that_is_not_finite_later_keeps_the_best_model_before(model, pictures, monkeypatch):
+    tuning = FineTuning(model, *pictures(24), epochs=5)
+    room = importlib.import_module('timm_pudnet.training.finetune')  # the package's name for it is the function
+    epochs = room.finetune_epochs
+
+    def breaks(*args, **kwargs):
+        for point in epochs(*args, **kwargs):
+            if point['epoch'] == 3:
+                raise FloatingPointError('the loss is nan in epoch 3')
+            yield point
+
+    monkeypatch.setattr(room, 'finetune_epochs', breaks)
+    with pytest.warns(PudNetWarning, match='epoch 3; stopped, the best model before is kept'):
+        tuning.run(progress=False)
+    assert len(tuning.history) == 2
+    assert all(value.isfinite().all() for value in tuning.result().parameters())
+
+
 def test_a_loss_that_is_not_finite_ends_it(model, pictures, one_line):
     with torch.no_grad():
         model.conv1[0].weight.fill_(np.nan)

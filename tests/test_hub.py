@@ -292,6 +292,22 @@ def test_the_card_of_a_model_of_ours_imports_us(tmp_path):
         assert ('import timm_pudnet' in card) == (name != 'test_resnet')
 
 
+@pytest.mark.parametrize('kind', ['model', 'hypernetwork'])
+def test_a_push_takes_away_what_an_earlier_hypernetwork_left_and_of_a_model_s_repository_nothing(
+    kind, complete, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr('timm_pudnet.remote.changes', lambda repo, files, ours: asked.append(ours) or {})
+    model = timm.create_model('test_resnet')
+    push(
+        complete if kind == 'hypernetwork' else timm_pudnet.save_model(model, tmp_path / 'model'),
+        'org/name',
+        license='mit',
+    )
+    taken = {name for name in ('recipe.toml', 'results.old.json', 'pyproject.toml', 'notes.txt') if asked[0](name)}
+    assert taken == ({'recipe.toml', 'results.old.json', 'pyproject.toml'} if kind == 'hypernetwork' else set())
+
+
 @pytest.mark.parametrize('repo', ['name', 'org/name@v1', '../name', 'org/na me'])
 def test_a_push_goes_to_a_repository(repo, complete, one_line):
     with pytest.raises(InputError) as error:

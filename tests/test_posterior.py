@@ -173,6 +173,20 @@ class TestEstimate:
         found = torch.tensor(estimate_noise(textured, guess))
         assert ((found / 0.01).log2().abs() < 0.6).all()
 
+    @pytest.mark.parametrize('value', [0.0, 1.0])
+    def test_areas_of_clipped_black_or_white_do_not_hide_the_noise(self, value):
+        noisy, guess = noisy_slopes('gaussian', 0.1)
+        noisy, guess = noisy.clamp(0, 1), guess.clamp(0, 1)
+        for images in (noisy, guess):
+            images[:, :, :, :36] = value
+        found = torch.tensor(estimate_noise(noisy, guess))
+        assert ((found.mean(1) / 0.01).log2().abs() < 0.6).all()
+
+    def test_colours_without_noise_still_tell_that_there_is_none(self):
+        flat = torch.rand(16, 3, 4, 4, generator=generator()).repeat_interleave(24, 2).repeat_interleave(24, 3)
+        flat[:, :, :24] = 1
+        assert torch.tensor(estimate_noise(flat, flat)).max() < 1e-6
+
     @pytest.mark.parametrize(('count', 'side'), [(1, 8), (1, 64), (3, 11)])
     def test_few_pixels_give_finite_numbers(self, count, side):
         for sigma in (0.0, 0.1):

@@ -29,7 +29,7 @@ from timm_pudnet.evaluation import (
     weights_digest,
 )
 from timm_pudnet.evaluation.expectation import HeldOutSet, Traits
-from timm_pudnet.evaluation.holdout import _raw_pixels
+from timm_pudnet.evaluation.holdout import raw_pixels
 from timm_pudnet.evaluation.report import feature_map, first_images, sample_features
 from timm_pudnet.images import open_images
 from timm_pudnet.predict import predict_model
@@ -93,6 +93,7 @@ def make():
             features=torch.randn(min(n, 1000), 8, generator=rng),
             num_classes=k,
             right_raw=n // 2,
+            raw_head='nearest class mean',
             repeated=0,
             seconds=1.0,
         )
@@ -349,10 +350,27 @@ def test_what_does_not_fit_in_memory_at_once_is_tested_and_shown_in_parts(model,
     torch.testing.assert_close(parts[2].row(), whole[2].row(), rtol=1e-4, atol=1e-5)
 
 
+def test_raw_pixels_have_the_better_of_two_heads(model, tiny):
+    """A ridge regression finds a small mark that unequal light hides from the nearest class mean."""
+    generator = torch.Generator().manual_seed(0)
+
+    def source(count):
+        labels = torch.arange(count) % 3
+        light = torch.randint(0, 200, (count, 1, 1, 1), generator=generator)
+        pixels = torch.randint(0, 8, (count, 3, 32, 32), generator=generator) + light
+        pixels[torch.arange(count), 0, 4 * labels] += 40
+        return open_images(pixels.to(torch.uint8), labels, input=tiny.config.input)
+
+    test = measure_held_out(model, source(90), source(60))
+    assert test.raw_head == 'ridge regression'
+    assert test.right_raw > 50
+    assert any('by ridge regression' in line for line in test.lines())
+
+
 def test_pixels_of_large_images_are_compared_at_a_smaller_size():
     images = torch.rand(2, 3, 100, 40)
-    assert _raw_pixels(images).shape == (2, 3 * 64 * 40)
-    assert torch.equal(_raw_pixels(images[..., :64, :]), images[..., :64, :].flatten(1))
+    assert raw_pixels(images).shape == (2, 3 * 64 * 40)
+    assert torch.equal(raw_pixels(images[..., :64, :]), images[..., :64, :].flatten(1))
 
 
 # On the command line

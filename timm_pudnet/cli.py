@@ -195,6 +195,9 @@ def predict(
         click.echo(f'Warning: {notes[-1]}', err=True)
     for row in () if test is None else test.lines():
         click.echo(row)
+    if test is not None and test.right_raw >= test.right:
+        remedy = 'try --head ridge, or ' if head == 'centroid' else ''
+        click.echo(f'Note       raw pixels do as well: {remedy}train a hypernetwork for images of this family')
     if not source.labelled:
         click.echo(
             'No labels  the model gives features; put the images of each class into a subfolder for a classifier'

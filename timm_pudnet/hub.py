@@ -402,7 +402,8 @@ def push(
     config = read_json(folder / CONFIG_NAME)
     is_model = isinstance(config, dict) and 'architecture' in config
     files = model_files(folder, repo, license) if is_model else hypernet_files(folder, repo, license)
-    changes = remote.changes(repo, files, lambda name: PUBLISHED.fullmatch(name) is not None)
+    # What an earlier push of a hypernetwork left goes; beside a model everything else is somebody's own.
+    changes = remote.changes(repo, files, lambda name: not is_model and PUBLISHED.fullmatch(name) is not None)
     address = ''
     if changes and not dry_run:
         address = remote.commit(repo, files, changes, message, private=private)

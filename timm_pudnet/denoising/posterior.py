@@ -140,6 +140,11 @@ def estimate_noise(noisy: Tensor, guesses: Tensor) -> list[list[float]]:
     side = min(BLOCKS, *fine.shape[1:])
     blocks = F.avg_pool2d(fine, side, 1).view(len(components), -1)  # [c, k]
     levels = F.avg_pool2d(F.avg_pool2d(_levels(guesses, components), BLOCK), side, 1).transpose(0, 1).flatten(1)
+    # Where black or white is all there is, the noise was clipped away, or there never was any: nothing is told of it.
+    lit = ((noisy > 0) & (noisy < 1)).any(1, keepdim=True).to(noisy)
+    lit = -F.max_pool2d(-F.max_pool2d(lit, BLOCK), side, 1).flatten() > 0  # every block of a square has such pixels
+    if lit.any():
+        blocks, levels = blocks[:, lit], levels[:, lit]
     # Of blocks of noise alone with one variance, the tenth of least is so much below it (Wilson and Hilferty).
     spread = 2 / (9 * side**2 * len(patterns))
     below = (1 - spread - 1.2816 * math.sqrt(spread)) ** 3

@@ -27,6 +27,7 @@ from timm_pudnet.adapt import class_centroids
 from timm_pudnet.config import DamagedFileError, InputError
 from timm_pudnet.evaluation.holdout import pre_logits
 from timm_pudnet.evaluation.metrics import rank_correlation
+from timm_pudnet.files import read_json
 from timm_pudnet.hypernet import PudNet, written_whole
 from timm_pudnet.images import ImageSource
 from timm_pudnet.predict import in_memory
@@ -124,6 +125,14 @@ class Expectation:
             raise InputError('expectation: a number is not finite')
         if len(self.weights) != 4 or len(self.noise) != 2 or len(self.references) < NEIGHBOURS:
             raise InputError('expectation: weights, noise or references are too few or too many')
+        if len({len(row) for row in self.references}) != 1 or not all(
+            isinstance(number, (int, float)) and math.isfinite(number) for row in self.references for number in row
+        ):
+            raise InputError('expectation: references must be sketches of one width')
+        if self.check and not _CHECKED.keys() <= self.check.keys():
+            raise InputError(f'expectation: check must have {", ".join(_CHECKED)}')
+        if any(key in self.check and not isinstance(self.check[key], kind) for key, kind in _CHECKED.items()):
+            raise InputError('expectation: a value of check is of another type')
         if len(self.sizes) != len(self.familiar) or not self.sizes or any(len(row) != 2 for row in self.familiar):
             raise InputError('expectation: sizes and familiar must be alike in number, two distances a size')
 
@@ -176,11 +185,19 @@ class Expectation:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text(encoding='utf-8')))
+            return cls(**read_json(path))
         except (ValueError, TypeError) as error:
             raise DamagedFileError(f'{path} holds no expectation ({error}): remove it, or fit it again') from error
 
 
+# Of a check, what the report tells, and its types.
+_CHECKED: dict[str, Any] = {
+    'sets': int,
+    'domains': (list, dict),
+    'rank_correlation': (int, float),
+    'mean_error': (int, float),
+    'coverage': (int, float),
+}
 IN_WORDS: dict[Familiarity, str] = {
     'like': 'These images look like those that the hypernetwork was trained on.',
     'edge': 'These images lie at the edge of what the hypernetwork was trained on: trust a test more than this number.',

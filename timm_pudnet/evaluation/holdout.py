@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_pudnet.adapt import StreamingCentroids, centroid_logits
+from timm_pudnet.adapt import StreamingCentroids, centroid_logits, ridge_classifier
 from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.images import ImageSource
 from timm_pudnet.predict import in_memory
@@ -22,6 +22,7 @@ from timm_pudnet.sketch import content_keys
 MOST_MISTAKES = 24
 MOST_ON_A_MAP = 1000
 MOST_RAW_PIXELS = 64  # a side
+MOST_RIDGE_PIXELS, MOST_RAW_IMAGES = 32, 2000  # of a ridge of raw pixels
 
 
 def split_held_out(source: ImageSource, share: float, seed: int = 0) -> tuple[ImageSource, ImageSource | None]:
@@ -60,7 +61,8 @@ class HeldOutTest:
         places: Those of the images whose features are kept, `[p]`.
         features: Of these, `[p, d]`.
         num_classes: `k`.
-        right_raw: How many of the images raw pixels classify rightly, by nearest class mean (at 64x64 at most).
+        right_raw: How many of the images raw pixels classify rightly, by the better of the heads (`raw_head`).
+        raw_head: `nearest class mean` or `ridge regression`.
         repeated: How many of the images are, pixel by pixel, among those that gave the weights too.
         seconds: Of the model over all of them.
     """
@@ -74,6 +76,7 @@ class HeldOutTest:
     features: Tensor
     num_classes: int
     right_raw: int
+    raw_head: str
     repeated: int
     seconds: float
 
@@ -87,7 +90,7 @@ class HeldOutTest:
         total = len(self.labels)
         for name, what, count in (
             ('Accuracy  ', 'on the images kept aside', self.right),
-            ('Raw pixels', 'by nearest class mean', self.right_raw),
+            ('Raw pixels', f'by {self.raw_head}', self.right_raw),
         ):
             low, high = share_interval(count, total)
             yield f'{name} {count / total:6.1%} {what} ({count} of {total}; 95 % interval {low:.1%} to {high:.1%})'
@@ -107,17 +110,27 @@ def measure_held_out(
     device = next(model.parameters()).device
     num_classes = int(model.num_classes)  # type: ignore[arg-type]
     raw, keys = StreamingCentroids(num_classes), set()
+    sample: list[tuple[Tensor, Tensor]] = []  # evenly of all, for a ridge of raw pixels
+    each, seen = -(-len(used) // MOST_RAW_IMAGES), 0
     for images, labels in used.batches():
         assert labels is not None
-        raw.add(_raw_pixels(images), labels)
+        raw.add(raw_pixels(images), labels)
         keys.update(content_keys(images).tolist())
+        chosen = (seen + torch.arange(len(images))) % each == 0
+        sample.append((raw_pixels(images[chosen], MOST_RIDGE_PIXELS), labels[chosen]))
+        seen += len(images)
     for images, _ in () if unlabelled is None else unlabelled.batches():
         keys.update(content_keys(images).tolist())
     centroids = raw.result()
+    rows, classes = map(torch.cat, zip(*sample, strict=True))
+    weight = bias = None
+    if len(classes.unique()) == num_classes:
+        weight, bias = ridge_classifier(rows, classes, num_classes)
     every = -(-len(tested) // MOST_ON_A_MAP)
     truth, guesses, confidences, places, features = [], [], [], [], []
     mistakes: list[tuple[float, int, Tensor]] = []
-    right_raw, repeated, total, seconds = 0, 0, 0, 0.0
+    right_raw = dict.fromkeys(('nearest class mean', 'ridge regression'), 0)
+    repeated, total, seconds = 0, 0, 0.0
 
     def forward(part: Tensor, _: None) -> None:
         nonlocal seconds
@@ -133,7 +146,11 @@ def measure_held_out(
         in_memory(forward, images, None)
         scores, rows = map(torch.cat, zip(*found, strict=True))
         confidence, guess = scores.softmax(1).max(1)
-        right_raw += int((centroid_logits(_raw_pixels(images), centroids, 1.0).argmax(1) == labels).sum())
+        guessed = centroid_logits(raw_pixels(images), centroids, 1.0).argmax(1)
+        right_raw['nearest class mean'] += int((guessed == labels).sum())
+        if weight is not None and bias is not None:
+            guessed = (raw_pixels(images, MOST_RIDGE_PIXELS) @ weight.t() + bias).argmax(1)
+            right_raw['ridge regression'] += int((guessed == labels).sum())
         repeated += sum(key in keys for key in content_keys(images).tolist())
         wrong = [(float(confidence[i]), total + i, images[i]) for i in (guess != labels).nonzero().flatten().tolist()]
         mistakes = sorted([*mistakes, *wrong], key=lambda one: -one[0])[:MOST_MISTAKES]
@@ -155,7 +172,8 @@ def measure_held_out(
         places=torch.cat(places),
         features=torch.cat(features),
         num_classes=num_classes,
-        right_raw=right_raw,
+        right_raw=max(right_raw.values()),
+        raw_head=max(right_raw, key=right_raw.__getitem__),
         repeated=repeated,
         seconds=seconds,
     )
@@ -173,9 +191,9 @@ def pre_logits(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def _raw_pixels(images: Tensor) -> Tensor:
-    """One row `[n, d]` of pixels an image; of large ones at a smaller size, for the memory of many classes' means."""
-    height, width = (min(side, MOST_RAW_PIXELS) for side in images.shape[2:])
+def raw_pixels(images: Tensor, most: int = MOST_RAW_PIXELS) -> Tensor:
+    """One row `[n, d]` of pixels an image; of large ones at a smaller size, so that a head of them fits in memory."""
+    height, width = (min(side, most) for side in images.shape[2:])
     return F.adaptive_avg_pool2d(images, (height, width)).flatten(1)
 
 

@@ -24,6 +24,7 @@ from timm_pudnet.adapt import (
     self_training_classifier,
 )
 from timm_pudnet.config import InputError
+from timm_pudnet.evaluation.holdout import raw_pixels
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
 from timm_pudnet.hypernet import PudNet, forked_rng, library_versions
@@ -34,7 +35,7 @@ from timm_pudnet.training.episodes import ImageBank
 Features = tuple[Iterable[tuple[Tensor, Tensor]], Tensor, Tensor]
 Extractor = Callable[[GroupImages, GroupImages, GroupImages], Features]
 
-OVER_GROUPS = '95 %, over groups, normal approximation'
+OVER_GROUPS = '95 %, over groups drawn from these classes and images; other classes would spread more'
 OVER_QUERIES = "95 %, over the queries of the one group: half of Wilson's binomial interval; of gains normal and paired"
 
 
@@ -218,7 +219,8 @@ def evaluate(
     if other is not None:
         result['other_classes'] = list(other.class_names)
         result.update(gains({'conditioning_gain_over_other_domain': 'other_domain_sketch'}))
-    result.update(gains({f'gain_over_{name}': name for name in controls or {}}))
+    rivals = [rival for name in controls or {} for rival in (name, f'{name}_own_statistics')]
+    result.update(gains({f'gain_over_{name}': name for name in rivals}))
     return result
 
 
@@ -272,9 +274,10 @@ def _rows(network: Callable[[Tensor], Tensor], shown: GroupImages) -> Tensor:
 
 
 def _raw_pixels(support: GroupImages, query: GroupImages, rest: GroupImages) -> Features:
+    if not support.fits:  # a ridge of them has a square matrix of as many rows as pixels
+        tested, others = (_rows(raw_pixels, part) for part in (query, rest))
+        return ((raw_pixels(images), labels) for images, labels in support.batches()), tested, others
     tested, others = (_rows(lambda images: images.flatten(1), part) for part in (query, rest))
-    if not support.fits:
-        return ((images.flatten(1), labels) for images, labels in support.batches()), tested, others
     # More pixels than images: in a basis of the images' span every head finds the same classes, at once.
     rows = torch.cat([support.sample.flatten(1), others]) if len(others) else support.sample.flatten(1)
     basis = torch.linalg.qr(rows.t())[0] if len(rows) < rows.shape[1] else torch.eye(rows.shape[1], device=rows.device)

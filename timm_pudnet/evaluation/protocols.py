@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 
 from timm_pudnet.adapt import MOST_UNLABELLED
-from timm_pudnet.config import DamagedFileError, InputConfig, InputError
+from timm_pudnet.config import DamagedFileError, InputConfig, InputError, PudNetWarning
 from timm_pudnet.hypernet import written_whole
-from timm_pudnet.sketch import ImageSample
+from timm_pudnet.sketch import ImageSample, content_keys
 from timm_pudnet.training.conditions import Condition
 from timm_pudnet.training.episodes import ImageBank
 
@@ -319,8 +320,18 @@ def check_same_classes(bank: ImageBank, support_bank: ImageBank) -> None:
             f'the support bank has images of {list(support_bank.images.shape[1:])}, '
             f'the tested one of {list(bank.images.shape[1:])}'
         )
-    if torch.equal(support_bank.images, bank.images):
-        raise InputError('the support bank has the very images that are tested: choose another split')
+    shared = int(torch.isin(content_keys(bank.images), content_keys(support_bank.images)).sum())
+    if shared > len(bank.images) / 2:
+        raise InputError(
+            f'{shared:,} of the {len(bank.images):,} tested images are in the support bank too: choose another split'
+        )
+    if shared:
+        warnings.warn(
+            f'{shared:,} of the {len(bank.images):,} tested images are in the support bank too, pixel by pixel: they '
+            'flatter the result',
+            PudNetWarning,
+            stacklevel=2,
+        )
 
 
 def _refuse_small_classes(bank: ImageBank, needed: int, what: str = '') -> None:

@@ -256,7 +256,7 @@ class FineTuning:
             self._keep()
         epochs = finetune_epochs(self.model, self.images, self.held, self.tuning, seed=self.seed)
         with tqdm(total=self.tuning.epochs, disable=not progress, unit='epoch') as bar:
-            for point in epochs:
+            for point in self._while_finite(epochs):
                 self.history.append(point)
                 bar.update()
                 bar.set_postfix({name: f'{point[name]:.3g}' for name in ('loss', 'accuracy') if name in point})
@@ -266,6 +266,15 @@ class FineTuning:
                     self._keep()
                 elif point['epoch'] - self.best_epoch >= self.tuning.patience:
                     break
+
+    def _while_finite(self, epochs: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The epochs, up to one whose loss is not finite; an error where that is the first."""
+        try:
+            yield from epochs
+        except FloatingPointError as error:
+            if not self.history:
+                raise
+            warnings.warn(f'{error}; stopped, the best model before is kept', PudNetWarning, stacklevel=3)
 
     def result(self) -> nn.Module:
         """The model of the best epoch, in eval mode."""
