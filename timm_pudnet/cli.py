@@ -352,7 +352,7 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
             'cannot hold it: train the control in Python, timm_pudnet.training.train_plain'
         )
     several = int(os.environ.get('WORLD_SIZE', '1')) > 1  # processes, each of which takes a GPU of its own
-    where = None if several else usable_device(device)
+    where: Any = device if several else usable_device(device)
     banks: Any
     first = os.environ.get('RANK', '0') == '0'  # of several processes the first one speaks and writes
     if loaded.denoising is None:
@@ -364,14 +364,14 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         kind = 'images' if loaded.denoising is None else 'patches'
         click.echo(
             f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} {kind}'
-            f'{f", on {where}" if where else ""}; stop and resume at will'
+            f'{"" if several else f", on {where}"}; stop and resume at will'
         )
     if plain:
         whitening = None
         if loaded.denoising is None:
-            model, whitening = training.train_plain(loaded, out / 'run-plain', banks=banks, device=where or device)
+            model, whitening = training.train_plain(loaded, out / 'run-plain', banks=banks, device=where)
         else:
-            model = denoising.train_plain_denoiser(loaded, out / 'run-plain', banks=banks, device=where or device)
+            model = denoising.train_plain_denoiser(loaded, out / 'run-plain', banks=banks, device=where)
         if not first:
             return
         if whitening is not None:
@@ -380,7 +380,7 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         save_model(model, result)
     else:
         trainer = training.meta_train if loaded.denoising is None else denoising.meta_train_denoiser
-        hypernet = trainer(loaded, out / 'run', banks=banks, device=where or device)
+        hypernet = trainer(loaded, out / 'run', banks=banks, device=where)
         if not first:
             return
         hypernet.save_pretrained(out, half=True)
