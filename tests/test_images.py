@@ -497,6 +497,7 @@ def test_a_map_style_dataset_of_timm_knows_its_labels(folder):
 @leaves_files_open
 @pytest.mark.parametrize('labelled', [True, False])
 def test_a_set_of_hugging_face_may_have_labels_or_none(labelled, folder, tmp_path, monkeypatch):
+    pytest.importorskip('datasets')
     monkeypatch.setattr('datasets.config.HF_CACHE_HOME', tmp_path)
     where = folder if labelled else folder / 'dog'
     source = open_images(f'hfds/{where}', input=RGB, split='train', data_dir=str(tmp_path), with_labels=labelled)
