@@ -1,10 +1,13 @@
 """What several rooms' tests share."""
 
 import contextlib
+import io
+import json
 import os
 import resource
 import subprocess
 import sys
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -125,6 +128,26 @@ def write_folder():
             paths.append(folder / f'{number:04}.png')
             Image.fromarray(image).save(paths[-1])
         return paths
+
+    return write
+
+
+@pytest.fixture(scope='session')
+def write_web_dataset():
+    """Writes pictures uint8 `[n, h, w, 3]` and labels as a web dataset of timm with one split, `train`."""
+
+    def write(root, pixels, labels):
+        with tarfile.open(root / 'train.tar', 'w') as tar:
+            for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+                file = io.BytesIO()
+                Image.fromarray(image).save(file, 'PNG')
+                for suffix, data in (('png', file.getvalue()), ('cls', str(label).encode())):
+                    entry = tarfile.TarInfo(f'{number}.{suffix}')
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+        count = len(pixels)
+        split = {'num_samples': count, 'filenames': ['train.tar'], 'shard_lengths': [count], 'name': 'train'}
+        (root / '_info.json').write_text(json.dumps({'splits': {'train': split}}))
 
     return write
 

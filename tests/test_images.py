@@ -1010,22 +1010,10 @@ def test_names_that_timm_cannot_open(fashion, monkeypatch, tmp_path):
 
 
 @leaves_files_open
-def test_a_web_dataset(tmp_path):
+def test_a_web_dataset(tmp_path, write_web_dataset):
     pytest.importorskip('webdataset')
-    import json
-    import tarfile
-
     pixels = noise(3, 16, 16, 3)
-    with tarfile.open(tmp_path / 'train.tar', 'w') as tar:
-        for index, image in enumerate(pixels):
-            file = io.BytesIO()
-            Image.fromarray(image).save(file, 'PNG')
-            for suffix, data in (('png', file.getvalue()), ('cls', str(index % 2).encode())):
-                info = tarfile.TarInfo(f'{index}.{suffix}')
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    splits = {'train': {'num_samples': 3, 'filenames': ['train.tar'], 'shard_lengths': [3], 'name': 'train'}}
-    (tmp_path / '_info.json').write_text(json.dumps({'splits': splits}))
+    write_web_dataset(tmp_path, pixels, [0, 1, 0])
     source = open_images('wds/mine', input=RGB, data_dir=tmp_path)
     for _ in range(2):
         x, y = read(source, 2)

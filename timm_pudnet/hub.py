@@ -277,18 +277,18 @@ def _folder(name: str | os.PathLike[str], refresh: bool = False) -> Path:
     if not isinstance(name, (str, os.PathLike)):
         raise InputError(f'hypernet must be a PudNet, a folder or a name, not a {type(name).__name__}')
     text, at_hand = os.fspath(name), embedded()
-    known = f'At hand: {", ".join(at_hand) or "none"}'
+    path, known = Path(text).expanduser(), f'At hand: {", ".join(at_hand) or "none"}'
+    absent = NotFoundError(f'{shown(text, 200)}: no such folder of a hypernetwork. {known}')
     if not isinstance(name, str):  # a Path is a folder
-        if (folder := Path(text).expanduser()).is_dir():
-            return folder
-        raise NotFoundError(f'{shown(text, 200)}: no such folder of a hypernetwork. {known}')
+        if path.is_dir():
+            return path
+        raise absent
     # A name of ours goes before a folder of the same name, which ./NAME or a Path still reaches.
     if text in at_hand or DEFAULTS.get(text) in at_hand:
         return at_hand[text if text in at_hand else DEFAULTS[text]]
     serving = [folder for key, folder in at_hand.items() if text == key.split('.')[0]]
     if serving:
         return serving[0]
-    path = Path(text).expanduser()
     if path.is_dir():
         return path
     if text.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
@@ -300,7 +300,7 @@ def _folder(name: str | os.PathLike[str], refresh: bool = False) -> Path:
         except NotFoundError as error:
             raise NotFoundError(f'{error}; nor is there a folder {text}. {known}') from error
     if os.sep in text:
-        raise NotFoundError(f'{shown(text, 200)}: no such folder of a hypernetwork. {known}')
+        raise absent
     return _without_org(text, at_hand, known, refresh)
 
 

@@ -859,11 +859,7 @@ def _item(dataset: Any, position: int) -> Any:
     """What a dataset has there, or what is wrong with the image that it cannot read."""
     try:
         return _item_of(dataset, position)
-    except (
-        OSError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # PIL's, for damaged files
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, of damaged files
         return error
 
 

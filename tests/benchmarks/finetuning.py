@@ -9,7 +9,6 @@ and several processes can share the seeds (`--seed`). A plot lands beside the fi
 """
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import click
 import torch
 
 import timm_pudnet
+from timm_pudnet.evaluation import mean_interval
 from timm_pudnet.hypernet import written_whole
 
 ARMS = ('fine_tuned', 'adam_centralised', 'random')
@@ -25,7 +25,6 @@ SETTING = (
     'to its end, so a shorter budget of their own would serve them better than the point of the long run; '
     "adam_centralised has a constant rate. intervals are 95 %, Student's t over seeds, gains paired by seed"
 )
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by number of values
 
 
 @click.command(help=__doc__)
@@ -88,11 +87,8 @@ def read(path: Path) -> dict:
 
 def interval(values: list[float]) -> dict[str, float | None]:
     """Mean and half-width of the 95 % interval; None for one value."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return {'mean': mean, 'interval': None}
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return {'mean': mean, 'interval': STUDENT.get(len(values), 1.96) * deviation / math.sqrt(len(values))}
+    found = mean_interval(values)
+    return found if len(values) > 1 else {**found, 'interval': None}
 
 
 def summarise(runs: dict) -> dict:

@@ -21,7 +21,7 @@ from torch import Tensor
 from timm_pudnet.adapt import MOST_UNLABELLED
 from timm_pudnet.config import DamagedFileError, InputConfig, InputError, PudNetWarning
 from timm_pudnet.hypernet import written_whole
-from timm_pudnet.sketch import ImageSample, content_keys
+from timm_pudnet.sketch import ImageSample
 from timm_pudnet.training.conditions import Condition
 from timm_pudnet.training.episodes import ImageBank
 
@@ -320,7 +320,7 @@ def check_same_classes(bank: ImageBank, support_bank: ImageBank) -> None:
             f'the support bank has images of {list(support_bank.images.shape[1:])}, '
             f'the tested one of {list(bank.images.shape[1:])}'
         )
-    shared = int(torch.isin(content_keys(bank.images), content_keys(support_bank.images)).sum())
+    shared = int(torch.isin(bank.keys, support_bank.keys).sum())
     if shared > len(bank.images) / 2:
         raise InputError(
             f'{shared:,} of the {len(bank.images):,} tested images are in the support bank too: choose another split'

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import random
 import zlib
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from timm_pudnet.config import InputConfig, InputError
 from timm_pudnet.images import ImageSource, open_images
+from timm_pudnet.sketch import content_keys
 from timm_pudnet.training.conditions import Condition
 
 
@@ -87,6 +89,11 @@ class ImageBank:
             bank = cls(torch.cat(images), torch.cat(labels), [str(label) for label in range(top + 1)])
             return bank if classes is None else bank.select(chosen)
         return cls(torch.cat(images), torch.cat(labels), chosen)
+
+    @functools.cached_property
+    def keys(self) -> Tensor:
+        """A key `[n]` of each image by its pixels (`sketch.content_keys`), made once."""
+        return content_keys(self.images)
 
     def to(self, device: torch.device) -> ImageBank:
         """The same bank, its images on a device."""

@@ -57,6 +57,12 @@ class Processes:
                 for tensor, part in zip(ours, total.split([t.numel() for t in ours]), strict=True):
                     tensor.copy_(part.view_as(tensor))
 
+    def any_(self, flag: bool) -> bool:
+        """Whether it is true in one of the processes; the same answer in all."""
+        found = torch.tensor(float(flag), device=self.device)
+        self.sum_([found])
+        return bool(found)
+
     def wait(self) -> None:
         """Returns when all processes are here.
 

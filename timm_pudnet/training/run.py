@@ -176,9 +176,7 @@ class Run:
         if self.recipe.schedule.precision == 'float32':
             return 'float32'
         slowdown = bfloat16_slowdown(self.device)
-        slow = torch.tensor(float(slowdown > MOST_SLOWDOWN), device=self.device)
-        self.processes.sum_([slow])  # all do as the slowest
-        if not slow:
+        if not self.processes.any_(slowdown > MOST_SLOWDOWN):  # all do as the slowest
             return 'bfloat16'
         if self.processes.rank == 0:
             times = f' (a conv takes {slowdown:.1f} times as long as in float32)' if math.isfinite(slowdown) else ''
@@ -343,12 +341,10 @@ class Run:
         needed *= 1 if path.exists() else 2
         here = next(folder for folder in path.absolute().parents if folder.is_dir())
         usage = shutil.disk_usage(here)
-        free, known = usage.free, usage.total > 0  # some file systems do not tell
-        lacking = torch.tensor(float(self.processes.rank == 0 and known and free < needed), device=self.device)
-        self.processes.sum_([lacking])  # of the first process, which writes; all stop by it
-        if lacking:
+        lacking = usage.total > 0 and usage.free < needed  # some file systems tell nothing
+        if self.processes.any_(self.processes.rank == 0 and lacking):  # that writes; all stop by it
             raise InputError(
-                f'{path.parent}: its disk has {free / 1e6:,.0f} MB free, the checkpoints of this training need '
+                f'{path.parent}: its disk has {usage.free / 1e6:,.0f} MB free, the checkpoints of this training need '
                 f'{needed / 1e6:,.0f} MB: make room, or choose another folder'
             )
 
