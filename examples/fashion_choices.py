@@ -9,12 +9,14 @@ in the output file already are not trained again, so it can be stopped and start
 
 import argparse
 import dataclasses
+import fcntl
 import itertools
 import json
 from pathlib import Path
 
 import timm_pudnet
 from timm_pudnet.evaluation import TestGroups, mean_interval
+from timm_pudnet.hypernet import written_whole
 from timm_pudnet.training import ImageBank, Recipe, meta_train
 from timm_pudnet.training.episodes import bank_input
 
@@ -49,7 +51,7 @@ def main():
     part, parts = arguments.part
     for number, unseen in enumerate(chosen):
         key = ' '.join(map(str, unseen))
-        if number % parts != part or key in read(arguments.out):
+        if number % parts != part or key in read(arguments):
             continue
         seen = [name for label, name in enumerate(names) if label not in unseen]
         recipe = dataclasses.replace(
@@ -62,21 +64,33 @@ def main():
         groups = TestGroups.draw(test, count=arguments.groups, n_way=4, seed=number)
         result = timm_pudnet.evaluate(hypernet, test, groups, progress=False)
         row = {name: result[name] for name in ('classes', 'accuracy', 'conditioning_gain', 'training')}
-        done = {**read(arguments.out), key: row}  # read again: another part may have written meanwhile
-        arguments.out.write_text(json.dumps(summary(done, arguments), indent=2) + '\n')
+        with open(f'{arguments.out}.lock', 'w') as lock:  # another part may write at this moment
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = {**read(arguments), key: row}
+            with written_whole(arguments.out) as beside:
+                beside.write_text(json.dumps(settings(arguments) | summary(done), indent=2) + '\n')
         print(key, {name: round(row['mean'], 2) for name, row in result['accuracy'].items()}, flush=True)
 
 
-def read(path):
-    return json.loads(path.read_text())['choices'] if path.exists() else {}
+def settings(arguments):
+    """What all choices in one file have in common."""
+    return {'images_each': arguments.images, 'groups_each': arguments.groups}
 
 
-def summary(done, arguments):
+def read(arguments):
+    """The choices that were measured already, by the same settings."""
+    if not arguments.out.exists():
+        return {}
+    found = json.loads(arguments.out.read_text())
+    if any(found[name] != value for name, value in settings(arguments).items()):
+        raise SystemExit(f'{arguments.out} is of other numbers of images or groups: choose another --out')
+    return found['choices']
+
+
+def summary(done):
     """Means over choices; the interval is that of the choices, each one value."""
     arms = next(iter(done.values()))['accuracy']
     return {
-        'images_each': arguments.images,
-        'groups_each': arguments.groups,
         'number_of_choices': len(done),
         'mean_over_choices': {
             name: mean_interval([choice['accuracy'][name]['mean'] for choice in done.values()]) for name in arms

@@ -30,6 +30,7 @@ def main(hypernet: str, images: str, epochs: int | None, out: Path) -> None:
     else:
         before, best = tuning.before['accuracy'], tuning.best['accuracy']
         print(f'on {len(tuning.held.labels)} images kept aside: predicted {before:.1f} %, fine-tuned {best:.1f} %')
+        print('(they chose the epoch, so the second number flatters a little)')
     print(f'wrote {timm_pudnet.save_model(tuning.result(), out)}')
 
 

@@ -7,12 +7,14 @@ well, often a better one than any of them (Wortsman et al. 2022, "Model soups").
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch
 
 from timm_pudnet import PudNet
 from timm_pudnet.hypernet import pretrained_model
+from timm_pudnet.training.meta_train import seen_by
 
 
 def main() -> None:
@@ -26,9 +28,11 @@ def main() -> None:
     config = hypernet.config
     if config.generator != 'residual':
         parser.error(f'{options.hypernet} has the generator {config.generator!r}: only `residual` has a base')
+    seen = dict.fromkeys((*config.class_names, *(name for folder in options.folders for name in seen_by(folder))))
     networks = [pretrained_model(folder, folder, config.model_kwargs).state_dict() for folder in options.folders]
     mean = {key: torch.stack([one[key] for one in networks]).double().mean(0) for key in networks[0]}
     hypernet.start_from(mean)
+    hypernet.config = dataclasses.replace(config, class_names=tuple(seen))
     hypernet.save_pretrained(options.out)
 
 

@@ -39,6 +39,7 @@ class LoopbackHub(ThreadingHTTPServer):
         self.commits = {}  # repo -> {sha: {path: content}}
         self.refs = {}  # repo -> {revision: sha}
         self.cards = {}
+        self.private = set()
         self.lfs = {}  # sha256 -> content
         self.faults = {}  # repo -> kind
         self.asked = []  # (method, path)
@@ -129,7 +130,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, hub.controls[path.removeprefix('/control/')]())
         if path == '/api/repos/create':
             asked = json.loads(body)
-            return self.create(f'{asked["organization"]}/{asked["name"]}')
+            return self.create(f'{asked["organization"]}/{asked["name"]}', asked)
         if path == '/api/validate-yaml':
             return self.answer(200, {'errors': [], 'warnings': []})
         if path == '/api/models':
@@ -141,13 +142,15 @@ class Handler(BaseHTTPRequestHandler):
         found = re.fullmatch(r'(?:/api/models)?/([^/]+/[^/]+?)(?:\.git)?(/.*)?', path)
         return self.of_repo(method, found[1], found[2] or '', body)
 
-    def create(self, repo):
+    def create(self, repo, asked):
         if self.headers.get('Authorization') != f'Bearer {TOKEN}':
             return self.refuse(401, None, 'Invalid username or password.')
         if repo in self.server.refs:
             return self.answer(
                 409, {'url': f'{self.server.endpoint}/{repo}', 'error': 'You already created this model repo'}
             )
+        if 'private' in (asked.get('visibility'), asked.get('private') and 'private'):
+            self.server.private.add(repo)
         self.server.commit(repo, {'.gitattributes': b'*.safetensors filter=lfs\n'})
         return self.answer(200, {'url': f'{self.server.endpoint}/{repo}'})
 
@@ -190,7 +193,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, 'RevisionNotFound')
         files = hub.commits[repo][commit]
         if kind in ('', 'revision'):
-            return self.answer(200, {'id': repo, 'sha': commit, 'siblings': [{'rfilename': name} for name in files]})
+            siblings = [{'rfilename': name} for name in files]
+            about = {'id': repo, 'sha': commit, 'private': repo in hub.private, 'siblings': siblings}
+            return self.answer(200, about)
         if kind == 'tree':
             return self.answer(200, [self.row(path, content) for path, content in files.items()])
         assert kind == 'resolve', rest

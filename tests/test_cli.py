@@ -1236,6 +1236,10 @@ def test_the_lines_that_load_a_model_of_ours_import_us(images, tmp_path, fresh_p
     assert code == 0, errors
 
 
+def test_info_takes_the_name_of_timm_s_weights_for_no_hypernetwork():
+    fails('info', 'resnet50.a1_in1k', needles=['without a tag (resnet50)'])
+
+
 def test_info_tells_what_a_hypernetwork_is(tiny_folder):
     text = succeeds('info', tiny_folder).output
     for needle in ('test_resnet', '3x32x32', 'not measured', 'weights without the classifier'):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 import sys
 import types
 from pathlib import Path
@@ -26,6 +27,7 @@ ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 DEEP = np.random.default_rng(0).integers(0, 65536, (21, 30, 4), dtype=np.uint16)
 BYTES = (DEEP >> 8).astype(np.uint8)
 BITS = DEEP[..., 0] > 30000
+NAME = 'blindspot_unet.mixed_noise'
 
 
 def pil(samples, **options):
@@ -44,6 +46,25 @@ def png_of_la16(path):
     """Grey and alpha of 16 bits, by hand: no library at hand writes it."""
     with path.open('wb') as file:
         _encode_png(file, DEEP[..., :2], {})
+
+
+def bmp_with_alpha(path):
+    """A BMP with a mask for each channel, alpha too, which PIL reads and does not write."""
+    masks = [0x00FF0000, 0x0000FF00, 0x000000FF, 0xFF000000]
+    head = struct.pack('<IiiHHIIiiII4I4s48x', 108, 30, -21, 1, 32, 3, 0, 0, 0, 0, 0, *masks, b'BGRs')
+    pixels = BYTES[..., [2, 1, 0, 3]].tobytes()
+    path.write_bytes(b'BM' + struct.pack('<IHHI', 14 + len(head) + len(pixels), 0, 0, 14 + len(head)) + head + pixels)
+
+
+def jpeg_of_long_exif(path):
+    """A JPEG whose EXIF takes two segments, which PIL joins on reading and cannot write."""
+    Image.fromarray(BYTES[..., 0]).save(path)
+    parts = [
+        b'Exif\0\0' + Image.Exif().tobytes().removeprefix(b'Exif\0\0').ljust(60_000, b'\0'),
+        b'Exif\0\0' + bytes(60_000),
+    ]
+    segments = b''.join(b'\xff\xe1' + struct.pack('>H', len(part) + 2) + part for part in parts)
+    path.write_bytes(b'\xff\xd8' + segments + path.read_bytes()[2:])
 
 
 # name: (writes it, format, depth, the samples that it holds [h, w] or [h, w, c] with alpha last)
@@ -197,6 +218,22 @@ def test_colour_profile_and_orientation_are_kept_and_the_picture_is_turned_once(
     assert seen[1][:, 12:].mean() < 0.2 * seen[1][:, :8].mean()
 
 
+def test_the_orientation_of_a_png_is_kept_where_it_stands_behind_the_pixels(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(BYTES[..., 0]).save(tmp_path / 'a.png', exif=exif)
+    content = (tmp_path / 'a.png').read_bytes()
+    start = content.index(b'eXIf') - 4
+    length = 12 + int.from_bytes(content[start : start + 4], 'big')
+    end = content.index(b'IEND') - 4
+    moved = content[:start] + content[start + length : end] + content[start : start + length] + content[end:]
+    (tmp_path / 'a.png').write_bytes(moved)
+    picture = read_picture(tmp_path / 'a.png')
+    write_picture(picture, picture.pixels, tmp_path / 'b.png')
+    with Image.open(tmp_path / 'b.png') as image:
+        assert image.getexif()[274] == 6
+
+
 REFUSED = {
     'planes.tif': (
         tiff(np.ascontiguousarray(DEEP[..., :3].transpose(2, 0, 1)), photometric='rgb', planarconfig='separate'),
@@ -206,6 +243,8 @@ REFUSED = {
     'infinite.tif': (tiff(np.full((9, 9), np.inf, np.float32)), 'NaN or infinite'),
     'moving.png': (pil(BYTES[..., :3], save_all=True, append_images=[Image.fromarray(BYTES[..., 1:])]), '2 pages'),
     'pages.tif': (tiff(DEEP[:5], photometric='minisblack'), '5 pages'),
+    'alpha.bmp': (bmp_with_alpha, 'BMP with alpha'),
+    'long exif.jpg': (jpeg_of_long_exif, 'of EXIF'),
     'a.gif': (pil(BYTES[..., 0]), 'GIF'),
     'cmyk.jpg': (lambda path: Image.fromarray(BYTES[..., :3]).convert('CMYK').save(path), 'CMYK'),
     'signed.tif': (tiff(BYTES[..., 0].astype(np.int16)), 'with a sign'),
@@ -321,7 +360,7 @@ def predicted(monkeypatch):
     calls = []
 
     def predict_denoiser(images, *, hypernet=None, device=None):
-        calls.append((images, hypernet, str(device)))
+        calls.append((images, hypernet.name, str(device)))
         return Average().eval()
 
     module = types.ModuleType('timm_pudnet.denoising.predict')
@@ -383,10 +422,10 @@ def folders(tmp_path):
 
 
 def test_every_image_is_denoised_under_its_name_in_its_format_and_depth(folders, predicted):
-    out = succeeds(folders / 'noisy', '--out', folders / 'out', '--hypernet', 'mine', '--device', 'cpu').stdout
+    out = succeeds(folders / 'noisy', '--out', folders / 'out', '--hypernet', NAME, '--device', 'cpu').stdout
     names = ['colour.png', 'deep/colour.tif', 'deep/grey.png', 'deep/thin.bmp']
     asked = [[str(folders / 'noisy' / name) for name in names if ('grey' in name) == grey] for grey in (True, False)]
-    assert predicted == [(paths, 'mine', 'cpu') for paths in asked]
+    assert predicted == [(paths, NAME, 'cpu') for paths in asked]
     files = [path for path in (folders / 'out').rglob('*') if path.is_file()]
     assert sorted(path.relative_to(folders / 'out').as_posix() for path in files) == [*names, 'side-by-side.png']
     for name in names:
@@ -397,7 +436,7 @@ def test_every_image_is_denoised_under_its_name_in_its_format_and_depth(folders,
     for needle in ('4 images', '3 in colour', '1 grey', '1x50 to 60x40', '8 and 16 bit', 'BMP, PNG, TIFF', 'on cpu'):
         assert needle in out
     assert 'for the grey ones and for those in colour' in out
-    for needle in (str(folders / 'out'), 'side-by-side.png', 'predict_denoiser', "hypernet='mine'"):
+    for needle in (str(folders / 'out'), 'side-by-side.png', 'predict_denoiser', f"hypernet='{NAME}'"):
         assert needle in out
     assert 'PSNR' not in out
     assert not [path for path in folders.iterdir() if path.name.startswith('.')]
@@ -512,6 +551,7 @@ def test_bad_folders_are_said_before_any_work(folders, predicted, nothing_writte
         fails(folders / 'empty', '--out', out, needles=['no images', folders / 'empty'])
         fails(folders / 'noissy', '--out', out, needles=['noissy', 'Did you mean noisy?'])
         fails(noisy, '--out', out, '--device', 'warp', needles=['warp'])
+        fails(noisy, '--out', out, '--hypernet', 'resnet18', needles=['resnet18', 'blindspot_unet'])
     assert not predicted
 
 
@@ -527,6 +567,18 @@ def test_clean_images_must_be_there_and_alike(folders, predicted, nothing_writte
     grey.unlink()
     fails(*arguments, needles=['grey.png', 'no clean image'])
     assert not predicted
+
+
+def test_float_files_share_one_range_and_go_with_clean_ones_of_other_depths(tmp_path, predicted, nothing_written):
+    for root in ('noisy', 'clean'):
+        (tmp_path / root).mkdir()
+        put(tmp_path / 'clean' / f'{root}.png', smooth(20, 30, 1), 0)
+        tifffile.imwrite(tmp_path / 'noisy' / f'{root}.tif', smooth(20, 30, 1).astype(np.float32))
+    succeeds(tmp_path / 'noisy', '--out', tmp_path / 'out', '--clean', tmp_path / 'clean')
+    tifffile.imwrite(tmp_path / 'noisy' / 'clean.tif', 200 * smooth(20, 30, 1).astype(np.float32))
+    with nothing_written(tmp_path):
+        needles = ['white at 255', 'white at 1', 'clean.tif', 'noisy.tif', 'scale them alike']
+        fails(tmp_path / 'noisy', '--out', tmp_path / 'more', needles=needles)
 
 
 def test_nothing_is_left_when_it_breaks_on_the_way(folders, predicted, monkeypatch, nothing_written, full_disk):

@@ -645,6 +645,67 @@ def test_a_negative_label_amid_others_is_an_error():
         read(open_images(Pairs([(noise(8, 8), 0), (noise(8, 8), -1)]), input=RGB))
 
 
+@pytest.mark.parametrize(
+    'kind',
+    [
+        Pairs,
+        lambda items: DataLoader(TensorDataset(torch.zeros(3, 3, 8, 8), torch.tensor([label for _, label in items]))),
+    ],
+)
+def test_a_first_image_without_a_label_does_not_hide_those_of_the_others(kind):
+    source = open_images(kind([(noise(8, 8), -1), (noise(8, 8), -1), (noise(8, 8), 2)]), input=RGB)
+    with pytest.raises(InputError, match='label -1 among others'):
+        read(source)
+    assert read(open_images(kind(3 * [(noise(8, 8), -1)]), input=RGB))[1] is None
+
+
+def test_names_of_classes_come_in_many_forms():
+    items = [(noise(8, 8), 0), (noise(8, 8), 1)]
+    for classes, names in {
+        'list': (['cat', 'dog'], ('cat', 'dog')),
+        'array': (np.array(['cat', 'dog']), ('cat', 'dog')),
+        'all words for a class': ([('cat', 'kitty'), ('dog',)], ('cat, kitty', 'dog')),
+        'by name': ({'dog': 1, 'cat': 0}, ('cat', 'dog')),
+        'by number': ({1: 'dog', 0: 'cat'}, ('cat', 'dog')),
+        'their number': (2, None),
+        'numbers': (torch.tensor([5, 7]), ('5', '7')),
+        'none': ([], None),
+    }.values():
+        data = Pairs(items)
+        data.classes = classes
+        assert open_images(data, input=RGB).class_names == names, classes
+
+
+@pytest.mark.parametrize('name', ['targets', 'labels', '_labels'])
+def test_labels_that_a_dataset_knows_are_numbered_without_gaps(name):
+    data = Pairs([(noise(8, 8), 3), (noise(8, 8), 7), (noise(8, 8), 3)])
+    setattr(data, name, [3, 7, 3])
+    source = open_images(data, input=RGB)
+    assert read(source)[1].tolist() == [0, 1, 0]
+    assert source.class_names == ('3', '7')
+
+
+def test_an_array_of_paths_is_a_list_of_them_and_a_tilde_is_home(folder, monkeypatch):
+    paths = sorted(str(path) for path in (folder / 'cat').iterdir())
+    assert len(read(open_images(np.array(paths), input=RGB))[0]) == len(paths)
+    monkeypatch.setenv('HOME', str(folder.parent))
+    assert open_images(f'~/{folder.name}', input=RGB).class_names == ('cat', 'dog')
+
+
+@leaves_files_open
+def test_a_table_is_no_set_of_images_and_its_column_of_classes_may_have_another_name(folder, tmp_path, monkeypatch):
+    datasets = pytest.importorskip('datasets')
+    monkeypatch.setattr('datasets.config.HF_CACHE_HOME', tmp_path)
+    table = datasets.load_dataset(str(folder), split='train', cache_dir=str(tmp_path))
+    with pytest.raises(InputError, match='is a table'):
+        open_images(table, input=RGB)
+    (tmp_path / 'set').mkdir()
+    table.rename_column('label', 'labels').to_parquet(tmp_path / 'set' / 'train.parquet')
+    source = open_images(f'hfds/{tmp_path / "set"}', input=RGB, split='train', data_dir=str(tmp_path))
+    assert read(source)[1].tolist() == [0, 0, 1, 1, 1]
+    assert source.class_names == ('cat', 'dog')
+
+
 def test_an_item_that_cannot_be_read_is_skipped():
     items = [OSError('image file is truncated'), (noise(8, 8), 1), (noise(8, 8), 0)]
     source = open_images(Pairs(items), input=RGB)

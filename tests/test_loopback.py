@@ -226,6 +226,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         'gone',
     ]
     names += ['cli dry', 'cli', 'cli again', 'cli conflict', 'release dry', 'release', 'release again']
+    names += ['hidden', 'hidden again', 'public']
     outcomes = client(
         home,
         ['push', str(whole), 'org/test_resnet.tiny', {**license, 'dry_run': True}],
@@ -247,6 +248,9 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         [*release, '--dry-run'],
         release,
         release,
+        ['push', str(whole), 'org/hidden', {**license, 'private': True}],
+        ['push', str(shards), 'org/hidden', {**license, 'private': True}],
+        ['push', str(shards), 'org/cli', {**license, 'private': True}],
     )
     return dict(zip(names, outcomes, strict=True)), whole
 
@@ -270,6 +274,15 @@ def test_a_dry_run_lists_what_a_push_then_sends_and_a_second_push_sends_nothing(
     assert json.loads(files['classes.json']) == {'seen': ['ball', 'hat'], 'unseen': {'results.json': ['mug', 'lid']}}
     assert outcomes['gone']['value'][0]['model.safetensors'] == 'gone', 'or it would hide the shards'
     assert not server.leaked, 'the token goes to the Hub only'
+
+
+def test_what_is_to_be_private_is_never_sent_to_a_public_repository(pushed, server):
+    outcomes, whole = pushed
+    assert outcomes['hidden']['value'][1]
+    assert outcomes['hidden again']['value'][1], 'one that is private already takes more'
+    assert server.private == {'org/hidden'}, 'and none is private, or public, unless that is asked for'
+    assert outcomes['public']['error'].startswith('InputError: org/cli is there and public')
+    assert server.files('org/cli')['model.safetensors'] == (whole / 'model.safetensors').read_bytes()
 
 
 def test_a_hypernetwork_pushes_itself_from_the_folder_that_holds_it_and_from_no_other(pushed, server):
@@ -513,6 +526,7 @@ def test_offline_the_cache_serves_the_same_bits_and_says_what_it_lacks(pulled, c
     outcomes = client(pulled[0], *steps, HF_HUB_OFFLINE='1')
     assert [outcome.get('value') for outcome in outcomes[:4]] == [digest] * 4
     assert 'snapshots' in outcomes[4]['value']
+    assert 'was not asked for' in outcomes[4]['warnings'][0]
     for outcome, needle in zip(outcomes[5:], ['org/never', 'test_resnet.never', 'damaged', 'org/wrong'], strict=True):
         assert needle in outcome['error']
         assert 'HF_HUB_OFFLINE' in outcome['error']

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -16,6 +17,7 @@ from torch.testing import assert_close
 
 from timm_pudnet.config import DamagedFileError, InputConfig, InputError, PudNetWarning
 from timm_pudnet.hypernet import PudNet
+from timm_pudnet.predict import save_model
 from timm_pudnet.training import Augmentation, Data, ImageBank, LossWeights, meta_train, train_plain
 from timm_pudnet.training import run as engine
 
@@ -589,6 +591,36 @@ def test_a_checkpoint_of_another_recipe_or_kind_is_refused(make_recipe, bank, tm
         with pytest.raises(InputError) as error:
             run(train, recipe, tmp_path, bank)
         one_line(error, tmp_path / engine.CHECKPOINT_NAME, 'another recipe')
+
+
+def test_a_checkpoint_of_other_images_or_another_start_is_refused(make_recipe, bank, tmp_path, one_line):
+    model = timm.create_model('test_resnet', num_classes=0)
+    started = make_recipe(start=str(save_model(model, tmp_path / 'start')), hypernet={'generator': 'residual'})
+    run(meta_train, started, tmp_path / 'run', bank, max_steps=1)
+    run(meta_train, started, tmp_path / 'run', bank, max_steps=2)
+    other = ImageBank(bank.images.clone(), bank.labels, bank.class_names)
+    other.images[0, 0, 0, 0] ^= 1
+    for images in (other, ImageBank(bank.images, bank.labels, [f'{name}s' for name in bank.class_names])):
+        with pytest.raises(InputError) as error:
+            run(meta_train, started, tmp_path / 'run', images)
+        one_line(error, tmp_path / 'run' / engine.CHECKPOINT_NAME, 'other images, or from another start')
+    with torch.no_grad():
+        model.conv1[0].weight.add_(1)
+    shutil.rmtree(tmp_path / 'start')
+    save_model(model, tmp_path / 'start')
+    with pytest.raises(InputError, match='another start'):
+        run(meta_train, started, tmp_path / 'run', bank)
+
+
+def test_the_cost_counts_the_images_that_were_shown(make_recipe, bank):
+    """Of a set with fewer classes than a group has by the recipe; and those that the sketch encoder alone saw."""
+    groups = {'n_way': 5, 'n_shot': 1, 'n_query': 1, 'turns': 1, 'sketch_groups': 2, 'sketch_images': 3}
+    recipe = make_recipe(2, groups=groups, losses=LossWeights(sketch=0.1))
+    sampler = loop.group_sampler(recipe, [bank])
+    shown = [len(sampler.draw(number).support) + len(sampler.draw(number).query) for number in range(2)]
+    cost = meta_train(recipe, banks=[bank], device='cpu', progress=False).config.training
+    assert (cost['images'], cost['sketch_images']) == (sum(shown), 2 * sampler.draw_halves(0).flatten(0, 2).shape[0])
+    assert cost['images'] != 2 * recipe.images_per_step
 
 
 @pytest.mark.parametrize('keep', [0.0, 0.5, 0.999])

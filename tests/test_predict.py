@@ -42,7 +42,7 @@ from timm_pudnet import (
 )
 from timm_pudnet import predict as room
 from timm_pudnet.adapt import StreamingRidge, ridge_classifier, self_training_classifier
-from timm_pudnet.hypernet import folder_written_whole, usable_device, written_whole
+from timm_pudnet.hypernet import folder_written_whole, on_device, usable_device, written_whole
 from timm_pudnet.sketch import ImageSample
 
 NAMES = ('cup', 'jar', 'pan')
@@ -355,7 +355,7 @@ def test_pretrained_cfg_says_what_timm_needs(net, model, support):
     data = timm.data.resolve_model_data_config(model)
     assert {name: data[name] for name in vars_of(net.config.input)} == vars_of(net.config.input)
     assert timm.data.resolve_model_data_config(model, use_test_size=True) == data
-    for name in ('url', 'hf_hub_id', 'license', 'origin_url', 'paper_ids', 'first_conv'):
+    for name in ('url', 'hf_hub_id', 'license', 'origin_url', 'paper_ids'):
         assert not cfg.get(name), name
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     assert len(pickle.dumps(model)) < 1.2 * weights, 'a copy of the weights is kept somewhere'
@@ -507,8 +507,8 @@ def test_of_very_many_unlabelled_images_a_sample_is_used(net, support, pictures,
     ('kwargs', 'needles'),
     [
         ({'head': 'centroid'}, ['head centroid', 'unlabelled']),
-        ({'head': 'none'}, ['head none', 'unlabelled']),
-        ({'num_classes': 0}, ['head none', 'unlabelled']),
+        ({'head': 'none'}, ['head="none"', 'unlabelled']),
+        ({'num_classes': 0}, ['num_classes=0', 'unlabelled']),
         ({'labels': None}, ['label', 'images']),
     ],
 )
@@ -685,6 +685,48 @@ def test_dropout_and_stochastic_depth_travel(net, folder, model, query):
     assert (found.drop_rate, 'DropPath' in kinds) == (0.25, True)
 
 
+@pytest.mark.parametrize(
+    ('kwargs', 'needles'),
+    [
+        ({'head': 'none', 'num_classes': 3}, ['head="none"', 'num_classes=3']),
+        ({'features_only': True, 'num_classes': 3}, ['features_only=True', 'num_classes=3']),
+        ({'head': 'ridge', 'num_classes': 0}, ['num_classes=0', "'ridge'"]),
+        ({'head': 'centroid', 'features_only': True}, ['features_only=True', "'centroid'"]),
+        ({'num_classes': 0, 'unlabelled': 'nowhere'}, ['num_classes=0', 'unlabelled']),
+        ({'num_classes': 7}, ['num_classes is 7', '3 classes']),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_told_before_an_image_is_read(
+    kwargs, needles, net, folder, one_line, monkeypatch
+):
+    monkeypatch.setattr(Image, 'open', None)
+    with pytest.raises(InputError) as error:
+        predict_model('test_resnet', folder, hypernet=net, **kwargs)
+    one_line(error, *needles)
+
+
+def test_labels_with_gaps_are_told_for_what_they_are(net, support, one_line):
+    pairs = [(Image.fromarray(pixels), 3 + 10**9 * (row % 2)) for row, pixels in enumerate(support[0])]
+
+    class Pairs(Dataset):
+        def __len__(self):
+            return len(pairs)
+
+        def __getitem__(self, row):
+            return pairs[row]
+
+    with pytest.raises(InputError) as error:
+        predict_model('test_resnet', Pairs(), hypernet=net)
+    one_line(error, '1000000003', 'only 2', 'make them 0 to 1', 'labels=')
+
+
+def test_a_saved_model_takes_other_channels_as_any_of_timm_s(model, tmp_path):
+    folder = save_model(model, tmp_path / 'model')
+    grey = timm.create_model(f'local-dir:{folder}', pretrained=True, in_chans=1)
+    key = f'{model.pretrained_cfg["first_conv"]}.weight'
+    assert_close(grey.state_dict()[key], model.state_dict()[key].sum(1, keepdim=True))
+
+
 def test_arguments_of_the_target_itself_are_in_the_hypernetwork(pictures):
     config = {'model_kwargs': {'stem_width': 8, 'in_chans': 1}, 'sketch_width': 8}
     input = InputConfig(input_size=(1, 32, 32), mean=(0.4,), std=(0.3,))
@@ -742,6 +784,44 @@ def test_a_hypernetwork_that_is_not_there_is_named(hypernet, support, one_line, 
 
 
 # What the caller owns
+
+
+class Double:
+    """Float64 by default."""
+
+    def __enter__(self):
+        torch.set_default_dtype(torch.float64)
+
+    def __exit__(self, *_):
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ('surroundings', 'what'),
+    [
+        (lambda: torch.device('meta'), torch.get_default_device),
+        (lambda: torch.autocast('cpu', torch.bfloat16), lambda: torch.is_autocast_enabled('cpu')),
+        (Double, torch.get_default_dtype),
+    ],
+)
+def test_torch_s_defaults_as_the_caller_has_them_change_nothing_and_stay(
+    surroundings, what, tiny_folder, support, model, query
+):
+    with surroundings():
+        before = what()
+        found = predict_model('test_resnet', *support, hypernet=tiny_folder)
+        sketch = load_hypernet(tiny_folder).sketch(support[0])
+        assert what() == before
+    same_model(found, model, query[0])
+    assert {value.device.type for value in found.state_dict().values()} == {'cpu'}
+    assert (sketch.dtype, sketch.device.type) == (torch.float32, 'cpu')
+
+
+def test_a_hypernetwork_of_the_caller_s_is_copied_to_another_device_and_one_of_ours_moved(own):
+    there = on_device(own, torch.device('meta'), own)
+    assert (there.device.type, own.device.type) == ('meta', 'cpu')
+    assert on_device(own, torch.device('cpu'), own) is own
+    assert on_device(own, torch.device('meta'), 'its name') is own
 
 
 @pytest.fixture

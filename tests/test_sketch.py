@@ -216,7 +216,7 @@ def test_sample_is_the_images_of_the_smallest_keys_whatever_the_order(order, chu
     assert sample.labels is None if not labelled else sample.labels.tolist() == expected
     assert sample.complete == (size >= 30)
     assert sample.seen == 30
-    assert sample.top_label == (29 if labelled else -1)
+    assert sample.classes == (set(range(30)) if labelled else set())
 
 
 def test_sample_is_not_chosen_by_brightness():

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from timm_pudnet import PudNet, load_hypernet, save_model
 from timm_pudnet.config import InputError, NotFoundError
+from timm_pudnet.hypernet import save_tensors
 from timm_pudnet.training import Data, ImageBank, LossWeights, meta_train, train_plain, try_recipe
 from timm_pudnet.training.run import config_fields
 
@@ -62,6 +63,28 @@ def test_a_start_that_was_trained_on_an_unseen_class_is_refused(train, make_reci
         train(with_unseen('lid', 'jar'), banks=[bank], device='cpu', progress=False)
     one_line(error, folder, "'jar'", 'unseen')
     train(with_unseen('lid'), banks=[bank], device='cpu', progress=False)
+
+
+def test_a_model_says_which_classes_it_has_seen(start, make_recipe, bank, tmp_path, one_line):
+    """By its labels; and by what `train --plain` writes beside it, through every further stage."""
+    _, folder = start
+    save_tensors({'whitening': torch.eye(2)}, loop.whitening_path(folder), {'classes': '["jar"]'})
+    named = timm.create_model('test_resnet', num_classes=2)
+    named.pretrained_cfg.update(label_names=['lid', 'pan'], num_classes=2)
+    named = save_model(named, tmp_path / 'named')
+    for model, seen in ((folder, ('jar',)), (named, ('lid', 'pan'))):
+        assert loop.seen_by(str(model)) == seen
+
+        def with_unseen(name, model=model):
+            data = (Data(images='nowhere', unseen=(name,)),)
+            return make_recipe(1, start=str(model), hypernet=RESIDUAL, data=data)
+
+        with pytest.raises(InputError) as error:
+            meta_train(with_unseen(seen[0]), banks=[bank], device='cpu', progress=False)
+        one_line(error, model, repr(seen[0]), 'unseen')
+        hypernet = meta_train(with_unseen('cup'), banks=[bank], device='cpu', progress=False)
+        assert hypernet.config.class_names == tuple(dict.fromkeys((*seen, *bank.class_names)))
+        assert hypernet.config.training['start'] == str(model)
 
 
 def test_timm_s_own_weights_are_a_start(start, make_recipe, bank, monkeypatch):

@@ -11,11 +11,10 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -329,6 +328,7 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
     from timm_pudnet.predict import save_model
 
     loaded = training.Recipe.load(recipe)
+    text = recipe.read_bytes()  # now: the file may be another one when training is done
     if loaded.denoising is not None and (short or data_dir):
         option = '--short' if short else '--data-dir'
         raise InputError(f'{recipe}: {option} is not for recipes of denoisers: leave it out')
@@ -338,7 +338,8 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
             raise InputError(
                 f'--short writes nothing and tries no control: leave {"--plain" if plain else "--out"} out'
             )
-        _try_recipe(loaded, training.load_banks(loaded, data_dir, progress=True), device)
+        where = usable_device(device)
+        _try_recipe(loaded, training.load_banks(loaded, data_dir, progress=True), where)
         return
     if out is None:
         raise InputError('--out is missing: name a folder for the result, or try the recipe with --short')
@@ -375,8 +376,9 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         if not first:
             return
         if whitening is not None:
-            with written_whole(_whitening_path(result)) as beside:
-                save_tensors({'whitening': whitening}, beside, {})
+            seen = json.dumps(training.classes_seen(loaded, banks))
+            with written_whole(training.whitening_path(result)) as beside:
+                save_tensors({'whitening': whitening}, beside, {'classes': seen})
         save_model(model, result)
     else:
         trainer = training.meta_train if loaded.denoising is None else denoising.meta_train_denoiser
@@ -384,9 +386,9 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         if not first:
             return
         hypernet.save_pretrained(out, half=True)
-        if recipe.resolve() != (out / 'recipe.toml').resolve():
+        if not recipe.exists() or recipe.resolve() != (out / 'recipe.toml').resolve():
             with written_whole(out / 'recipe.toml') as beside:
-                shutil.copyfile(recipe, beside)
+                beside.write_bytes(text)
     name = str(out) if len(out.parts) > 1 else f'./{out}'  # a folder's name, whatever hypernetwork is called so
     words = ['timm-pudnet', 'evaluate', name, loaded.data[0].images]
     root = data_dir or loaded.data[0].data_dir
@@ -476,10 +478,6 @@ def evaluate(
     split: str,
 ) -> None:
     """Measure HYPERNET on those classes of IMAGES that it was not trained on, beside its controls."""
-    import safetensors.torch
-    import timm
-    from safetensors import SafetensorError
-
     from timm_pudnet import evaluation
     from timm_pudnet.files import config_sha256, weights_sha256
     from timm_pudnet.hub import load_hypernet
@@ -522,6 +520,8 @@ def evaluate(
             f'{network.name} predicts a {network.config.model_name}, which does not classify; denoisers are '
             'measured by hub/denoising.py, or by timm-pudnet denoise --clean'
         )
+    rivals = _read_controls(controls)
+    network = network.to(usable_device(device))
     config = bank_input(network.config.input)
     source = open_images(images, input=config, split=split, data_dir=data_dir)
     whole = None
@@ -561,18 +561,6 @@ def evaluate(
         conditions=conditions,
         n_unlabelled=n_unlabelled,
     )
-    rivals = {}
-    for path in controls:
-        if path.name in rivals:
-            raise InputError(f'--control {path}: another control is called {path.name} too; rename its folder')
-        if not _whitening_path(path).is_file():
-            raise InputError(f'--control {path}: {_whitening_path(path)} is not there; `train --plain` writes both')
-        try:
-            model = timm.create_model(f'local-dir:{path}', pretrained=True)
-            rivals[path.name] = model, safetensors.torch.load_file(_whitening_path(path))['whitening']
-        except (RuntimeError, ValueError, KeyError, AssertionError, OSError, SafetensorError) as error:
-            raise InputError(f'--control {path} holds no timm model: {error}') from error
-    network = network.to(usable_device(device))
     click.echo(f'Measuring  {len(drawn):,} groups on {network.device}')
     result = evaluation.evaluate(
         network,
@@ -592,7 +580,8 @@ def evaluate(
     click.echo(evaluation.format_table(result))
     if save:
         named = Path(images).name if Path(images).is_absolute() else images
-        result.update(**hashes, images=named, split=split, support_split=support_split)
+        folder = Path(images).is_dir()  # which has no splits
+        result.update(**hashes, images=named, split=None if folder else split, support_split=support_split)
         ending = 'json' if protocol is None else f'{protocol}.json'
         results, listed = (Path(hypernet) / f'{name}.{ending}' for name in ('results', 'groups'))
         verb = 'Replaced  ' if results.exists() else 'Wrote     '
@@ -601,6 +590,29 @@ def evaluate(
             drawn.save(listed)
         click.echo(f'{verb} {results}, {listed}. Next:')
         click.echo(f'\n    {shlex.join(["timm-pudnet", "push", hypernet, f"ORG/{network.name}", "--dry-run"])}\n')
+
+
+def _read_controls(paths: Sequence[Path]) -> dict[str, Any]:
+    """Controls that `train --plain` wrote, with their whitening, by the names of their folders."""
+    import safetensors.torch
+    import timm
+    from safetensors import SafetensorError
+
+    from timm_pudnet.training import whitening_path
+
+    found: dict[str, Any] = {}
+    for path in paths:
+        if path.name in found:
+            raise InputError(f'--control {path}: another control is called {path.name} too; rename its folder')
+        beside = whitening_path(path)
+        if not beside.is_file():
+            raise InputError(f'--control {path}: {beside} is not there; `train --plain` writes both')
+        try:
+            model = timm.create_model(f'local-dir:{path}', pretrained=True)
+            found[path.name] = model, safetensors.torch.load_file(beside)['whitening']
+        except (RuntimeError, ValueError, KeyError, AssertionError, OSError, SafetensorError) as error:
+            raise InputError(f'--control {path} holds no timm model: {error}') from error
+    return found
 
 
 def _labels_a_class(text: str, support_split: str | None) -> int | Literal['all']:
@@ -708,7 +720,8 @@ def finetune(
         best = run.best
         assert best is not None
         low, high = share_interval(best['right'], kept)
-        was = '' if run.before is None else f'; {run.before["accuracy"]:.1f}% before'
+        flattered = ' (flattered, if it was predicted from these images)' if Path(model).is_dir() else ''
+        was = '' if run.before is None else f'; {run.before["accuracy"]:.1f}% before{flattered}'
         click.echo(
             f'Accuracy   {best["accuracy"]:.1f}% on the images kept aside ({best["right"]} of {kept}; 95 % interval '
             f'{low:.1%} to {high:.1%}{was}). They chose the epoch: new images may do a little worse'
@@ -859,6 +872,7 @@ def denoise(
     from timm_pudnet.denoising import pictures
     from timm_pudnet.denoising.predict import predict_denoiser
     from timm_pudnet.denoising.tiles import denoise
+    from timm_pudnet.hub import resolve_hypernet
     from timm_pudnet.hypernet import folder_written_whole, usable_device
 
     for given, folder in (('IMAGES', images), ('--clean', clean)):
@@ -868,12 +882,14 @@ def denoise(
         raise InputError(f'--clean {clean} is IMAGES or lies in it ({images}): keep clean images apart')
     room.check_output(out)
     where = usable_device(device)
+    network = resolve_hypernet('blindspot_unet', hypernet)
     paths = pictures.list_pictures(images)
     partners = {} if clean is None else pictures.pair_pictures(paths, clean)
 
     # A first look at all of them, so that what is wrong with one is said before the work.
     found: dict[str, dict[str, Any]] = {}
     skipped: list[str] = []
+    whites: dict[float, Path] = {}  # of float files, whose pixels do not tell it
     for name, path in tqdm(paths.items(), desc='Reading', unit='image', delay=2):
         try:
             picture = pictures.read_picture(path)
@@ -886,9 +902,14 @@ def denoise(
             pictures.check_pair(path, picture, partners[name], pictures.read_picture(partners[name]))
         chans, height, width = picture.pixels.shape
         found[name] = {'size': (height, width), 'channels': chans, 'depth': picture.depth, 'format': picture.format}
+        if picture.depth == 32:
+            whites.setdefault(picture.white, path)
     some = '; '.join(skipped[:3]) + ('; ...' if len(skipped) > 3 else '')
     if not found:
         raise InputError(f'none of the {len(paths):,} images of {images} can be denoised: {some}')
+    if len(whites) > 1:
+        (low, one), (high, other) = list(whites.items())[:2]
+        raise InputError(f'{one} has white at {low:g}, {other} at {high:g}, by their largest values: scale them alike')
     if skipped:
         warnings.warn(f'skipped {len(skipped):,} of {len(paths):,} images: {some}', PudNetWarning, stacklevel=2)
     click.echo(f'Found      {_of_kinds(found)} in {images}{"" if clean is None else f", clean ones in {clean}"}')
@@ -897,7 +918,7 @@ def denoise(
     models = {
         channels: predict_denoiser(
             [str(paths[name]) for name, facts in found.items() if facts['channels'] == channels],
-            hypernet=hypernet,
+            hypernet=network,
             device=where,
         )
         for channels in sorted({facts['channels'] for facts in found.values()})
@@ -1029,9 +1050,14 @@ def info(
     model_kwargs: tuple[str, ...],
 ) -> None:
     """Show what a hypernetwork for the timm architecture NAME would be, or what the hypernetwork NAME is."""
+    import timm
+
     from timm_pudnet.hub import describe_hypernet, list_hypernets
     from timm_pudnet.hypernet import copy_speed, plan_hypernet
+    from timm_pudnet.target import check_architecture
 
+    if '.' in name and timm.models.is_model_pretrained(name):
+        check_architecture(name)  # says that it goes without the tag
     if re.search(r'[./:]', name) or (Path(name) / 'config.json').is_file():  # no name of an architecture
         found = describe_hypernet(name)
         context = click.get_current_context()
@@ -1042,7 +1068,8 @@ def info(
         click.echo(f'Hypernet   {found}')
         assert found.config is not None  # as of all but those listed by the Hub
         config, model_name = found.config, found.model_name
-        click.echo(f'Seen       {len(config.class_names)} classes: {_some(config.class_names)}')
+        if config.class_names:  # denoisers have none
+            click.echo(f'Seen       {len(config.class_names)} classes: {_some(config.class_names)}')
         click.echo(f'Input      {"x".join(map(str, config.input.input_size))}, mean {config.input.mean}')
         click.echo(f'Training   {", ".join(f"{key} {value}" for key, value in config.training.items()) or "not told"}')
         plan = plan_hypernet(**vars(config))
@@ -1113,7 +1140,8 @@ def pull(name: str) -> None:
     folder = hub.pull(name)
     info = hub.describe_hypernet(folder)
     click.echo(f'At hand    {folder} ({info.size / 1e6:.0f} MB, {info.license or "no licence"})')
-    click.echo(f'\n    timm-pudnet predict {info.model_name} IMAGES --hypernet {shlex.quote(name)}\n')
+    words = f'predict {info.model_name} IMAGES' if info.psnr is None else 'denoise NOISY --out denoised'
+    click.echo(f'\n    timm-pudnet {words} --hypernet {shlex.quote(name)}\n')
 
 
 @main.command()
@@ -1136,10 +1164,6 @@ def push(folder: Path, repo: str, dry_run: bool, private: bool, license_: str | 
         click.echo('Nothing sent: leave out --dry-run to publish')
     else:
         click.echo(f'Published  {pushed.address}')
-
-
-def _whitening_path(control: Path) -> Path:
-    return control.with_name(f'{control.name}.whitening.safetensors')
 
 
 def _some(names: tuple[str, ...], most: int = 8) -> str:

@@ -206,6 +206,8 @@ class PudNetConfig:
         for name in ('model_kwargs', 'generator_kwargs', 'training', 'library_versions'):
             if not isinstance(getattr(self, name), dict):
                 raise InputError(f'{name} must be a mapping, got {getattr(self, name)!r}')
+        object.__setattr__(self, 'model_kwargs', _as_json(self.model_kwargs))
+        _check_model_kwargs(self.model_kwargs)  # else what comes of it could not be read again
         if not 0 <= self.eta <= 1:
             raise InputError(f'eta must be in [0, 1], got {self.eta}')
         if not 0 <= self.min_predicted <= 1:
@@ -246,7 +248,6 @@ class PudNetConfig:
             if not isinstance(given, Mapping):
                 raise InputError(f'input must be an object, got {shown(given)}')
             values['input'] = InputConfig(**_known('config.json, input', InputConfig, given))
-            check_model_kwargs(values.get('model_kwargs', {}))
             return cls(**values)
         except (TypeError, AttributeError, ValueError, OverflowError) as error:
             raise DamagedFileError(str(error)) from error
@@ -288,7 +289,14 @@ _NOT_FROM_A_FILE = {'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'p
 _NOT_FROM_A_FILE |= {'cache_dir', 'num_classes', 'scriptable', 'exportable', 'no_jit', 'features_only'}
 
 
-def check_model_kwargs(given: Mapping[str, Any]) -> None:
+def _as_json(value: Any) -> Any:
+    """With lists in place of tuples, as JSON gives it back."""
+    if isinstance(value, dict):
+        return {key: _as_json(inner) for key, inner in value.items()}
+    return [_as_json(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _check_model_kwargs(given: Mapping[str, Any]) -> None:
     """Refuses what no architecture needs: a stranger may have written it, and timm builds whatever it is told to."""
 
     def plain(value: Any, depth: int) -> bool:

@@ -187,7 +187,7 @@ def _describe(name: str, where: str, folder: Path) -> HypernetInfo:
 def _accuracy(folder: Path) -> dict[str, Any] | None:
     """The accuracy of the first results file, results.json where there is one."""
     for path in _results_of(folder):
-        with contextlib.suppress(DamagedFileError, KeyError, TypeError, ValueError):
+        with contextlib.suppress(DamagedFileError, KeyError, TypeError, ValueError, OverflowError):
             found = read_json(path)
             row = {name: float(found['accuracy']['predicted'][name]) for name in ('mean', 'interval')}
             return {**row, **{name: shown(found[name]) for name in ('n_way', 'n_shot', 'groups')}}
@@ -195,14 +195,14 @@ def _accuracy(folder: Path) -> dict[str, Any] | None:
 
 
 def _results_of(folder: Path) -> list[Path]:
-    """Its results files, results.json first."""
-    return sorted(folder.glob('results*.json'), key=lambda path: (path.name != 'results.json', path.name))
+    """Its results files, results.json first, and results.NAME.json before results.NAME-more.json."""
+    return sorted(folder.glob('results*.json'), key=lambda path: path.stem)
 
 
 def _psnr(folder: Path) -> dict[str, Any] | None:
     """The PSNR under the first noise of the first results file of a denoiser."""
     for path in _results_of(folder):
-        with contextlib.suppress(DamagedFileError, KeyError, TypeError, ValueError, IndexError):
+        with contextlib.suppress(DamagedFileError, KeyError, TypeError, ValueError, IndexError, OverflowError):
             one = read_json(path)['noises'][0]
             row = {name: float(one['psnr']['predicted'][name]) for name in ('mean', 'interval')}
             return {**row, 'sigma': float(one['sigma']), 'reading': shown(one['reading']), 'file': path.name}
@@ -223,12 +223,15 @@ def _of_card(row: Mapping[str, Any]) -> HypernetInfo:
     """What the card of a repository says, as the Hub gives it."""
     card = row.get('cardData')
     card = card if isinstance(card, dict) else {}
-    accuracy = None
-    with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
+    accuracy = psnr = None
+    with contextlib.suppress(KeyError, TypeError, IndexError, ValueError, OverflowError):
         metric = card['model-index'][0]['results'][0]['metrics'][0]
         about = metric.get('args') or {}
-        texts = {name: shown(about[name]) for name in ('n_way', 'n_shot')}
-        accuracy = {'mean': float(metric['value']), 'interval': float(about['interval']), **texts}
+        mean = {'mean': float(metric['value']), 'interval': float(about['interval'])}
+        if metric.get('type') == 'psnr':
+            psnr = {**mean, 'sigma': float(about['sigma']), 'reading': shown(about['reading'])}
+        else:
+            accuracy = {**mean, **{name: shown(about[name]) for name in ('n_way', 'n_shot')}}
     name = row['id']
     license = card.get('license')
     return HypernetInfo(
@@ -236,6 +239,7 @@ def _of_card(row: Mapping[str, Any]) -> HypernetInfo:
         where='hub',
         model_name=name.partition('/')[2].partition('.')[0],
         accuracy=accuracy,
+        psnr=psnr,
         license=shown(license, 60) if isinstance(license, str) else None,
     )
 
@@ -277,7 +281,7 @@ def _folder(name: str | os.PathLike[str], refresh: bool = False) -> Path:
     if not isinstance(name, (str, os.PathLike)):
         raise InputError(f'hypernet must be a PudNet, a folder or a name, not a {type(name).__name__}')
     text, at_hand = os.fspath(name), embedded()
-    path, known = Path(text).expanduser(), f'At hand: {", ".join(at_hand) or "none"}'
+    path, known = remote.local_path(text), f'At hand: {", ".join(at_hand) or "none"}'
     absent = NotFoundError(f'{shown(text, 200)}: no such folder of a hypernetwork. {known}')
     if not isinstance(name, str):  # a Path is a folder
         if path.is_dir():
@@ -383,12 +387,13 @@ def push(
             timm model.
         repo: `org/name` on the Hub; made where there is none.
         license: Of the card, where the folder has no `README.md` that says one.
-        private: Whether a repository that is made is private.
+        private: Whether a repository that is made is private; by default as its owner has set it.
         dry_run: Only compare.
         message: Of the commit.
 
     Raises:
-        InputError: The folder is incomplete, its results are of other weights, or the name is not one of the Hub.
+        InputError: The folder is incomplete, its results are of other weights, the name is not one of the Hub, or
+            `private` is asked for and the repository is there and public.
         DamagedFileError: Its files are damaged.
         HubError: The Hub cannot be asked, or refuses.
     """
@@ -491,7 +496,7 @@ def hypernet_card(
     from huggingface_hub import EvalResult, ModelCard
 
     own = folder / 'README.md'
-    card = ModelCard(own.read_text(encoding='utf-8') if own.is_file() else _plain_card(hypernet, results, repo))
+    card = _own_card(own) if own.is_file() else ModelCard(_plain_card(hypernet, results, repo))
     data = card.data.to_dict()
     data.pop('model-index', None)
     data['library_name'] = 'timm-pudnet'
@@ -536,6 +541,22 @@ def hypernet_card(
     return str(card)
 
 
+def _own_card(path: Path) -> Any:
+    """A folder's card.
+
+    Raises:
+        InputError: It is no text, or its header is none that the Hub understands.
+    """
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        return ModelCard(path.read_text(encoding='utf-8'))
+    except (YAMLError, ValueError, TypeError) as error:  # UnicodeDecodeError too
+        reason = shown(' '.join(str(error).split()), 160)
+        raise InputError(f'{path}: mend its header, the lines between ---, which cannot be read ({reason})') from error
+
+
 def _budget(found: Mapping[str, Any]) -> str:
     """Classes, labels and groups of a result, in words."""
     others = f' and {found["n_unlabelled"]} images without' if found.get('n_unlabelled') else ''
@@ -555,7 +576,13 @@ def _psnr_result(file: str, found: Mapping[str, Any], condition: Mapping[str, An
         metric_type='psnr',
         metric_name='PSNR in dB',
         metric_value=round(float(row['mean']), 2),
-        metric_args={'interval': round(float(row['interval']), 2), 'interval_is': 'half-width, 95 %'},
+        metric_args={
+            'interval': round(float(row['interval']), 2),
+            'interval_is': 'half-width, 95 %',
+            'sigma': float(condition['sigma']),
+            'reading': condition['reading'],
+            'turns': found.get('turns', 1),
+        },
     )
 
 
@@ -626,9 +653,9 @@ def model_files(folder: Path, repo: str, license: str | None = None) -> dict[str
     read_header(folder / WEIGHTS_NAME)
     own = folder / 'README.md'
     if own.is_file():
+        its = _own_card(own)
         card = own.read_text(encoding='utf-8')
         if license:
-            its = ModelCard(card)
             its.data['license'] = _licence(folder, its.data.to_dict(), license)
             card = str(its)
     else:

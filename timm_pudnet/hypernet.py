@@ -5,6 +5,7 @@ Dimension letters: `n` images, `c h w` an image, `m` width of the sketch, `L` pr
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.metadata
 import json
@@ -63,6 +64,29 @@ MOST_PARAMETERS = 15_000_000  # of a hypernetwork with the paper's generators: 3
 # which the hypernetwork has at most so many times the target's weights.
 RESIDUAL_SIZES = ((128, 4), (64, 4), (32, 4), (16, 4), (16, 2), (16, 1), (8, 1))
 MOST_OF_TARGET = 1.1
+
+
+def on_device(network: PudNet, device: torch.device, given: Any) -> PudNet:
+    """The hypernetwork on a device; a copy where it is the one that the caller has `given`, which stays where it is."""
+    if network.device == torch.empty(0, device=device).device:  # with its number: cuda:0, not cuda
+        return network
+    return (copy.deepcopy(network) if network is given else network).to(device)
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """Torch's defaults as they are at first, whatever the caller has set: float32, tensors on the CPU, no autocast."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        if torch.get_default_device() != torch.device('cpu'):
+            stack.enter_context(torch.device('cpu'))
+        for kind in ('cpu', 'cuda', 'mps'):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        yield
 
 
 class PudNet(nn.Module):
@@ -201,6 +225,7 @@ class PudNet(nn.Module):
         for key, room, place in self._places:
             room[place].copy_(weights[key])
 
+    @own_defaults()
     def sketch(self, images: Any, labels: Any = None, *, balance: Balance | None = None, **kwargs: Any) -> Tensor:
         """The sketch `[m]` of an image set (eq. 3), read once, in memory that does not grow with it.
 
@@ -376,6 +401,7 @@ class PudNet(nn.Module):
         return folder
 
     @classmethod
+    @own_defaults()
     def from_pretrained(cls, name: str | os.PathLike[str]) -> PudNet:
         """Reads what `save_pretrained` wrote; ready to predict (eval mode, float32).
 

@@ -123,6 +123,7 @@ class ImageSource:
         self._positions = np.arange(0 if self._is_stream else len(data))
         if not self._is_stream and not len(data):
             raise InputError(f'no images: {where} is empty')
+        self._without = False  # whether the first item has the label -1, of none
         self.labelled = self._peek(with_labels)
         self.description = self._describe()
 
@@ -250,7 +251,8 @@ class ImageSource:
         if labels is None or not with_labels:
             return False
         # timm's datasets give -1 where there is no label.
-        return bool((_to_label_tensor(labels if self._batched else [labels], self._where) >= 0).any())
+        self._without = not bool((_to_label_tensor(labels if self._batched else [labels], self._where) >= 0).any())
+        return not self._without
 
     def name(self, row: int) -> str:
         """Name of an image by its row: its path in the folder, or its number."""
@@ -335,7 +337,7 @@ class ImageSource:
                 return found + list(itertools.chain.from_iterable(pool.map(read, parts)))
 
     def _labels_of(self, rows: range, read_labels: Any, kept: list[int]) -> Tensor | None:
-        if not self.labelled:
+        if not self.labelled and not self._without:
             return None
         if self.labels is not None:
             if rows.stop > len(self.labels):
@@ -344,8 +346,11 @@ class ImageSource:
         labels = _to_label_tensor(read_labels, self._where)
         if len(labels) != len(rows):
             raise InputError(f'{self._where}: a batch of {len(rows)} images with {len(labels)} labels')
-        if (labels[kept] < 0).any():
-            raise InputError(f'{self._where}: label {labels[kept].min().item()} among others; give all in labels=...')
+        if self._without and (labels[kept] < 0).all():
+            return None
+        lowest = -1 if self._without else min(labels[kept].tolist(), default=0)
+        if lowest < 0:
+            raise InputError(f'{self._where}: label {lowest} among others; give all in labels=...')
         if self._renumber is None:
             return labels[kept]
         numbers = [self._renumber.get(label) for label in labels[kept].tolist()]
@@ -471,11 +476,13 @@ def open_images(
             raise InputError(f'{images.description}: opened already, with its own labels and input')
         return images
     names = found_labels = class_names = renumber = None
+    if isinstance(images, np.ndarray) and images.size and isinstance(images.flat[0], (str, os.PathLike)):
+        images = images.tolist()  # of paths: a column of a table
     if isinstance(images, str) and is_timm_name(images):
         where = images
         images = _timm_dataset(images, data_dir, split, input.input_size[0])
     elif isinstance(images, (str, os.PathLike)):
-        where = os.fspath(images)
+        where = os.path.expanduser(os.fspath(images))
         images, names, found_labels, class_names = scan_folder(where, with_labels)
     elif isinstance(images, Image.Image):
         raise InputError('one PIL image: pass a list of images, or the folder that holds them')
@@ -491,6 +498,11 @@ def open_images(
                 raise InputError(f'images[{index}] is a {type(image).__name__}, not a path, image, array or tensor')
     elif isinstance(images, (Dataset, DataLoader)):
         where = type(images).__name__
+    elif hasattr(images, 'column_names'):
+        raise InputError(
+            f'images: a {type(images).__module__}.{type(images).__name__} is a table: pass a column of it that holds '
+            'images, as a list, and another one as labels; or hfds/NAME'
+        )
     else:
         raise InputError(f'images: a {type(images).__name__} cannot be read; pass {_ACCEPTED}')
 
@@ -846,7 +858,8 @@ def _split_item(item: Any, where: str, batched: bool = False) -> tuple[Any, Any]
     image, label = (*item, None)[:2] if isinstance(item, (tuple, list)) and item else (item, None)
     if not isinstance(image, (np.ndarray, Tensor) if batched else (np.ndarray, Tensor, Image.Image)):
         wanted = 'a tensor or (tensor, labels)' if batched else 'an image or (image, label)'
-        raise InputError(f'{where} must give {wanted}, not a {type(image).__name__}')
+        how = '; a collate_fn may take them out of it' if batched and isinstance(item, dict) else ''
+        raise InputError(f'{where} must give {wanted}, not a {type(image).__name__}{how}')
     return image, label
 
 
@@ -887,11 +900,20 @@ def _class_names(dataset: Any) -> tuple[str, ...] | None:
     """From torchvision's `classes` or the `class_to_idx` of timm's readers; none where the targets are transformed."""
     if getattr(dataset, 'target_transform', None) is not None:
         return None
-    classes = getattr(dataset, 'classes', None)
-    numbers = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
-    if classes is None and isinstance(numbers, dict) and sorted(numbers.values()) == list(range(len(numbers))):
-        classes = sorted(numbers, key=numbers.__getitem__)
-    return tuple(str(name) for name in classes) if classes else None
+    classes: Any = getattr(dataset, 'classes', None)
+    if classes is None:
+        classes = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None)
+    if isinstance(classes, dict):
+        if sorted(classes, key=str) == sorted(range(len(classes)), key=str):  # names by number
+            classes = [classes[number] for number in range(len(classes))]
+        elif set(map(str, classes.values())) == set(map(str, range(len(classes)))):  # numbers by name
+            classes = sorted(classes, key=lambda name: int(classes[name]))
+    if isinstance(classes, (np.ndarray, Tensor)):
+        classes = classes.tolist()
+    if not isinstance(classes, (list, tuple)) or not classes:
+        return None
+    # torchvision's ImageNet has all words for a class.
+    return tuple(', '.join(map(str, name)) if isinstance(name, (list, tuple)) else str(name) for name in classes)
 
 
 def _dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | None]:
@@ -901,7 +923,10 @@ def _dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | Non
         indices = list(base.indices)
         base, chosen = base.dataset, indices if chosen is None else [indices[place] for place in chosen]
     names = _class_names(base)
-    targets = getattr(base, 'targets', None)
+    # The names that torchvision's datasets have for them.
+    targets = next(
+        (found for name in ('targets', 'labels', '_labels') if (found := getattr(base, name, None)) is not None), None
+    )
     reader: Any = getattr(base, 'reader', None)  # timm's: of a folder, of Hugging Face
     if targets is None and hasattr(reader, 'samples'):
         targets = [target for _, target in reader.samples]
@@ -934,6 +959,17 @@ def is_timm_name(text: str) -> bool:
     return text.partition('/')[0] in _TIMM_PACKAGES and '/' in text and not os.path.exists(text)
 
 
+def _find_labels(reader: Any) -> None:
+    """Has timm's reader of a Hugging Face set without a column `label` take the one that holds classes."""
+    table = reader.dataset
+    named = [name for name, kind in table.features.items() if hasattr(kind, 'str2int')]  # a ClassLabel
+    if len(named) == 1:
+        reader.label_key = named[0]
+        reader.class_to_idx = {name: number for number, name in enumerate(table.features[named[0]].names)}
+    else:
+        reader.dataset = table.add_column('label', [-1] * len(table))  # timm asks for one
+
+
 def _timm_dataset(name: str, data_dir: str | os.PathLike[str] | None, split: str, channels: int) -> Dataset:
     prefix = name.partition('/')[0]
     module, package = _TIMM_PACKAGES[prefix]
@@ -947,8 +983,8 @@ def _timm_dataset(name: str, data_dir: str | os.PathLike[str] | None, split: str
     mode = '' if prefix == 'hfds' else 'L' if channels == 1 else 'RGB'  # hfds: undecoded, so that we see what is broken
     try:
         found: Any = create_dataset(name, root=root, split=split, download=False, input_img_mode=mode)
-        if prefix == 'hfds' and 'label' not in (table := found.reader.dataset).column_names:
-            found.reader.dataset = table.add_column('label', [-1] * len(table))  # timm asks for one
+        if prefix == 'hfds' and 'label' not in found.reader.dataset.column_names:
+            _find_labels(found.reader)
         return found
     except Exception as error:
         reason = first_line(error)

@@ -31,7 +31,7 @@ from timm_pudnet.config import (
     first_line,
 )
 from timm_pudnet.hub import Pushed, push, resolve_hypernet
-from timm_pudnet.hypernet import PudNet, folder_written_whole, target_of, usable_device
+from timm_pudnet.hypernet import PudNet, folder_written_whole, on_device, own_defaults, target_of, usable_device
 from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.sketch import Balance, ImageSample, content_keys
 from timm_pudnet.target import TargetSpec
@@ -42,6 +42,7 @@ _NOT_OF_TARGET = ('num_classes', 'pretrained_cfg_overlay', 'features_only', 'out
 _WEIGHTS_FROM_ELSEWHERE = ('pretrained', 'checkpoint_path', 'pretrained_cfg')  # arguments of timm.create_model
 
 
+@own_defaults()
 def predict_model(
     model_name: str,
     images: Any,
@@ -102,17 +103,25 @@ def predict_model(
         >>> model(torch.rand(1, 3, 32, 32)).shape, model.pretrained_cfg['label_names']
         (torch.Size([1, 2]), ('cup', 'jar'))
     """
-    if head is None:
-        head = 'centroid' if unlabelled is None else 'ridge'
-    if head not in (*HEADS, 'none'):
+    if head not in (*HEADS, 'none', None):
         raise InputError(f'head {head!r}: use {", ".join(HEADS)} or none')
+    headless = 'num_classes=0' if timm_kwargs.get('num_classes') == 0 else 'head="none"' if head == 'none' else ''
+    if timm_kwargs.get('features_only'):
+        headless = 'features_only=True'
+    if headless and head not in ('none', None):
+        raise InputError(f'{headless} gives features, which head {head!r} has no place in: leave one of them out')
+    if headless and unlabelled is not None:
+        raise InputError(f'{headless} gives features, and unlabelled images teach a head: leave one of them out')
+    if head is None:
+        head = 'none' if headless else 'centroid' if unlabelled is None else 'ridge'
+    asked = timm_kwargs.get('num_classes')
+    if headless and asked:
+        raise InputError(f'{headless} gives features, not num_classes={asked}: leave one of them out')
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f'batch_size must be a whole number above zero, got {batch_size!r}')
     for name in _WEIGHTS_FROM_ELSEWHERE:
         if timm_kwargs.pop(name, None):
             raise InputError(f'{name}: the weights come from the images; leave it out')
-    if timm_kwargs.get('num_classes') == 0 or timm_kwargs.get('features_only'):
-        head = 'none'
     if unlabelled is not None and head != 'ridge':
         raise InputError(f'head {head} cannot use unlabelled images: leave head out (it is ridge then), or these')
     if model_name == 'blindspot_unet':
@@ -122,8 +131,9 @@ def predict_model(
     device = usable_device(device)
     network = resolve_hypernet(model_name, hypernet)
     spec = _target_asked_for(network, model_name, timm_kwargs)
-    home, modes = network.device, {module: module.training for module in network.modules()}
     source = open_images(images, labels, input=network.config.input, split=split, data_dir=data_dir, strict=strict)
+    if asked and source.labels is not None:
+        _check_asked(asked, len(source.class_names or ()) or int(source.labels.max()) + 1)
     others = None
     if unlabelled is not None:
         if not source.labelled:
@@ -132,13 +142,10 @@ def predict_model(
             unlabelled, input=network.config.input, split=split, data_dir=data_dir, strict=strict, with_labels=False
         )
     try:
-        return _predict(network.to(device).eval(), spec, source, others, head, device, balance, batch_size, timm_kwargs)
+        network = on_device(network, device, hypernet)
+        return _predict(network, spec, source, others, head, device, balance, batch_size, timm_kwargs)
     except torch.OutOfMemoryError as error:
         raise InputError(f'{device} has not enough memory for {model_name} on one image: use device="cpu"') from error
-    finally:
-        network.to(home)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def create_model(model_name: str, *args: Any, pretrained_from: Any = None, **kwargs: Any) -> nn.Module:
@@ -292,19 +299,21 @@ def _predict(
     if source.labelled and head != 'none':
         if not spec.classifiers:
             raise InputError(f'{spec.model_name} has no classifier: head="none" gives a feature model')
-        num_classes = len(source.class_names or ()) or sample.top_label + 1
-        if sample.top_label >= num_classes:
+        top, found = max(sample.classes), len(sample.classes)
+        num_classes = len(source.class_names or ()) or top + 1
+        if top >= num_classes:
+            raise InputError(f'{source.description}: label {top} where there are names of {num_classes} classes')
+        if source.class_names is None and source.labels is None and found < num_classes:
             raise InputError(
-                f'{source.description}: label {sample.top_label} where there are names of {num_classes} classes'
+                f'{source.description}: labels up to {top}, but only {found:,} different ones: make them 0 to '
+                f'{found - 1}, or give them in labels=...'
             )
         if num_classes < 2:
             raise InputError(
                 f'{source.description}: one class only, a classifier needs two; head="none" gives a feature model'
             )
     timm_kwargs = dict(timm_kwargs)
-    asked = timm_kwargs.pop('num_classes', None)
-    if asked is not None and asked != num_classes:
-        raise InputError(f'num_classes is {asked}, but the images have {num_classes} classes: leave it out')
+    _check_asked(timm_kwargs.pop('num_classes', None), num_classes)
 
     with torch.inference_mode():
         weights = network(sketch.result())
@@ -383,6 +392,11 @@ def _predict(
     return model.eval()
 
 
+def _check_asked(num_classes: int | None, found: int) -> None:
+    if num_classes is not None and num_classes != found:
+        raise InputError(f'num_classes is {num_classes}, but the images have {found} classes: leave it out')
+
+
 def in_memory(run: Callable[[Tensor, Any], None], images: Tensor, labels: Tensor | None) -> None:
     """Runs something over a batch; in halves, and halves of these, where the device has no memory for it."""
     try:
@@ -431,7 +445,8 @@ def build_model(
         # What the architecture's own pretrained weights would bring along does not hold for these.
         **dict.fromkeys(('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'test_input_size', 'test_crop_pct'), None),
         **dict.fromkeys(('license', 'origin_url', 'paper_ids', 'paper_name', 'notes', 'label_descriptions'), None),
-        'first_conv': (),  # none to adapt; None would stop timm's pruned networks
+        # timm makes a conv for other channels of one for three, of no other. None would stop its pruned networks.
+        **({} if network.config.input.input_size[0] == 3 else {'first_conv': ()}),
         'label_offset': 0,
         'label_names': tuple(class_names or map(str, range(num_classes))) if num_classes else None,
     }

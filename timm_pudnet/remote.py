@@ -13,7 +13,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,10 +59,17 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
         if found := split_repo(text):
             return fetch(*found)
         text = text.removeprefix('local-dir:')
-    folder = Path(text).expanduser()
+    folder = local_path(text)
     if not folder.is_dir():
         raise NotFoundError(f'{shown(str(folder), 200)}: no such folder of a hypernetwork')
     return folder
+
+
+def local_path(text: str) -> Path:
+    """A path with its `~` put in full, where that names somebody's home."""
+    with suppress(RuntimeError):  # nobody's
+        return Path(text).expanduser()
+    return Path(text)
 
 
 def split_repo(name: str) -> tuple[str, str | None] | None:
@@ -79,7 +86,7 @@ def split_repo(name: str) -> tuple[str, str | None] | None:
     repo, at, revision = text.partition('@')
     good = REPO.fullmatch(repo) and (REVISION.fullmatch(revision) if at else True)
     if good and not any(part in repo + revision for part in ('..', '--', '//')) and len(name) < 300:
-        return (repo, revision or None) if text != name or not Path(name).expanduser().is_dir() else None
+        return (repo, revision or None) if text != name or not local_path(name).is_dir() else None
     if text != name:
         raise InputError(f'{shown(name)} is no name on the Hub: hf-hub:org/name or hf-hub:org/name@revision')
     return None
@@ -114,6 +121,11 @@ def fetch(repo: str, revision: str | None = None, *, refresh: bool = False) -> P
         if not folder or lacking:
             part = 'no' if not folder else 'only a part of'
             raise NotFoundError(f'{constants.HF_HUB_CACHE} has {part} {repo}@{revision}, and HF_HUB_OFFLINE is set')
+        warnings.warn(
+            f'HF_HUB_OFFLINE is set, so {repo} was not asked for. Using what the cache has: {folder.name}',
+            PudNetWarning,
+            stacklevel=2,
+        )
         return folder
     if folder and damaged:
         warnings.warn(f'{damaged[0]} in the cache is damaged; fetching it again', PudNetWarning, stacklevel=2)
@@ -297,6 +309,7 @@ def commit(
     """Makes the `changes` in one commit, in a repository that is made where there is none; gives its address.
 
     Raises:
+        InputError: `private` is asked for, and the repository is there and public.
         HubError: The Hub cannot be asked, or refuses.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -311,7 +324,10 @@ def commit(
         made = _api().create_commit(repo, operations, commit_message=message)
         return str(made.commit_url)
 
-    _again(lambda: _api().create_repo(repo, private=private, exist_ok=True), repo)
+    # None: as its owner has set it. One that is there stays as it is, whatever is asked for.
+    _again(lambda: _api().create_repo(repo, private=private or None, exist_ok=True), repo)
+    if private and not _again(lambda: _api().model_info(repo), repo).private:
+        raise InputError(f'{repo} is there and public: make it private on the Hub, or push without --private')
     return _again(send, repo)
 
 

@@ -142,7 +142,8 @@ class ImageSample:
     """
 
     def __init__(self, size: int) -> None:
-        self.size, self.seen, self.top_label = size, 0, -1
+        self.size, self.seen = size, 0
+        self.classes: set[int] = set()  # of all labels that passed by
         self._keys = torch.empty(0, dtype=torch.long)
         self._images: Tensor | None = None
         self._labels: Tensor | None = None
@@ -155,8 +156,8 @@ class ImageSample:
     def add(self, images: Tensor, labels: Tensor | None = None, keys: Tensor | None = None) -> None:
         """Takes in a batch `[n, c, h, w]`, or other rows with the keys of their images, and its labels `[n]`."""
         self.seen += len(images)
-        if labels is not None and len(labels):
-            self.top_label = max(self.top_label, int(labels.max()))
+        if labels is not None:
+            self.classes.update(labels.unique().tolist())
         keys = content_keys(images) if keys is None else keys
         if len(self._keys) == self.size:
             chosen = self.wanted(keys)

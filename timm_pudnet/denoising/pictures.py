@@ -35,6 +35,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     'PPM': {},
 }
 _MODES = ('1', 'L', 'LA', 'RGB', 'RGBA', 'I;16', 'I;16L', 'I;16B', 'F')
+_MOST_EXIF = 65_533  # bytes, in a JPEG file
 _CELL = 256  # most pixels that a side-by-side picture shows of an image's height and width
 
 
@@ -117,13 +118,14 @@ def pair_pictures(paths: dict[str, Path], clean: str | os.PathLike[str]) -> dict
 
 
 def check_pair(path: Path, noisy: Picture, other: Path, clean: Picture) -> None:
-    """Raises InputError unless the two have the same size and as many channels."""
+    """Raises InputError unless the two have the same size, as many channels, and white alike in `pixels`."""
     if noisy.pixels.shape != clean.pixels.shape:
         sizes = [
             f'{p.shape[2]}x{p.shape[1]} {"in colour" if len(p) == 3 else "grey"}' for p in (noisy.pixels, clean.pixels)
         ]
         raise InputError(f'{path} is {sizes[0]}, but its clean image {other} is {sizes[1]}: they must be alike')
-    if 32 in (noisy.depth, clean.depth) and noisy.white != clean.white:
+    floats = {one.white for one in (noisy, clean) if one.depth == 32}
+    if floats - {1.0} and noisy.white != clean.white:
         raise InputError(f'{path} has white at {noisy.white:g}, its clean image {other} at {clean.white:g}: scale one')
 
 
@@ -157,7 +159,11 @@ def _read(file: ImageFile.ImageFile, path: Path) -> Picture:
     pages = 1 if format == 'JPEG' else getattr(file, 'n_frames', 1)
     if pages > 1:
         raise ValueError(f'{pages} pages or frames: split them into one file each')
+    if format == 'PNG':
+        file.load()  # its EXIF may stand behind the pixels
     metadata = {name: file.info[name] for name in ('icc_profile', 'exif') if file.info.get(name)}
+    if format == 'JPEG' and len(metadata.get('exif', b'')) > _MOST_EXIF:
+        raise ValueError(f'more than {_MOST_EXIF:,} bytes of EXIF, which cannot be written again: take some out')
     deep = file.mode in ('RGB', 'RGBA') and ';16' in str(file.tile)  # of which PIL would keep 8 bits
     grey = 'LA;16' in str(file.tile)
     if isinstance(file, TiffImageFile):
@@ -187,6 +193,8 @@ def _read(file: ImageFile.ImageFile, path: Path) -> Picture:
         if image.mode not in _MODES:
             what = 'integers of 32 bits or with a sign' if image.mode == 'I' else f'colour mode {image.mode}'
             raise ValueError(f'{what}: convert it to RGB or grey')
+        if format == 'BMP' and image.mode == 'RGBA':
+            raise ValueError('BMP with alpha, which cannot be written again: convert it to PNG')
         if image.mode.startswith('I') and image.has_transparency_data:
             raise ValueError('16 bits with one grey as transparent: give it an alpha channel, or none')
         samples = np.array(image)

@@ -21,7 +21,7 @@ from timm_pudnet.config import InputError
 from timm_pudnet.denoising.pictures import list_pictures, read_picture
 from timm_pudnet.denoising.posterior import estimate_noise
 from timm_pudnet.hub import resolve_hypernet
-from timm_pudnet.hypernet import PudNet, usable_device
+from timm_pudnet.hypernet import PudNet, on_device, own_defaults, usable_device
 from timm_pudnet.images import to_bchw
 from timm_pudnet.predict import build_model
 
@@ -29,6 +29,7 @@ MOST_PATCHES = 128  # of all images: enough for sketch and norm statistics, whos
 LEAST_SIDE = 8
 
 
+@own_defaults()
 def predict_denoiser(
     images: Any,
     *,
@@ -67,13 +68,8 @@ def predict_denoiser(
     network = resolve_hypernet('blindspot_unet', hypernet)
     channels, side, _ = network.config.input.input_size
     patches = noisy_patches(images, channels, side).to(device)
-    home, modes = network.device, {module: module.training for module in network.modules()}
-    try:
-        return denoiser_of(network, sketch_of(network.to(device).eval(), patches), patches)
-    finally:
-        network.to(home)
-        for module, mode in modes.items():
-            module.training = mode
+    network = on_device(network, device, hypernet)
+    return denoiser_of(network, sketch_of(network, patches), patches)
 
 
 def sketch_of(network: PudNet, patches: Tensor) -> Tensor:

@@ -366,11 +366,13 @@ def _scores(rows: Sequence[tuple[HeldOutSet, tuple[float, float, float]]]) -> di
 
 
 def _at_equal_classes(rows: Sequence[tuple[HeldOutSet, tuple[float, float, float]]]) -> float:
+    """Rank correlation among sets of as many classes, the mean over sets that are not alone in that."""
     found = []
     for k in {one.traits.num_classes for one, _ in rows}:
         inside = [(expected[0], one.right / one.total) for one, expected in rows if one.traits.num_classes == k]
-        found += len(inside) * [rank_correlation(*zip(*inside, strict=True))]
-    return sum(found) / len(found)
+        if len(inside) > 1:
+            found += len(inside) * [rank_correlation(*zip(*inside, strict=True))]
+    return sum(found) / max(1, len(found))
 
 
 def _regress(sets: Sequence[HeldOutSet]) -> dict[str, Any]:

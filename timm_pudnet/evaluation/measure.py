@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_pudnet.adapt import (
-    StreamingCentroids,
     StreamingRidge,
     calibrate,
     centroid_logits,
@@ -291,7 +290,7 @@ def _read(
     """Guessed classes of the query by each head, for each reading of an arm; its first reading has a ridge head."""
     given, tested, rest = features
     first, space = next(iter(spaces.items()))
-    stream, ridge = StreamingCentroids(n_way), StreamingRidge(n_way)
+    ridge = StreamingRidge(n_way)
     if support.fits:
         ((rows, labels),) = given
         centroids = class_centroids(rows, labels.to(rows.device), n_way)
@@ -300,9 +299,8 @@ def _read(
             ridge.add(rows, labels)
     else:
         for rows, labels in given:
-            stream.add(rows, labels)
             ridge.add(rows, labels)
-        centroids, (weight, bias) = stream.result().to(tested.device), ridge.classifier(space)
+        centroids, (weight, bias) = ridge.centroids.result().to(tested.device), ridge.classifier(space)
     guesses = {
         name: {'centroid': centroid_logits(tested, centroids, 1.0, space).argmax(1).cpu()}
         for name, space in spaces.items()

@@ -4,7 +4,14 @@ from timm_pudnet.training.conditions import Condition
 from timm_pudnet.training.episodes import Augmentation, Group, Groups, GroupSampler, ImageBank
 from timm_pudnet.training.finetune import FineTuning, Tuning, finetune, finetune_epochs
 from timm_pudnet.training.losses import Losses, group_losses, sketch_loss
-from timm_pudnet.training.meta_train import load_banks, meta_train, train_plain, try_recipe
+from timm_pudnet.training.meta_train import (
+    classes_seen,
+    load_banks,
+    meta_train,
+    train_plain,
+    try_recipe,
+    whitening_path,
+)
 from timm_pudnet.training.recipe import Data, LossWeights, Recipe, Schedule
 
 __all__ = [
@@ -21,6 +28,7 @@ __all__ = [
     'Recipe',
     'Schedule',
     'Tuning',
+    'classes_seen',
     'finetune',
     'finetune_epochs',
     'group_losses',
@@ -29,4 +37,5 @@ __all__ = [
     'sketch_loss',
     'train_plain',
     'try_recipe',
+    'whitening_path',
 ]

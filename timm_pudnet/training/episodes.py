@@ -93,7 +93,7 @@ class ImageBank:
     @functools.cached_property
     def keys(self) -> Tensor:
         """A key `[n]` of each image by its pixels (`sketch.content_keys`), made once."""
-        return content_keys(self.images)
+        return torch.cat([content_keys(part) for part in self.images.split(1024)])
 
     def to(self, device: torch.device) -> ImageBank:
         """The same bank, its images on a device."""
@@ -338,7 +338,10 @@ class GroupSampler:
         return torch.Generator().manual_seed(zlib.crc32(f'{self.seed} {what} {number}'.encode()))
 
     def draw(self, number: int, what: str = 'group', *, plain: bool = False) -> Group:
-        """Group `number` of a series; support and query share no image. With `plain`, also as `Group.plain` says."""
+        """Group `number` of a series; support and query share no image, but of turned classes.
+
+        With `plain`, also as `Group.plain` says.
+        """
         generator = self.generator(what, number)
         place = self._bank(generator)
         bank = self.banks[place]
@@ -383,7 +386,7 @@ class GroupSampler:
             members = [bank.members[label % len(bank.members)] for label in labels.tolist()]
             picks = torch.stack([m[torch.randint(len(m), (), generator=generator)] for m in members])
             told = bool(share) and (share == 1 or place > 0)
-            condition = Condition.draw(generator, bank.images.shape[1]) if told else None
+            condition = self._any_condition(bank, generator) if told else None
             images = self._prepared(bank, picks, labels, generator, condition)
             halves.append(images.unflatten(0, (2, -1)))
         return torch.stack(halves)
@@ -391,6 +394,7 @@ class GroupSampler:
     def batch(self, number: int, size: int) -> tuple[Tensor, Tensor]:
         """An ordinary batch of about `size` images of all classes, and their classes, with the groups' shares.
 
+        A class comes as often as it has images, unlike in groups, where all come alike.
         Where groups have conditions every 16 images have one of their own, so that a batch is a fair sample.
         """
         generator = self.generator('batch', number)
@@ -410,6 +414,11 @@ class GroupSampler:
             labels.append(classes + first)
         return torch.cat(images), torch.cat(labels)
 
+    def images_of(self, number: int) -> int:
+        """Images of group `number`, support and query."""
+        n_way, n_shot, n_query = self._sizes(self.banks[self._bank(self.generator('group', number))])
+        return n_way * (n_shot + n_query)
+
     def _sizes(self, bank: ImageBank) -> tuple[int, int, int]:
         """Classes, support and query images a class of a group from this bank."""
         groups = self.groups
@@ -424,7 +433,12 @@ class GroupSampler:
         share = self.groups.conditions
         if not share or (share < 1 and float(torch.rand((), generator=generator)) >= share):
             return None
-        return Condition.draw(generator, bank.images.shape[1])
+        return self._any_condition(bank, generator)
+
+    def _any_condition(self, bank: ImageBank, generator: torch.Generator) -> Condition:
+        """A random condition; one that turns no image where turned classes are to be told apart."""
+        drawn = Condition.draw(generator, bank.images.shape[1])
+        return drawn if self.groups.turns == 1 else dataclasses.replace(drawn, turns=0)
 
     def _prepared(
         self, bank: ImageBank, picks: Tensor, labels: Tensor, generator: torch.Generator, condition: Condition | None

@@ -118,6 +118,10 @@ def finetune(
     A part of the images is kept aside; training stops when they are no longer classified better, and the model of the
     best epoch is what comes back. The images are held in memory, as 8-bit pixels at the model's input size.
 
+    A model that was predicted from these very images has seen those kept aside, by its head: what it gets right of them
+    before flatters it, and training may seem to make nothing better. Give the architecture's name instead: its weights
+    are then predicted from the others alone.
+
     Args:
         model: A timm model, which stays as it is; the folder of one (`save_model`); or the name of an architecture,
             whose weights are then predicted for these images. A head for other classes is replaced.

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
 import time
+import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from timm_pudnet import remote
 from timm_pudnet.adapt import Whitening, calibrate, centroid_logits, class_centroids
-from timm_pudnet.config import DamagedFileError, InputError
+from timm_pudnet.config import DamagedFileError, InputError, PudNetWarning
 from timm_pudnet.files import CONFIG_NAME, read_json
 from timm_pudnet.hub import embedded
-from timm_pudnet.hypernet import PudNet, forked_rng, pretrained_model, target_of
+from timm_pudnet.hypernet import PudNet, forked_rng, pretrained_model, read_config, target_of
 from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.target import batch_norms, create_feature_model
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input, mixed
@@ -249,6 +254,43 @@ def _usual_weights(hypernet: PudNet, sampler: GroupSampler) -> dict[str, Tensor]
     return hypernet(torch.stack([hypernet.encoder(support).mean(0) for support in supports]).mean(0))
 
 
+def classes_seen(recipe: Recipe, banks: Sequence[ImageBank]) -> tuple[str, ...]:
+    """Every class that a training by this recipe, and what it starts from, has seen, as far as that says.
+
+    Raises:
+        InputError: The recipe keeps one of them for the test.
+    """
+    names = seen_by(recipe.start)
+    kept = {name for data in recipe.data for name in data.unseen}
+    if both := sorted(kept.intersection(names)):
+        raise InputError(f'start {recipe.start} was trained on class {both[0]!r}: leave it out of unseen')
+    return tuple(dict.fromkeys((*names, *(name for bank in banks for name in bank.class_names))))
+
+
+def seen_by(start: str) -> tuple[str, ...]:
+    """Classes that went into a hypernetwork or a network, as its files say; none where they do not."""
+    path, shipped = Path(start).expanduser(), embedded().get(start)
+    if not start:
+        return ()
+    if shipped or _is_hypernet(path) or remote.split_repo(start):
+        return read_config(
+            (shipped or (path if path.is_dir() else remote.local_folder(start))) / CONFIG_NAME
+        ).class_names
+    names: list[str] = []
+    with contextlib.suppress(DamagedFileError, OSError, LookupError, AttributeError, TypeError):  # anybody's model
+        config = read_json(path / CONFIG_NAME)
+        labels = config.get('label_names') or config['pretrained_cfg'].get('label_names') or ()
+        names += labels.values() if isinstance(labels, dict) else labels
+    with contextlib.suppress(SafetensorError, OSError), safe_open(whitening_path(path), 'pt') as file:
+        names += json.loads((file.metadata() or {}).get('classes', '[]'))
+    return tuple(str(name) for name in names)
+
+
+def whitening_path(control: Path) -> Path:
+    """Where `train --plain` writes the whitening of a control's features, and which classes it has seen."""
+    return control.with_name(f'{control.name}.whitening.safetensors')
+
+
 class _ClassifierRun(Run):
     """A training on groups of labelled images."""
 
@@ -256,7 +298,13 @@ class _ClassifierRun(Run):
 
     def __init__(self, recipe: Recipe, banks: Sequence[ImageBank], device: str | torch.device | None) -> None:
         self.sampler = group_sampler(recipe, banks)
+        self.seen = classes_seen(recipe, banks)
+        self.started: dict[str, Tensor] = {}  # what the recipe's start holds
         super().__init__(recipe, device)
+        texts = [json.dumps(bank.class_names).encode() for bank in banks]
+        values = [tensor for bank in banks for tensor in (bank.images, bank.labels)] + [*self.started.values()]
+        parts = [*texts, *(value.cpu().contiguous().numpy().data for value in values)]
+        self.origin = f'{functools.reduce(lambda found, part: zlib.crc32(part, found), parts, 0):08x}'
         size = sum(bank.images.nbytes for bank in banks)
         if self.device.type == 'cuda' and size < torch.cuda.mem_get_info(self.device)[0] / 4:
             # Groups are then made there: the processor could not keep up.
@@ -283,7 +331,8 @@ class _ClassifierRun(Run):
                     f'start {start} is no {config.model_name} with the arguments of the recipe: {key} is '
                     f'{tuple(found[key].shape) if key in found else "not there"}, not {tuple(value.shape)}'
                 )
-        return {key: found[key] for key in expected}
+        self.started = {key: found[key] for key in expected}
+        return self.started
 
     def _of_target(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those of a hypernetwork's tensors that the target without classifier has."""
@@ -305,9 +354,7 @@ class _ClassifierRun(Run):
                 f'start {start} is a hypernetwork of another make than [hypernet] (and its input) says; set there: '
                 + ', '.join(wrong)
             )
-        kept = {name for data in self.recipe.data for name in data.unseen}
-        if both := sorted(kept.intersection(found.config.class_names)):
-            raise InputError(f'start {start} was trained on class {both[0]!r}: leave it out of unseen')
+        self.started = dict(found.state_dict())
         return found
 
     @torch.inference_mode()
@@ -368,11 +415,8 @@ class _MetaRun(_ClassifierRun):
 
     def build(self) -> dict[str, nn.Module]:
         self.head = self.make_head()
-        names = tuple(name for bank in self.sampler.banks for name in bank.class_names)
         started = self._started_hypernet()
-        if started is not None:  # which has seen classes too
-            names = tuple(dict.fromkeys((*started.config.class_names, *names)))
-        self.hypernet = PudNet.for_target(**config_fields(self.recipe.hypernet, class_names=names))
+        self.hypernet = PudNet.for_target(**config_fields(self.recipe.hypernet, class_names=self.seen))
         self.least_limit = 0.0 if started is None else started.config.sketch_limit
         if started is not None:
             self.hypernet.load_state_dict(started.state_dict())
@@ -384,6 +428,12 @@ class _MetaRun(_ClassifierRun):
             self.hypernet.start_from(state)
             self.target.load_state_dict(state)  # for the norm statistics
         self.target.requires_grad_(False)
+        if self.recipe.schedule.fixed_statistics and not self.hypernet.target.keys('calibrated'):
+            warnings.warn(
+                f'schedule: fixed_statistics does nothing, {self.recipe.hypernet.model_name} keeps no norm statistics',
+                PudNetWarning,
+                stacklevel=2,
+            )
         if self.recipe.schedule.frozen:
             self.head.requires_grad_(False)
             for name, value in self.hypernet.named_parameters():
@@ -413,6 +463,14 @@ class _MetaRun(_ClassifierRun):
     def _groups_before(self) -> int:
         """Groups whose sketches come before the first step."""
         return 0 if self.undoing is None else min(UNDOING_GROUPS, self.num_steps * self.parts)
+
+    def cost(self) -> dict[str, Any]:
+        """As of any run; images that the sketch encoder alone has seen, and what it all started from, apart."""
+        groups, drawn = self.recipe.groups, self.step * self.parts
+        shown = sum(self.sampler.images_of(number) for number in range(drawn))
+        further = drawn * groups.sketch_groups * 2 * groups.sketch_images if self.recipe.losses.sketch else 0
+        started = {'start': self.recipe.start} if self.recipe.start else {}
+        return {**super().cost(), 'images': shown + self.images_before, 'sketch_images': further, **started}
 
     @property
     def images_before(self) -> int:

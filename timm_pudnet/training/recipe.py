@@ -19,7 +19,6 @@ from timm_pudnet.config import (
     InputError,
     NotFoundError,
     PudNetConfig,
-    check_model_kwargs,
     reject_unknown_keys,
 )
 from timm_pudnet.training.episodes import Augmentation, Groups
@@ -231,7 +230,6 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.data:
             raise InputError('data: a recipe needs at least one set of images')
-        check_model_kwargs(self.hypernet.model_kwargs)  # else what comes of it could not be read again
         if self.denoising is not None:
             for name, default in (('groups', Groups()), ('augmentation', Augmentation()), ('losses', LossWeights())):
                 if getattr(self, name) != default:
@@ -251,6 +249,15 @@ class Recipe:
             )
         if self.schedule.frozen and (not self.start or weigh.full or weigh.consistency):
             raise InputError('schedule: a rate of 0 needs start, and losses with full = 0.0 and consistency = 0.0')
+        if self.schedule.frozen and self.hypernet.generator == 'paper':
+            raise InputError(
+                'schedule: a rate of 0 leaves the base of a network as it is, and generator "paper" has none: use '
+                '"residual"'
+            )
+        if self.schedule.fixed_encoder and self.groups.sketch_groups:
+            raise InputError(
+                'schedule: fixed_encoder leaves sketch_groups nothing to teach: set one of them to its default'
+            )
         others = [field.name for field in dataclasses.fields(weigh) if field.name != 'sketch']
         if not (self.groups.sketch_groups or any(getattr(weigh, name) for name in others)):
             raise InputError('losses: the sketch alone has a weight, but groups: sketch_groups is 0')

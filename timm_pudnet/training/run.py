@@ -137,6 +137,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, device: str | torch.device | None) -> None:
         self.recipe, self.step, self.seconds, self.skipped = recipe, 0, 0.0, 0
+        self.origin = ''  # what tells these images and this start from others
         self.processes = Processes(device)
         self.device = self.processes.device or usable_device(device)
         self.precision = self._usable_precision()
@@ -357,6 +358,7 @@ class Run:
             'seconds': str(self.seconds),
             'skipped': str(self.skipped),
             'precision': self.precision,
+            'origin': self.origin,
         }
         tensors = {
             key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -379,6 +381,11 @@ class Run:
             raise DamagedFileError(f'{path} is damaged ({error}): remove it to start anew') from error
         if (about.get('recipe'), about.get('kind')) != (self.recipe.digest, type(self).__name__):
             raise InputError(f'{path} belongs to another recipe: choose another folder, or remove it to start anew')
+        if about.get('origin', self.origin) != self.origin:
+            raise InputError(
+                f'{path} was trained on other images, or from another start, than are there now: choose another '
+                'folder, or remove it to start anew'
+            )
         if 'log' not in tensors:
             raise DamagedFileError(f'{path} is of an earlier version of timm-pudnet: remove it to start anew')
         home = {id(p): o for o in self.optimizers for group in o.param_groups for p in group['params']}
