@@ -257,7 +257,7 @@ def predict(
     if written:
         click.echo(f'Report     {written}: open it in a browser; it needs no network')
         if importlib.util.find_spec('matplotlib') is None:
-            click.echo("           Its plots are not there as PNG files: pip install 'timm-pudnet[train]'")
+            click.echo('           Its plots are not there as PNG files: pip install matplotlib')
 
 
 def _a_class_is_unread(source: Any) -> bool:

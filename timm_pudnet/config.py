@@ -239,8 +239,7 @@ class PudNetConfig:
             raise DamagedFileError('is not the config of a hypernetwork: it has no format_version')
         if version != FORMAT_VERSION:
             raise DamagedFileError(
-                f'format version {shown(version)}, this library reads {FORMAT_VERSION}: '
-                'update timm-pudnet (pip install -U timm-pudnet)'
+                f'format version {shown(version)}, this library reads {FORMAT_VERSION}: update timm-pudnet'
             )
         try:
             values = _known('config.json', cls, data, {'format_version'})

@@ -255,7 +255,7 @@ def _decode_deep(path: Path, grey: bool) -> np.ndarray:
         import cv2  # type: ignore[import-not-found]
     except ImportError as error:
         # No InputError, for which a folder's file would be left out with a warning.
-        raise PudNetError(f"{path}: 16-bit colours need opencv: pip install 'timm-pudnet[denoise]'") from error
+        raise PudNetError(f'{path}: 16-bit colours need opencv: pip install opencv-python-headless') from error
 
     level = cv2.utils.logging.getLogLevel()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its remarks on metadata

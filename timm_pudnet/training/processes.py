@@ -31,7 +31,7 @@ class Processes:
         try:
             from accelerate import PartialState
         except ImportError as error:
-            raise InputError("several processes need accelerate: pip install 'timm-pudnet[train]'") from error
+            raise InputError('several processes need accelerate: pip install accelerate') from error
         on_cpu = not torch.cuda.is_available() or (device is not None and torch.device(device).type == 'cpu')
         state = PartialState(cpu=on_cpu)
         self.rank, self.count, self.device = state.process_index, state.num_processes, state.device

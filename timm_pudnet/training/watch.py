@@ -1,6 +1,6 @@
 """Watching a run: its losses as a figure (the paper's figure 7) and as TensorBoard events.
 
-Both packages behind this, matplotlib and tensorboard, are optional (`pip install 'timm-pudnet[train]'`). Without one of
+Both packages behind this, matplotlib and tensorboard, are optional (extra `train`). Without one of
 them its part does nothing but warn once: no run ends for want of a picture.
 """
 
@@ -113,7 +113,7 @@ class Board:
 def warn_missing(package: str, consequence: str) -> None:
     """Warns the caller's caller that an optional package is not there, and what follows from that."""
     warnings.warn(
-        f"{package} cannot be imported, so {consequence}: pip install 'timm-pudnet[train]'",
+        f'{package} cannot be imported, so {consequence}: pip install {package}',
         PudNetWarning,
         stacklevel=3,
     )
