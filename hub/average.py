@@ -2,18 +2,22 @@
 
     python hub/average.py HYPERNET OUT FOLDER FOLDER ...
 
+OUT/start is the mean itself, in timm's format: `timm-pudnet evaluate ... --control OUT/start`.
+
 Networks that ordinary training makes from one start lie so close together that the mean of their weights is a network as
 well, often a better one than any of them (Wortsman et al. 2022, "Model soups").
 """
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
 
-from timm_pudnet import PudNet
-from timm_pudnet.hypernet import pretrained_model
+from timm_pudnet import PudNet, save_model
+from timm_pudnet.hypernet import pretrained_model, save_tensors
+from timm_pudnet.training import whitening_path
 from timm_pudnet.training.meta_train import seen_by
 
 
@@ -29,11 +33,17 @@ def main() -> None:
     if config.generator != 'residual':
         parser.error(f'{options.hypernet} has the generator {config.generator!r}: only `residual` has a base')
     seen = dict.fromkeys((*config.class_names, *(name for folder in options.folders for name in seen_by(folder))))
-    networks = [pretrained_model(folder, folder, config.model_kwargs).state_dict() for folder in options.folders]
+    models = [pretrained_model(folder, folder, {**config.model_kwargs, 'num_classes': 0}) for folder in options.folders]
+    networks = [model.state_dict() for model in models]
     mean = {key: torch.stack([one[key] for one in networks]).double().mean(0) for key in networks[0]}
     hypernet.start_from(mean)
     hypernet.config = dataclasses.replace(config, class_names=tuple(seen))
     hypernet.save_pretrained(options.out)
+    # The mean itself as a control: what it classifies as well as the hypernetwork is not the sketch's merit.
+    models[0].load_state_dict(mean)
+    start = save_model(models[0], options.out / 'start')
+    whitening = torch.eye(hypernet.target.num_features)
+    save_tensors({'whitening': whitening}, whitening_path(start), {'classes': json.dumps(list(seen))})
 
 
 if __name__ == '__main__':
