@@ -664,7 +664,7 @@ def test_several_sets_are_found_and_trained_on(shapes, tmp_path):
     printed = succeeds('train', tmp_path / 'recipe.toml', '--out', tmp_path / 'out').stdout
     assert '78 images in 3 classes: cup, jar, pan' in printed
     assert '52 images in 2 classes: lid, pan' in printed
-    assert timm_pudnet.load_hypernet(tmp_path / 'out').config.class_names == ('cup', 'jar', 'pan', 'lid', 'pan')
+    assert timm_pudnet.load_hypernet(tmp_path / 'out').config.class_names == ('cup', 'jar', 'pan', 'lid')
 
 
 # Webdataset leaves files open.
@@ -819,7 +819,7 @@ def test_evaluation_is_of_unseen_classes_only_and_beside_the_control(trained, sh
     digest = hashlib.sha256((tmp_path / 'hypernet' / 'model.safetensors').read_bytes()).hexdigest()
     assert results['weights_sha256'] == {'model.safetensors': digest}
     assert results['config_sha256'] == config_sha256(tmp_path / 'hypernet')
-    assert (results['images'], results['split'], results['support_split']) == ('my shapes', 'test', None)
+    assert (results['images'], results['split'], results['support_split']) == ('my shapes', None, None)
     assert str(tmp_path / 'hypernet' / 'results.json') in result.stdout
 
 

@@ -381,7 +381,7 @@ def test_a_large_support_is_calibrated_on_a_sample_and_its_heads_are_of_all(hype
             return super().classifier(whitening)
 
     monkeypatch.setattr(measure, 'calibrate', record_calibrate)
-    monkeypatch.setattr(measure, 'StreamingCentroids', Centroids)
+    monkeypatch.setattr('timm_pudnet.adapt.StreamingCentroids', Centroids)
     monkeypatch.setattr(measure, 'StreamingRidge', Ridge)
     groups = TestGroups.draw(bank, count=1, n_way=4, n_shot='all', n_query=5, support_bank=support_bank)
     result = evaluate(hypernet, bank, groups, support_bank=support_bank, progress=False)

@@ -614,7 +614,7 @@ def test_a_checkpoint_of_other_images_or_another_start_is_refused(make_recipe, b
 
 def test_the_cost_counts_the_images_that_were_shown(make_recipe, bank):
     """Of a set with fewer classes than a group has by the recipe; and those that the sketch encoder alone saw."""
-    groups = {'n_way': 5, 'n_shot': 1, 'n_query': 1, 'turns': 1, 'sketch_groups': 2, 'sketch_images': 3}
+    groups = {'n_way': 8, 'n_shot': 1, 'n_query': 1, 'turns': 1, 'per_step': 1, 'sketch_groups': 2, 'sketch_images': 3}
     recipe = make_recipe(2, groups=groups, losses=LossWeights(sketch=0.1))
     sampler = loop.group_sampler(recipe, [bank])
     shown = [len(sampler.draw(number).support) + len(sampler.draw(number).query) for number in range(2)]

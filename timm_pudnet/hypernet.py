@@ -81,7 +81,7 @@ def own_defaults() -> Iterator[None]:
         if torch.get_default_device() != torch.device('cpu'):
             stack.enter_context(torch.device('cpu'))
         for kind in ('cpu', 'cuda', 'mps'):
-            if torch.is_autocast_enabled(kind):
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         if dtype != torch.float32:
             torch.set_default_dtype(torch.float32)

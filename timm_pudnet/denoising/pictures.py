@@ -159,13 +159,14 @@ def _read(file: ImageFile.ImageFile, path: Path) -> Picture:
     pages = 1 if format == 'JPEG' else getattr(file, 'n_frames', 1)
     if pages > 1:
         raise ValueError(f'{pages} pages or frames: split them into one file each')
+    tiles = str(file.tile)  # which loading empties
     if format == 'PNG':
         file.load()  # its EXIF may stand behind the pixels
     metadata = {name: file.info[name] for name in ('icc_profile', 'exif') if file.info.get(name)}
     if format == 'JPEG' and len(metadata.get('exif', b'')) > _MOST_EXIF:
         raise ValueError(f'more than {_MOST_EXIF:,} bytes of EXIF, which cannot be written again: take some out')
-    deep = file.mode in ('RGB', 'RGBA') and ';16' in str(file.tile)  # of which PIL would keep 8 bits
-    grey = 'LA;16' in str(file.tile)
+    deep = file.mode in ('RGB', 'RGBA') and ';16' in tiles  # of which PIL would keep 8 bits
+    grey = 'LA;16' in tiles
     if isinstance(file, TiffImageFile):
         bits, white_is_zero = {*file.tag_v2.get(258, (1,))}, file.tag_v2.get(262) == 0
         deep = file.mode in ('RGB', 'RGBA') and 16 in bits

@@ -248,7 +248,8 @@ class Groups:
         n_query: Query images a class.
         turns: With 2 or 4, classes turned by a half or by quarter turns count as further classes.
         per_step: Groups in an optimiser step.
-        conditions: Share of the groups that are seen under a random imaging condition of their own, in 0-1.
+        conditions: Share of the groups that are seen under a random imaging condition of their own, in 0-1; it turns no
+            image where turned classes are classes of their own.
         sketch_groups: Further groups for each of these, for the sketch's own loss alone; 0 for no such loss.
         sketch_images: Images of each half of such a group.
 
@@ -414,9 +415,9 @@ class GroupSampler:
             labels.append(classes + first)
         return torch.cat(images), torch.cat(labels)
 
-    def images_of(self, number: int) -> int:
-        """Images of group `number`, support and query."""
-        n_way, n_shot, n_query = self._sizes(self.banks[self._bank(self.generator('group', number))])
+    def images_of(self, number: int, what: str = 'group') -> int:
+        """Images of group `number` of a series, support and query."""
+        n_way, n_shot, n_query = self._sizes(self.banks[self._bank(self.generator(what, number))])
         return n_way * (n_shot + n_query)
 
     def _sizes(self, bank: ImageBank) -> tuple[int, int, int]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import json
 import math
 import os
 import time
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from timm_pudnet.target import batch_norms, create_feature_model
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input, mixed
 from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
 from timm_pudnet.training.recipe import Data, Recipe
-from timm_pudnet.training.run import Run, config_fields, go
+from timm_pudnet.training.run import Run, config_fields, fingerprint, go
 from timm_pudnet.training.undoing import ChannelUndoing
 
 # Fields of its config in which a hypernetwork may differ from the one that it starts from.
@@ -280,7 +278,8 @@ def seen_by(start: str) -> tuple[str, ...]:
     with contextlib.suppress(DamagedFileError, OSError, LookupError, AttributeError, TypeError):  # anybody's model
         config = read_json(path / CONFIG_NAME)
         labels = config.get('label_names') or config['pretrained_cfg'].get('label_names') or ()
-        names += labels.values() if isinstance(labels, dict) else labels
+        labels = [*(labels.values() if isinstance(labels, dict) else labels)]
+        names += [] if labels == [str(number) for number in range(len(labels))] else labels  # which say nothing
     with contextlib.suppress(SafetensorError, OSError), safe_open(whitening_path(path), 'pt') as file:
         names += json.loads((file.metadata() or {}).get('classes', '[]'))
     return tuple(str(name) for name in names)
@@ -301,10 +300,9 @@ class _ClassifierRun(Run):
         self.seen = classes_seen(recipe, banks)
         self.started: dict[str, Tensor] = {}  # what the recipe's start holds
         super().__init__(recipe, device)
-        texts = [json.dumps(bank.class_names).encode() for bank in banks]
-        values = [tensor for bank in banks for tensor in (bank.images, bank.labels)] + [*self.started.values()]
-        parts = [*texts, *(value.cpu().contiguous().numpy().data for value in values)]
-        self.origin = f'{functools.reduce(lambda found, part: zlib.crc32(part, found), parts, 0):08x}'
+        names = [json.dumps(bank.class_names).encode() for bank in banks]
+        images = [tensor for bank in banks for tensor in (bank.images, bank.labels)]
+        self.origin = fingerprint([*names, *images, *self.started.values()])
         size = sum(bank.images.nbytes for bank in banks)
         if self.device.type == 'cuda' and size < torch.cuda.mem_get_info(self.device)[0] / 4:
             # Groups are then made there: the processor could not keep up.
@@ -468,13 +466,10 @@ class _MetaRun(_ClassifierRun):
         """As of any run; images that the sketch encoder alone has seen, and what it all started from, apart."""
         groups, drawn = self.recipe.groups, self.step * self.parts
         shown = sum(self.sampler.images_of(number) for number in range(drawn))
+        shown += sum(self.sampler.images_of(number, 'undoing') for number in range(self._groups_before))
         further = drawn * groups.sketch_groups * 2 * groups.sketch_images if self.recipe.losses.sketch else 0
         started = {'start': self.recipe.start} if self.recipe.start else {}
-        return {**super().cost(), 'images': shown + self.images_before, 'sketch_images': further, **started}
-
-    @property
-    def images_before(self) -> int:
-        return self._groups_before * self.recipe.groups.images_per_step // self.recipe.groups.per_step
+        return {**super().cost(), 'images': shown, 'sketch_images': further, **started}
 
     def prepare(self, progress: bool) -> None:
         """Has the first layers learn to undo conditions, where the recipe wants it."""

@@ -17,7 +17,7 @@ import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -214,11 +214,6 @@ class Run:
         """The modules of the run by name."""
         raise NotImplementedError
 
-    @property
-    def images_before(self) -> int:
-        """Images seen before the first step."""
-        return 0
-
     def prepare(self, progress: bool) -> None:
         """What comes before the first step; a run that goes on from a checkpoint has it behind it."""
 
@@ -408,12 +403,20 @@ class Run:
     def cost(self) -> dict[str, Any]:
         """What the training cost, as the config of a hypernetwork states it."""
         return {
-            'images': self.step * self.recipe.images_per_step + self.images_before,
+            'images': self.step * self.recipe.images_per_step,
             'seconds': round(self.seconds),
             'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {self.device.type}, '
             f'{self.processes.count} process{"es" if self.processes.count > 1 else ""}, {self.precision}',
             'recipe_digest': self.recipe.digest,
         }
+
+
+def fingerprint(parts: Iterable[Tensor | bytes]) -> str:
+    """What tells these bytes from others."""
+    found = 0
+    for part in parts:
+        found = zlib.crc32(part if isinstance(part, bytes) else part.cpu().contiguous().numpy().data, found)
+    return f'{found:08x}'
 
 
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
