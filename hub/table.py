@@ -34,8 +34,8 @@ calibration (in brackets: with its own norm statistics). *Swapped* is the networ
 trains on all images of the group's classes, by Adam with and without gradient centralisation: the seconds until it is as
 good as the predicted network, over the seconds of predicting. *Gain over plain* is over the calibrated one, group by group; in brackets
 over that with its own norm statistics, the difference of the means: where that is below zero ordinary training is ahead. *Its start* is
-the network that the hypernetwork changes and that *plain* goes on from, left as it is (measured for `resnet18.cifar100_set`; of `resnet18.mixed56` and
-`resnet18.mixed96`, whose last stage leaves it as it is too, *swapped* tells on images without conditions about what it is worth). Intervals are
+the network that the hypernetwork changes and that *plain* goes on from, left as it is (not measured yet: *swapped* tells about it of `resnet18.mixed56` and `resnet18.mixed96` on images without conditions, whose
+last stage leaves it as it is). Intervals are
 over groups drawn from the same classes and images: others would spread more (`resnet18.cifar100_superclass` has six choices of classes).
 
 | hypernetwork | protocol | labels a class | predicted | ridge head | plain | its start | swapped | gain | gain, other domain | gain over \
