@@ -2,7 +2,8 @@
 
     python hub/average.py HYPERNET OUT FOLDER FOLDER ...
 
-OUT/start is the mean itself, in timm's format: `timm-pudnet evaluate ... --control OUT/start`.
+OUT/start is the mean itself, in timm's format: `timm-pudnet evaluate ... --control OUT/start`. Without any FOLDER it is the network that
+HYPERNET changes, as it is.
 
 Networks that ordinary training makes from one start lie so close together that the mean of their weights is a network as
 well, often a better one than any of them (Wortsman et al. 2022, "Model soups").
@@ -17,6 +18,7 @@ import torch
 
 from timm_pudnet import PudNet, save_model
 from timm_pudnet.hypernet import pretrained_model, save_tensors
+from timm_pudnet.target import create_feature_model
 from timm_pudnet.training import whitening_path
 from timm_pudnet.training.meta_train import seen_by
 
@@ -26,22 +28,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('hypernet', help='folder of one with the generator `residual`')
     parser.add_argument('out', type=Path, help='new folder')
-    parser.add_argument('folders', nargs='+', help='of networks of its target, in timm format')
+    parser.add_argument('folders', nargs='*', help='of networks of its target, in timm format')
     options = parser.parse_args()
     hypernet = PudNet.from_pretrained(options.hypernet)
     config = hypernet.config
     if config.generator != 'residual':
         parser.error(f'{options.hypernet} has the generator {config.generator!r}: only `residual` has a base')
     seen = dict.fromkeys((*config.class_names, *(name for folder in options.folders for name in seen_by(folder))))
-    models = [pretrained_model(folder, folder, {**config.model_kwargs, 'num_classes': 0}) for folder in options.folders]
-    networks = [model.state_dict() for model in models]
-    mean = {key: torch.stack([one[key] for one in networks]).double().mean(0) for key in networks[0]}
-    hypernet.start_from(mean)
+    kwargs = {**config.model_kwargs, 'num_classes': 0}
+    networks = [pretrained_model(folder, folder, kwargs).state_dict() for folder in options.folders]
+    if networks:
+        mean = {key: torch.stack([one[key] for one in networks]).double().mean(0) for key in networks[0]}
+        hypernet.start_from(mean)
+    else:
+        for generator in hypernet.generators:
+            generator.start_from(generator.base.detach().clone())
     hypernet.config = dataclasses.replace(config, class_names=tuple(seen))
     hypernet.save_pretrained(options.out)
     # The mean itself as a control: what it classifies as well as the hypernetwork is not the sketch's merit.
-    models[0].load_state_dict(mean)
-    start = save_model(models[0], options.out / 'start')
+    model = create_feature_model(hypernet.target)
+    with torch.no_grad():
+        model.load_state_dict(hypernet(torch.zeros(config.sketch_width)), strict=False)
+    start = save_model(model, options.out / 'start')
     whitening = torch.eye(hypernet.target.num_features)
     save_tensors({'whitening': whitening}, whitening_path(start), {'classes': json.dumps(list(seen))})
 
