@@ -160,8 +160,8 @@ class PudNetConfig:
             of any length.
         tag: The part of a hypernetwork's name after the architecture, `cifar100_set` for instance.
         class_names: Classes seen in training.
-        training: What training cost: images seen (`sketch_images`: by the sketch encoder alone), seconds, machine, the digest
-            of the recipe and what it started from.
+        training: What training cost: images seen (`sketch_images`: by the sketch encoder alone), seconds, machine; the
+            digest of the recipe and what it started from.
         library_versions: Versions of the libraries that wrote the file.
 
     Raises:
