@@ -10,14 +10,14 @@ are in the output file already are not trained again, so it can be stopped and s
 
 import argparse
 import dataclasses
-import fcntl
 import json
 import tempfile
 from pathlib import Path
 
+import choices
+
 import timm_pudnet
 from timm_pudnet.evaluation import TestGroups, mean_interval
-from timm_pudnet.hypernet import written_whole
 from timm_pudnet.training import ImageBank, Recipe, meta_train, train_plain
 from timm_pudnet.training.episodes import bank_input
 
@@ -43,9 +43,9 @@ def main():
         source = timm_pudnet.open_images(f'{arguments.data}/{split}', input=bank_input(second.hypernet.input))
         banks[split] = ImageBank.from_source(source)
     names = banks['train'].class_names
-    choices = json.loads(arguments.splits.read_text())['cifar100-set']
-    for number, (key, choice) in enumerate(sorted(choices.items())):
-        if number % arguments.part[1] != arguments.part[0] or key in read(arguments):
+    splits = json.loads(arguments.splits.read_text())['cifar100-set']
+    for number, (key, choice) in enumerate(sorted(splits.items())):
+        if number % arguments.part[1] != arguments.part[0] or key in choices.read(arguments.out, settings(arguments)):
             continue
         seen = [name for name in names if name not in choice['unseen']]
         bank = banks['train'].select(seen)
@@ -66,13 +66,7 @@ def main():
             without=('mean_sketch', 'random_weights'),
             progress=False,
         )
-        row = {name: result[name] for name in ('classes', 'accuracy', 'conditioning_gain', 'training')}
-        with open(f'{arguments.out}.lock', 'w') as lock:  # another part may write at this moment
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            done = {**read(arguments), key: row}
-            with written_whole(arguments.out) as beside:
-                beside.write_text(json.dumps(settings(arguments) | summary(done), indent=2) + '\n')
-        print(key, {name: round(row['mean'], 2) for name, row in result['accuracy'].items()}, flush=True)
+        choices.add(arguments.out, settings(arguments), key, result, summary)
 
 
 def shortened(recipe, seen, images):
@@ -91,16 +85,6 @@ def settings(arguments):
         'images_each': arguments.images,
         'groups_each': arguments.groups,
     }
-
-
-def read(arguments):
-    """The choices that were measured already, by the same settings."""
-    if not arguments.out.exists():
-        return {}
-    found = json.loads(arguments.out.read_text())
-    if any(found[name] != value for name, value in settings(arguments).items()):
-        raise SystemExit(f'{arguments.out} is of other numbers of images or groups: choose another --out')
-    return found['choices']
 
 
 def summary(done):

@@ -9,14 +9,13 @@ in the output file already are not trained again, so it can be stopped and start
 
 import argparse
 import dataclasses
-import fcntl
 import itertools
-import json
 from pathlib import Path
+
+import choices
 
 import timm_pudnet
 from timm_pudnet.evaluation import TestGroups, mean_interval
-from timm_pudnet.hypernet import written_whole
 from timm_pudnet.training import ImageBank, Recipe, meta_train
 from timm_pudnet.training.episodes import bank_input
 
@@ -46,12 +45,12 @@ def main():
     }
     names = sources['train'].class_names
     banks = {split: ImageBank.from_source(source) for split, source in sources.items()}
-    choices = [unseen for unseen in itertools.combinations(range(len(names)), 4) if unseen != PUBLISHED]
-    chosen = choices[: 20 * arguments.every : arguments.every]
+    fours = [unseen for unseen in itertools.combinations(range(len(names)), 4) if unseen != PUBLISHED]
+    chosen = fours[: 20 * arguments.every : arguments.every]
     part, parts = arguments.part
     for number, unseen in enumerate(chosen):
         key = ' '.join(map(str, unseen))
-        if number % parts != part or key in read(arguments):
+        if number % parts != part or key in choices.read(arguments.out, settings(arguments)):
             continue
         seen = [name for label, name in enumerate(names) if label not in unseen]
         recipe = dataclasses.replace(
@@ -63,28 +62,12 @@ def main():
         test = banks['test'].select([names[label] for label in unseen])
         groups = TestGroups.draw(test, count=arguments.groups, n_way=4, seed=number)
         result = timm_pudnet.evaluate(hypernet, test, groups, progress=False)
-        row = {name: result[name] for name in ('classes', 'accuracy', 'conditioning_gain', 'training')}
-        with open(f'{arguments.out}.lock', 'w') as lock:  # another part may write at this moment
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            done = {**read(arguments), key: row}
-            with written_whole(arguments.out) as beside:
-                beside.write_text(json.dumps(settings(arguments) | summary(done), indent=2) + '\n')
-        print(key, {name: round(row['mean'], 2) for name, row in result['accuracy'].items()}, flush=True)
+        choices.add(arguments.out, settings(arguments), key, result, summary)
 
 
 def settings(arguments):
     """What all choices in one file have in common."""
     return {'images_each': arguments.images, 'groups_each': arguments.groups}
-
-
-def read(arguments):
-    """The choices that were measured already, by the same settings."""
-    if not arguments.out.exists():
-        return {}
-    found = json.loads(arguments.out.read_text())
-    if any(found[name] != value for name, value in settings(arguments).items()):
-        raise SystemExit(f'{arguments.out} is of other numbers of images or groups: choose another --out')
-    return found['choices']
 
 
 def summary(done):

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from timm_pudnet.denoising.predict import LEAST_SIDE
 from timm_pudnet.hypernet import PudNet
 from timm_pudnet.images import scan_folder
 from timm_pudnet.training.recipe import Data, Denoising, Recipe
-from timm_pudnet.training.run import Run, config_fields, fingerprint, go
+from timm_pudnet.training.run import Run, config_fields, go
 
 
 class PatchBank:
@@ -214,7 +214,10 @@ class _DenoiserRun(Run):
         assert recipe.denoising is not None
         self.sampler = PatchSampler(banks, recipe.denoising, [data.share for data in recipe.data], recipe.seed)
         super().__init__(recipe, device)
-        self.origin = fingerprint(image for bank in banks for image in bank.images)
+
+    def source(self) -> Iterator[Tensor | bytes]:
+        """The images."""
+        return (image for bank in self.sampler.banks for image in bank.images)
 
     @property
     def parts(self) -> int:

@@ -31,7 +31,7 @@ from timm_pudnet.target import batch_norms, create_feature_model
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input, mixed
 from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
 from timm_pudnet.training.recipe import Data, Recipe
-from timm_pudnet.training.run import Run, config_fields, fingerprint, go
+from timm_pudnet.training.run import Run, config_fields, go
 from timm_pudnet.training.undoing import ChannelUndoing
 
 # Fields of its config in which a hypernetwork may differ from the one that it starts from.
@@ -233,6 +233,16 @@ def _is_hypernet(folder: Path) -> bool:
     return isinstance(found, dict) and 'format_version' in found
 
 
+def _hypernet_folder(start: str) -> Path | None:
+    """Where the hypernetwork of that name or folder is, from the Hub too; None where it means none."""
+    path = Path(start).expanduser()
+    if shipped := embedded().get(start):
+        return shipped
+    if _is_hypernet(path):
+        return path
+    return remote.local_folder(start) if remote.split_repo(start) else None
+
+
 def group_sampler(recipe: Recipe, banks: Sequence[ImageBank]) -> GroupSampler:
     """The sampler that a recipe describes."""
     return GroupSampler(
@@ -267,13 +277,11 @@ def classes_seen(recipe: Recipe, banks: Sequence[ImageBank]) -> tuple[str, ...]:
 
 def seen_by(start: str) -> tuple[str, ...]:
     """Classes that went into a hypernetwork or a network, as its files say; none where they do not."""
-    path, shipped = Path(start).expanduser(), embedded().get(start)
     if not start:
         return ()
-    if shipped or _is_hypernet(path) or remote.split_repo(start):
-        return read_config(
-            (shipped or (path if path.is_dir() else remote.local_folder(start))) / CONFIG_NAME
-        ).class_names
+    if folder := _hypernet_folder(start):
+        return read_config(folder / CONFIG_NAME).class_names
+    path = Path(start).expanduser()
     names: list[str] = []
     with contextlib.suppress(DamagedFileError, OSError, LookupError, AttributeError, TypeError):  # anybody's model
         config = read_json(path / CONFIG_NAME)
@@ -300,13 +308,16 @@ class _ClassifierRun(Run):
         self.seen = classes_seen(recipe, banks)
         self.started: dict[str, Tensor] = {}  # what the recipe's start holds
         super().__init__(recipe, device)
-        names = [json.dumps(bank.class_names).encode() for bank in banks]
-        images = [tensor for bank in banks for tensor in (bank.images, bank.labels)]
-        self.origin = fingerprint([*names, *images, *self.started.values()])
         size = sum(bank.images.nbytes for bank in banks)
         if self.device.type == 'cuda' and size < torch.cuda.mem_get_info(self.device)[0] / 4:
             # Groups are then made there: the processor could not keep up.
             self.sampler.banks = [bank.to(self.device) for bank in banks]
+
+    def source(self) -> Iterator[Tensor | bytes]:
+        """Images, labels and names of their classes, and what the start holds."""
+        yield from (json.dumps(bank.class_names).encode() for bank in self.sampler.banks)
+        yield from (tensor for bank in self.sampler.banks for tensor in (bank.images, bank.labels))
+        yield from self.started.values()
 
     def make_head(self) -> nn.Linear:
         """A new full head."""
@@ -339,10 +350,10 @@ class _ClassifierRun(Run):
     def _started_hypernet(self) -> PudNet | None:
         """The hypernetwork that the recipe starts from, where it starts from one."""
         start, config = self.recipe.start, self.recipe.hypernet
-        path, shipped = Path(start).expanduser(), embedded().get(start)
-        if not start or not (shipped or _is_hypernet(path) or remote.split_repo(start)):
+        folder = _hypernet_folder(start) if start else None
+        if folder is None:
             return None
-        found = PudNet.from_pretrained(shipped or (path if path.is_dir() else start))
+        found = PudNet.from_pretrained(folder)
         fields = [(name, found.config, config) for name in config_fields(config) if name not in _FREE]
         fields += [(name, found.config.input, config.input) for name in ('mean', 'std')]
         # As text: lists that were read from a file are tuples in Python.

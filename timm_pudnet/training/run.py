@@ -17,7 +17,7 @@ import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,6 @@ class Run:
 
     def __init__(self, recipe: Recipe, device: str | torch.device | None) -> None:
         self.recipe, self.step, self.seconds, self.skipped = recipe, 0, 0.0, 0
-        self.origin = ''  # what tells these images and this start from others
         self.processes = Processes(device)
         self.device = self.processes.device or usable_device(device)
         self.precision = self._usable_precision()
@@ -213,6 +212,18 @@ class Run:
     def build(self) -> dict[str, nn.Module]:
         """The modules of the run by name."""
         raise NotImplementedError
+
+    def source(self) -> Iterator[Tensor | bytes]:
+        """What the run learns from and starts from, for its checkpoints to tell from others."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def origin(self) -> str:
+        """A fingerprint of `source`."""
+        found = 0
+        for part in self.source():
+            found = zlib.crc32(part if isinstance(part, bytes) else part.cpu().contiguous().numpy().data, found)
+        return f'{found:08x}'
 
     def prepare(self, progress: bool) -> None:
         """What comes before the first step; a run that goes on from a checkpoint has it behind it."""
@@ -409,14 +420,6 @@ class Run:
             f'{self.processes.count} process{"es" if self.processes.count > 1 else ""}, {self.precision}',
             'recipe_digest': self.recipe.digest,
         }
-
-
-def fingerprint(parts: Iterable[Tensor | bytes]) -> str:
-    """What tells these bytes from others."""
-    found = 0
-    for part in parts:
-        found = zlib.crc32(part if isinstance(part, bytes) else part.cpu().contiguous().numpy().data, found)
-    return f'{found:08x}'
 
 
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

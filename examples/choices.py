@@ -1,0 +1,27 @@
+"""What fashion_choices.py and cifar100_splits.py share: a file of results by choice of classes, which parts add to."""
+
+import fcntl
+import json
+
+from timm_pudnet.hypernet import written_whole
+
+
+def read(out, settings):
+    """The choices that are in the file `out` already; it ends the program where they are of other settings."""
+    if not out.exists():
+        return {}
+    found = json.loads(out.read_text())
+    if any(found[name] != value for name, value in settings.items()):
+        raise SystemExit(f'{out} is of other numbers of images or groups: choose another --out')
+    return found['choices']
+
+
+def add(out, settings, key, result, summary):
+    """Adds what `evaluate` found of a choice, and the `summary` of all choices; says what it was."""
+    row = {name: result[name] for name in ('classes', 'accuracy', 'conditioning_gain', 'training')}
+    with open(f'{out}.lock', 'w') as lock:  # another part may write at this moment
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = {**read(out, settings), key: row}
+        with written_whole(out) as beside:
+            beside.write_text(json.dumps(settings | summary(done), indent=2) + '\n')
+    print(key, {name: round(row['mean'], 2) for name, row in result['accuracy'].items()}, flush=True)
