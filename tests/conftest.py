@@ -52,12 +52,24 @@ def seeded():
 
 
 @pytest.fixture(scope='session')
-def tiny():
+def with_whitening():
+    """Gives a hypernetwork a whitening unlike the identity, as training learns one; the hypernetwork itself."""
+
+    def change(hypernet):
+        root = torch.randn(hypernet.whitening.shape, generator=torch.Generator().manual_seed(1)) / 8
+        hypernet.whitening.copy_(torch.eye(len(root)) + root @ root.t())
+        return hypernet
+
+    return change
+
+
+@pytest.fixture(scope='session')
+def tiny(with_whitening):
     """A new hypernetwork for timm's smallest ResNet; not to be changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         hypernet = PudNet.for_target('test_resnet', sketch_width=16, input=InputConfig(input_size=(3, 32, 32)))
-    return hypernet.eval()
+    return with_whitening(hypernet).eval()
 
 
 @pytest.fixture(scope='session')
@@ -88,7 +100,7 @@ def one_line():
 
 
 @pytest.fixture(scope='session')
-def tiny_folder(tmp_path_factory):
+def tiny_folder(tmp_path_factory, with_whitening):
     """The folder of a new, tiny hypernetwork `test_resnet.tiny`; not to be changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -99,7 +111,7 @@ def tiny_folder(tmp_path_factory):
             tag='tiny',
             class_names=('ball', 'hat'),
         )
-    return hypernet.save_pretrained(tmp_path_factory.mktemp('hypernets') / 'test_resnet.tiny')
+    return with_whitening(hypernet).save_pretrained(tmp_path_factory.mktemp('hypernets') / 'test_resnet.tiny')
 
 
 @pytest.fixture(scope='session')
@@ -165,7 +177,10 @@ def bank():
 
 @pytest.fixture(scope='session')
 def make_recipe():
-    """Makes a recipe of a few steps for the bank; `hypernet`, `groups`, `schedule` are fields that differ."""
+    """Makes a recipe of a few steps for the bank; `hypernet`, `groups`, `schedule` are fields that differ.
+
+    It has no whitening, which takes longer than the steps.
+    """
 
     def make(steps=6, seed=0, *, hypernet=None, groups=None, schedule=None, **changes):
         small = InputConfig(input_size=(3, 16, 16))
@@ -174,7 +189,9 @@ def make_recipe():
         return Recipe(
             hypernet=PudNetConfig(**{**base, **(hypernet or {})}),
             groups=made,
-            schedule=Schedule(**{'images': steps * made.images_per_step, 'rate': 2e-3, **(schedule or {})}),
+            schedule=Schedule(
+                **{'images': steps * made.images_per_step, 'rate': 2e-3, 'whitening': False, **(schedule or {})}
+            ),
             seed=seed,
             **{'data': (Data(images='nowhere'),), **changes},
         )

@@ -34,6 +34,7 @@ import timm_pudnet
 from timm_pudnet import PudNet, hub
 from timm_pudnet.cli import main
 from timm_pudnet.config import InputConfig
+from timm_pudnet.evaluation import TestGroups
 from timm_pudnet.files import config_sha256, weights_sha256
 from timm_pudnet.hypernet import plan_hypernet
 
@@ -908,6 +909,15 @@ def test_one_group_is_enough(trained, shapes):
     assert 'Wilson' in succeeds(*evaluation(trained[0], shapes / 'my shapes'), '--groups', '1').stdout
 
 
+def test_the_seed_of_an_evaluation_draws_its_groups(trained, shapes, tmp_path):
+    found = []
+    for seed in (0, 0, 1):
+        hypernet = shutil.copytree(trained[0], tmp_path / f'{len(found)}')
+        succeeds(*evaluation(hypernet, shapes / 'my shapes', '--save', '--seed', seed))
+        found.append(json.loads((hypernet / 'results.json').read_text())['groups_digest'])
+    assert found[0] == found[1] != found[2]
+
+
 def test_evaluation_writes_nothing_unasked(trained, shapes, nothing_written):
     with nothing_written(shapes):
         succeeds(*evaluation(trained[0], shapes / 'my shapes'))
@@ -918,20 +928,20 @@ def test_evaluation_refuses_where_no_classes_are_unseen(trained, shapes, tmp_pat
         shutil.copytree(shapes / 'my shapes' / name, tmp_path / 'seen' / name)
     with nothing_written(trained[0]):
         save = '--save'
-        fails(*evaluation(trained[0], tmp_path / 'seen', save), needles=['1', 'test_resnet.shapes', 'two'])
+        fails(*evaluation(trained[0], tmp_path / 'seen', save), needles=[': 1 classes', 'test_resnet.shapes', 'two'])
         shutil.rmtree(tmp_path / 'seen' / 'lid')
-        fails(*evaluation(trained[0], tmp_path / 'seen', save), needles=['0', 'test_resnet.shapes', 'two'])
+        fails(*evaluation(trained[0], tmp_path / 'seen', save), needles=[': 0 classes', 'test_resnet.shapes', 'two'])
         fails(*evaluation(trained[0], tmp_path / 'seen' / 'cup', save), needles=['test_resnet.shapes'])
 
 
 BAD_EVALUATIONS = {
-    'no group': (['--groups', '0'], ['groups', '0']),
+    'no group': (['--groups', '0'], ['--groups must be at least 1']),
     'groups in words': (['--groups', 'many'], ['groups', 'many']),
     'too many classes': (['--n-way', '3'], ['3', '2 classes']),
     'one class': (['--n-way', '1'], ['1']),
     'no class': (['--n-way', '0'], ['0']),
-    'no shot': (['--n-shot', '0'], []),
-    'no query': (['--n-query', '0'], []),
+    'no shot': (['--n-shot', '0'], ['n_shot must be at least 1']),
+    'no query': (['--n-query', '0'], ['n_query must be at least 1']),
     'negative shot': (['--n-shot', '-1'], ['-1']),
     'too many images': (['--n-shot', '30'], ['26 images']),
     'missing control': (['--control', 'nowhere'], ['nowhere']),
@@ -985,10 +995,20 @@ def test_saving_needs_a_folder(trained, shapes, monkeypatch):
     fails(*evaluation('test_resnet.shapes', shapes / 'my shapes', '--save'), needles=['--save', 'folder'])
 
 
-def test_a_full_disk_in_evaluation_and_training_is_one_line(trained, shapes, tmp_path, full_disk, nothing_written):
+def no_space(*args):
+    raise OSError(28, 'No space left on device')
+
+
+def test_a_full_disk_in_evaluation_and_training_is_one_line(
+    trained, shapes, tmp_path, full_disk, nothing_written, monkeypatch
+):
     hypernet = shutil.copytree(trained[0], tmp_path / 'hypernet')
     with nothing_written(tmp_path), full_disk(16):
         fails(*evaluation(hypernet, shapes / 'my shapes', '--save'))
+    succeeds(*evaluation(hypernet, shapes / 'my shapes', '--save'))
+    with nothing_written(tmp_path), monkeypatch.context() as patch:  # the second of the two files does not fit
+        patch.setattr(TestGroups, 'save', no_space)
+        fails(*evaluation(hypernet, shapes / 'my shapes', '--save', '--seed', '1'), needles=['No space left'])
     with full_disk():
         fails('train', shapes / 'recipe.toml', '--out', tmp_path / 'out')
     left = [path.name for path in (tmp_path / 'out').rglob('*') if path.is_file() and path.parent.name != 'board']

@@ -155,13 +155,14 @@ def test_an_evaluation_is_that_of_the_cpu(make_recipe, bank):
     recipe = make_recipe(4)
     hypernet = meta_train(recipe, banks=[bank], device='cpu', progress=False)
     control = train_plain(recipe, banks=[bank], device='cpu', progress=False)
-    groups = TestGroups.draw(bank, count=20, n_way=3, n_shot=3, n_query=5, conditions=True)
+    groups = TestGroups.draw(bank, count=20 if THERE else 4, n_way=3, n_shot=3, n_query=5, conditions=True)
     found = {
         device: evaluate(hypernet.to(device), bank, groups, other=bank, controls={'plain': control}, progress=False)
         for device in ('cpu', 'cuda')
     }
     for arm, expected in found['cpu']['accuracy'].items():
-        assert_close(found['cuda']['accuracy'][arm]['mean'], expected['mean'], rtol=0, atol=5.0)
+        # where there is none the CPU computes both
+        assert_close(found['cuda']['accuracy'][arm]['mean'], expected['mean'], rtol=0, atol=5.0 if THERE else 0.0)
 
 
 def test_a_prediction_is_fine_tuned(tiny_folder, pictures):

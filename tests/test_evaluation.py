@@ -29,6 +29,7 @@ from timm_pudnet.evaluation import (
     train_from_scratch,
     weights_digest,
 )
+from timm_pudnet.evaluation.holdout import HeldOutTest
 from timm_pudnet.hypernet import PudNet
 from timm_pudnet.predict import predict_model
 from timm_pudnet.training import ImageBank
@@ -66,14 +67,14 @@ def groups(bank):
 
 
 @pytest.fixture
-def hypernet():
-    return PudNet.for_target('test_resnet', sketch_width=16, input=InputConfig(input_size=(3, 16, 16)))
+def hypernet(with_whitening):
+    return with_whitening(PudNet.for_target('test_resnet', sketch_width=16, input=InputConfig(input_size=(3, 16, 16))))
 
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """What the head of every arm gets: support features and query features, in the order of groups and arms."""
-    calls = {'support': [], 'query': []}
+    """What the head of every arm gets: support and query features and whitening, in the order of groups and arms."""
+    calls = {'support': [], 'query': [], 'whitening': []}
     centroids, logits = measure.class_centroids, measure.centroid_logits
 
     def record_centroids(features, *args):
@@ -82,6 +83,7 @@ def recorded(monkeypatch):
 
     def record_logits(features, *args):
         calls['query'].append(features.clone())
+        calls['whitening'].append(args[-1])
         return logits(features, *args)
 
     monkeypatch.setattr(measure, 'class_centroids', record_centroids)
@@ -97,6 +99,41 @@ def test_mean_interval_is_student_s_and_for_many_values_normal(count):
     assert_close(found['mean'], float(values.mean()))
     quantile = stats.t.ppf(0.975, count - 1) if count < 101 else 1.96
     assert_close(found['interval'], float(quantile * values.std(ddof=1) / np.sqrt(count)), rtol=1e-3, atol=0)
+
+
+def test_the_interval_of_an_accuracy_is_over_groups_and_that_of_a_gain_over_pairs():
+    generator = torch.Generator().manual_seed(0)
+    right, rival = ([torch.rand(20, generator=generator) < level for level in (0.9, 0.7, 0.5, 0.8, 0.6)] for _ in '12')
+    shares, others = ([100 * found.float().mean().item() for found in every] for every in (right, rival))
+    assert measure.accuracy_interval(right) == mean_interval(shares)
+    pairs = [a - b for a, b in zip(shares, others, strict=True)]
+    found = measure._gain(right, rival)
+    assert_close(found, mean_interval(pairs), rtol=1e-4, atol=1e-4)
+    assert found['interval'] < measure.accuracy_interval(right)['interval']
+
+
+def test_a_test_of_images_kept_aside_is_told_with_wilson_s_intervals():
+    labels = torch.zeros(10, dtype=torch.long)
+    none = torch.zeros(0)
+    test = HeldOutTest(
+        labels=labels,
+        guesses=(torch.arange(10) >= 5).long(),
+        confidences=torch.ones(10),
+        names=[str(number) for number in range(10)],
+        mistakes=[],
+        places=none,
+        features=none.view(0, 1),
+        num_classes=4,
+        right_raw=10,
+        raw_head='ridge regression',
+        repeated=0,
+        seconds=0.0,
+    )
+    assert [' '.join(line.split()) for line in test.lines()] == [
+        'Accuracy 50.0% on the images kept aside (5 of 10; 95 % interval 23.7% to 76.3%)',
+        'Raw pixels 100.0% by ridge regression (10 of 10; 95 % interval 72.2% to 100.0%)',
+        'Chance 25.0%',
+    ]
 
 
 def test_mean_interval_of_one_value_or_of_equal_ones():
@@ -166,12 +203,24 @@ def test_a_file_without_groups_is_told_in_one_line(text, tmp_path, one_line):
 
 @pytest.mark.parametrize(
     ('changes', 'needles'),
-    [({'n_way': 5}, ['n_way is 5', '4 classes']), ({'n_shot': 8, 'n_query': 3}, ["'red'", '10 images', '11'])],
+    [
+        ({'n_way': 5}, ['n_way is 5', '4 classes']),
+        ({'n_shot': 8, 'n_query': 3}, ["'red'", '10 images', '11']),
+        ({'n_shot': 0}, ['n_shot must be at least 1']),
+        ({'n_query': 0}, ['n_query must be at least 1']),
+        ({'count': 0}, ['count must be at least 1']),
+    ],
 )
 def test_impossible_groups_are_refused(changes, needles, bank, one_line):
     with pytest.raises(InputError) as error:
         TestGroups.draw(bank, **{'n_way': 2, 'n_shot': 2, 'n_query': 2, **changes})
     one_line(error, *needles)
+
+
+def test_no_label_a_class_is_not_taken_for_all_of_them(bank, support_bank, one_line):
+    with pytest.raises(InputError) as error:
+        TestGroups.draw(bank, n_way=2, n_shot=0, n_query=2, support_bank=support_bank)
+    one_line(error, 'n_shot must be at least 1, got 0')
 
 
 def test_colours_are_told_apart_and_the_result_is_json(hypernet, bank, groups):
@@ -203,8 +252,10 @@ def test_colours_are_told_apart_and_the_result_is_json(hypernet, bank, groups):
 def test_labels_that_say_nothing_give_chance(hypernet, bank):
     shuffled = ImageBank(bank.images, torch.arange(40) // 4 % 4, bank.class_names)  # every class of all colours
     groups = TestGroups.draw(shuffled, count=60, n_way=3, n_shot=4, n_query=4)
-    result = evaluate(hypernet, shuffled, groups, progress=False)
-    assert abs(result['accuracy']['raw_pixels']['mean'] - 100 / 3) < 15
+    without = ['swapped_sketch', 'mean_sketch', 'random_weights']
+    result = evaluate(hypernet, shuffled, groups, without=without, progress=False)
+    for arm in ('predicted', 'raw_pixels'):
+        assert abs(result['accuracy'][arm]['mean'] - 100 / 3) < 15
 
 
 def test_a_hypernetwork_that_ignores_the_sketch_has_no_conditioning_gain(hypernet, bank, groups):
@@ -271,6 +322,26 @@ def test_plain_with_its_own_statistics_is_the_model_itself(hypernet, bank, group
         expected = plain.eval()(bank.images[groups.query[2].flatten()].float() / 127.5 - 1)
     assert_close(recorded['query'][2 * arms + arms - 1], expected, rtol=1e-4, atol=1e-4)
     assert (recorded['query'][2 * arms + arms - 2] - expected).abs().max() > 1e-2
+
+
+def test_each_arm_is_read_in_its_own_whitened_space(hypernet, bank, groups, recorded):
+    plain = timm.create_model('test_resnet', num_classes=0)
+    learned = 2 * torch.eye(plain.num_features)
+    evaluate(hypernet, bank, groups, controls={'plain': (plain, learned)}, progress=False)
+    ours = hypernet.whitening
+    expected = [ours, None, ours, ours, None, None, learned, learned]  # in the order of ARMS, and the control's two
+    assert len(recorded['whitening']) == len(expected) * len(groups)
+    for place, found in enumerate(recorded['whitening']):
+        wanted = expected[place % len(expected)]
+        assert found is None if wanted is None else torch.equal(found, wanted)
+
+
+def test_the_seed_is_that_of_the_random_weights(hypernet, bank, groups, recorded):
+    for seed in (0, 1):
+        evaluate(hypernet, bank, groups, seed=seed, progress=False)
+    first, second = recorded['query'][: len(recorded['query']) // 2], recorded['query'][len(recorded['query']) // 2 :]
+    for place, (one, other) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(one, other) != (ARMS[place % len(ARMS)] == 'random_weights')
 
 
 def test_evaluating_twice_gives_the_same(hypernet, bank, groups):
@@ -477,7 +548,10 @@ def test_the_ridge_of_an_arm_is_that_of_its_features_in_its_space(hypernet, bank
     assert_close([features for features, _, _ in spaces], recorded['support'], rtol=0, atol=0)
     for place, (_, labels, whitening) in enumerate(spaces):
         assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-        assert (whitening is not None) == (place % 5 < 3)  # predicted, swapped, mean; random weights, raw pixels
+        if place % 5 < 3:  # predicted, swapped, mean
+            assert torch.equal(whitening, hypernet.whitening)
+        else:  # random weights, raw pixels
+            assert whitening is None
 
 
 # Conditions

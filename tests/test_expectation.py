@@ -205,9 +205,7 @@ def test_traits_of_a_folder_are_those_of_its_images(tiny, fitted, pictures):
     assert read_traits(tiny, model, alone, fitted) is None
 
 
-@pytest.mark.parametrize(
-    'name', [name for name, folder in embedded().items() if (folder / 'expectation.json').exists()]
-)
+@pytest.mark.parametrize('name', ['resnet18.mixed56', 'resnet18.mixed'])
 def test_a_published_expectation_is_of_the_published_weights_and_ranks_domains_that_it_did_not_see(name):
     folder = embedded()[name]
     found = Expectation.load(folder)

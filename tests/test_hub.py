@@ -60,6 +60,12 @@ def test_a_hypernetwork_is_loaded_by_folder_by_name_and_by_architecture(shelf, t
         assert_close(state_of(hypernet), expected, rtol=0, atol=0)
 
 
+def test_the_name_of_one_that_ships_is_told_who_takes_it(shelf, one_line):
+    with pytest.raises(NotFoundError) as error:
+        PudNet.from_pretrained('test_resnet.tiny')
+    one_line(error, 'test_resnet.tiny: no such folder', 'timm_pudnet.load_hypernet')
+
+
 def test_those_at_hand_are_listed_with_their_configs(shelf):
     found = list_hypernets()
     assert list(found) == ['test_resnet.tiny', 'test_resnet2.other']

@@ -252,7 +252,7 @@ def test_a_set_larger_than_the_sample_gets_centroids_of_all_its_images(net, supp
     assert [len(sample.images) for sample in samples] == [7]
     assert not samples[0].complete
     images, labels = in_one_batch(net, pixels, numbers(names))
-    assert_close(model.fc.weight.detach(), F.normalize(centroids_by_hand(model, images, labels).float()))
+    assert_close(model.fc.weight.detach(), rows_by_hand(model, images, labels, net.whitening))
 
 
 def test_the_sample_stays_bounded(net, pictures, monkeypatch):
@@ -300,11 +300,19 @@ def centroids_by_hand(model, images, labels):
     return torch.stack([features[labels == label].mean(0) for label in range(int(labels.max()) + 1)])
 
 
+def rows_by_hand(model, images, labels, whitening):
+    """The classifier's weight: whitened centroids of length 1, mapped back."""
+    whitening = whitening.double()
+    return (F.normalize(centroids_by_hand(model, images, labels) @ whitening) @ whitening).float()
+
+
 def test_logits_choose_as_equation_7_does(net, support, model, query):
     pixels, names = support
-    centroids = centroids_by_hand(model, *in_one_batch(net, pixels, numbers(names)))
+    whitening = net.whitening.double()
+    assert (whitening - torch.eye(len(whitening))).abs().max() > 0.05
+    centroids = centroids_by_hand(model, *in_one_batch(net, pixels, numbers(names))) @ whitening
     with torch.inference_mode():
-        features = model.forward_head(model.forward_features(query[0]), pre_logits=True).double()
+        features = model.forward_head(model.forward_features(query[0]), pre_logits=True).double() @ whitening
         cosines = torch.stack([(f @ centroids.T) / (f.norm() * centroids.norm(dim=1)) for f in features])
         logits = model(query[0])
     assert_close(logits.argmax(1), cosines.argmax(1), rtol=0, atol=0)
@@ -527,7 +535,7 @@ def test_few_images_and_unequal_classes_are_enough(counts, net, pictures):
     images, labels = in_one_batch(net, pixels, names)
     assert model.num_classes == len(counts)
     assert all(value.isfinite().all() for value in model.state_dict().values())
-    expected = F.normalize(centroids_by_hand(model, images, labels).float())
+    expected = rows_by_hand(model, images, labels, net.whitening)
     assert_close(model.fc.weight.detach(), expected, rtol=1e-4, atol=1e-5)
 
 

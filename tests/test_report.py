@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import timm_pudnet
-from timm_pudnet import NotFoundError, OutputExistsError, PudNetWarning
+from timm_pudnet import NotFoundError, OutputExistsError, PudNet, PudNetWarning
 from timm_pudnet.cli import main
 from timm_pudnet.evaluation import (
     HeldOutTest,
@@ -459,8 +459,20 @@ def test_an_interrupt_in_the_middle_leaves_nothing(images, tiny_folder, tmp_path
 
 @pytest.mark.filterwarnings('default::timm_pudnet.PudNetWarning')
 def test_what_to_expect_is_said_where_a_fit_is_there_and_not_where_it_is_of_other_weights(
-    images, predict, tmp_path, tiny, tiny_folder
+    images, predict, tmp_path, tiny_folder, monkeypatch
 ):
+    looked_at, tested = [], []
+
+    def read(hypernet, model, source, expectation):
+        looked_at.append([source.name(row) for row in range(len(source))])
+        return read_traits(hypernet, model, source, expectation)
+
+    def measure(model, used, kept_aside, unlabelled=None):
+        tested.append([kept_aside.name(row) for row in range(len(kept_aside))])
+        return measure_held_out(model, used, kept_aside, unlabelled)
+
+    monkeypatch.setattr(timm_pudnet.evaluation, 'read_traits', read)
+    monkeypatch.setattr(timm_pudnet.evaluation, 'measure_held_out', measure)
     shutil.copytree(tiny_folder, tmp_path / 'hypernet')
     sets = [
         HeldOutSet(
@@ -472,9 +484,14 @@ def test_what_to_expect_is_said_where_a_fit_is_there_and_not_where_it_is_of_othe
         for number in range(40)
     ]
     fixed = {'references': torch.randn(8, 16), 'sizes': [64], 'familiar': [(0.0, 1e-9)]}
-    fit_expectation(sets, weights_digest=weights_digest(tiny), **fixed).save(tmp_path / 'hypernet')
+    fit_expectation(sets, weights_digest=weights_digest(PudNet.from_pretrained(tiny_folder)), **fixed).save(
+        tmp_path / 'hypernet'
+    )
     result, _ = predict(images, hypernet=tmp_path / 'hypernet')
     assert re.search(r'Expected +[\d.]+% before any test \(95 % interval', result.stdout)
+    assert len(looked_at[0]) == len(set(looked_at[0])) == 18
+    assert len(tested[0]) == 6
+    assert not {*looked_at[0]} & {*tested[0]}, 'before any test is before any look at what is tested'
     assert 'unlike anything' in result.stdout
     page = (tmp_path / 'model/report/index.html').read_text(encoding='utf-8')
     assert 'Expected before the test' in page

@@ -83,8 +83,8 @@ def test_a_hypernetwork_learns_it_from_sketches_that_tell_conditions_apart(targe
     before = {key: value.clone() for key, value in hypernet.state_dict().items()}
     undoing = ChannelUndoing(hypernet, model, weights)
     rng = torch.Generator().manual_seed(1)
-    picks = torch.randint(len(CONDITIONS), (120,), generator=rng)
-    sketches = torch.eye(16)[picks] + 0.05 * torch.randn(120, 16, generator=rng)
+    picks = torch.randint(len(CONDITIONS), (60,), generator=rng)
+    sketches = torch.eye(16)[picks] + 0.05 * torch.randn(60, 16, generator=rng)
     conditions = [CONDITIONS[pick] for pick in picks.tolist()]
     wanted = [undoing.wanted(condition) for condition in conditions]
     first = float(undoing.loss(sketches, wanted).detach())
@@ -156,25 +156,31 @@ def undoing_recipe(make_recipe, folder, steps=8, **schedule):
     )
 
 
-def test_training_learns_it_before_its_first_step_and_keeps_it(earlier, make_recipe, coloured, tmp_path):
-    recipe = undoing_recipe(make_recipe, earlier, 40)
+@pytest.fixture(scope='module')
+def taught(earlier, make_recipe, coloured, tmp_path_factory):
+    """What a training with it makes of the earlier hypernetwork, its recipe and the folder of its log."""
+    recipe, folder = undoing_recipe(make_recipe, earlier, 40), tmp_path_factory.mktemp('taught')
+    return meta_train(recipe, folder, banks=[coloured], device='cpu', progress=False), recipe, folder
+
+
+def test_training_learns_it_before_its_first_step_and_keeps_it(earlier, taught):
+    after, recipe, folder = taught
     before = PudNet.from_pretrained(earlier)
-    after = meta_train(recipe, tmp_path, banks=[coloured], device='cpu', progress=False)
     for key, value in before.encoder.state_dict().items():
         assert_close(after.encoder.state_dict()[key], value, rtol=0, atol=0)
-    losses = [json.loads(line)['undoing'] for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    losses = [json.loads(line)['undoing'] for line in (folder / 'log.jsonl').read_text().splitlines()]
     assert sum(losses) / len(losses) < 0.5  # 2.0 where nothing is known
     assert sum(losses[-10:]) < 1.5 * sum(losses[:10])
     assert after.config.training['images'] == 2 * recipe.schedule.images  # as many groups before as after
 
 
 @pytest.mark.parametrize('ema', [0.0, 0.999])
-def test_what_it_learned_is_in_the_hypernetwork_for_new_groups_too(ema, earlier, make_recipe, coloured):
+def test_what_it_learned_is_in_the_hypernetwork_for_new_groups_too(ema, earlier, taught, make_recipe, coloured):
     recipe = undoing_recipe(make_recipe, earlier, 30, ema=ema)
     sampler = GroupSampler([coloured], recipe.hypernet.input, recipe.groups, seed=9)
     groups = [sampler.draw(number) for number in range(20)]
     before = PudNet.from_pretrained(earlier)
-    after = meta_train(recipe, banks=[coloured], device='cpu', progress=False)
+    after = meta_train(recipe, banks=[coloured], device='cpu', progress=False) if ema else taught[0]
     as_they_are = GroupSampler([coloured], recipe.hypernet.input, dataclasses.replace(recipe.groups, conditions=0.0))
     with torch.no_grad():
         sketches = torch.stack([before.encoder(group.support).mean(0) for group in groups])
@@ -187,7 +193,8 @@ def test_what_it_learned_is_in_the_hypernetwork_for_new_groups_too(ema, earlier,
     assert losses[1] < 0.5 * losses[0]
 
 
-def test_a_run_that_goes_on_has_it_behind_it(earlier, make_recipe, bank, tmp_path):
+def test_a_run_that_goes_on_has_it_behind_it(earlier, make_recipe, bank, tmp_path, monkeypatch):
+    monkeypatch.setattr('timm_pudnet.training.undoing.MOST_STEPS', 40)
     recipe = undoing_recipe(make_recipe, earlier, ema=0.9)
     whole = meta_train(recipe, banks=[bank], device='cpu', progress=False)
     for most in (3, None):

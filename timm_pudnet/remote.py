@@ -61,7 +61,10 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
         text = text.removeprefix('local-dir:')
     folder = local_path(text)
     if not folder.is_dir():
-        raise NotFoundError(f'{shown(str(folder), 200)}: no such folder of a hypernetwork')
+        raise NotFoundError(
+            f'{shown(str(folder), 200)}: no such folder of a hypernetwork'
+            + ('' if os.sep in text else '; timm_pudnet.load_hypernet takes the names of those that ship with it')
+        )
     return folder
 
 
