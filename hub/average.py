@@ -18,7 +18,7 @@ import torch
 
 from timm_pudnet import PudNet, save_model
 from timm_pudnet.hypernet import pretrained_model, save_tensors
-from timm_pudnet.target import create_feature_model
+from timm_pudnet.target import create_feature_model, with_own_config
 from timm_pudnet.training import whitening_path
 from timm_pudnet.training.meta_train import seen_by
 
@@ -40,18 +40,18 @@ def main() -> None:
     if networks:
         mean = {key: torch.stack([one[key] for one in networks]).double().mean(0) for key in networks[0]}
         hypernet.start_from(mean)
+        hypernet.whitening.copy_(torch.eye(len(hypernet.whitening)))  # that of the earlier network's features
     else:
         for generator in hypernet.generators:
             generator.start_from(generator.base.detach().clone())
     hypernet.config = dataclasses.replace(config, class_names=tuple(seen))
     hypernet.save_pretrained(options.out)
     # The mean itself as a control: what it classifies as well as the hypernetwork is not the sketch's merit.
-    model = create_feature_model(hypernet.target)
+    model = with_own_config(create_feature_model(hypernet.target), config.input)
     with torch.no_grad():
         model.load_state_dict(hypernet(torch.zeros(config.sketch_width)), strict=False)
     start = save_model(model, options.out / 'start')
-    whitening = torch.eye(hypernet.target.num_features)
-    save_tensors({'whitening': whitening}, whitening_path(start), {'classes': json.dumps(list(seen))})
+    save_tensors({'whitening': hypernet.whitening}, whitening_path(start), {'classes': json.dumps(list(seen))})
 
 
 if __name__ == '__main__':

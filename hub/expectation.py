@@ -50,7 +50,7 @@ def main() -> None:
 
     seen, domains = [], {}
     for data in recipe.data:
-        source = open_images(data.images, input=config, data_dir=data.data_dir)
+        source = open_images(data.images, input=config, split=data.split, data_dir=data.data_dir)
         names = [name for name in source.class_names if name in seen_names]
         others = [name for name in source.class_names if name not in seen_names]
         seen.append(_bank(source, names, SEEN))

@@ -18,6 +18,7 @@ RESNET18 = {'results': '73.33', 'results.cifar10': '51.05', 'results.fashion-set
 PAPER = {
     ('resnet18.fashion_set', 'results'): '96.24',
     ('convnet3.cifar100_set', 'results'): '64.09',
+    ('resnet34.cifar100_set', 'results'): '72.87',
     **{
         (f'resnet18.{tag}', protocol): value
         for tag in ('cifar100_set', 'mixed', 'mixed56', 'mixed96')

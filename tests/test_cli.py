@@ -647,6 +647,23 @@ def test_the_control_is_a_timm_feature_model(trained):
     assert str(out / 'plain') in printed
     model = timm.create_model(f'local-dir:{out / "plain"}', pretrained=True)
     assert (model.num_classes, type(model).__name__) == (0, 'ResNet')
+    data = timm.data.resolve_model_data_config(model)
+    assert (data['input_size'], tuple(data['mean']), data['interpolation']) == ((3, 16, 16), (0.5,) * 3, 'bicubic')
+    assert not {'license', 'hf_hub_id', 'url'} & {key for key, value in model.pretrained_cfg.items() if value}
+
+
+def test_a_recipe_of_another_training_is_not_written_over(trained, shapes, tmp_path, nothing_written):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'recipe.toml').write_text('seed = 2\n')
+    with nothing_written(tmp_path):
+        fails('train', shapes / 'recipe.toml', '--out', tmp_path / 'out', needles=['recipe.toml', 'another recipe'])
+
+
+def test_a_home_that_the_shell_left_as_it_is_means_the_home(images, work, predict, monkeypatch, nothing_written):
+    monkeypatch.setenv('HOME', str(work.parent))
+    with nothing_written(work):
+        succeeds(*predict(images, '--no-report', out='~/model'))
+    assert (work.parent / 'model' / 'model.safetensors').is_file()
 
 
 def test_the_line_that_training_prints_runs(trained):

@@ -236,6 +236,10 @@ def test_break_even_is_where_a_curve_reaches_its_rival_as_it_was_by_then(measure
         in text
     )
     assert 'predicted, fine-tuned            1      2.00    80.0 (75.0 to 85.0)' in text
+    del measured_result['break_even']['adam']['fine_tuned']  # an arm that was not asked for
+    assert 'from scratch, Adam: as good as predicted after 2.0 s (4 times predicted)\n' in format_comparison(
+        measured_result
+    )
 
 
 def test_the_plot_shows_every_arm(measured_result, tmp_path, monkeypatch):

@@ -114,6 +114,9 @@ def test_classes_without_names_go_by_their_numbers(make_recipe, monkeypatch, one
     assert bank.images[bank.members[1]].float().mean() == 100
     (bank,) = banks_of(make_recipe, Data(images='wds/numbers', classes=('2', '1')))
     assert bank.class_names == ('2', '1')
+    (bank,) = banks_of(make_recipe, Data(images='wds/numbers', classes=('2',), unseen=('1',)))
+    assert bank.class_names == ('2',)
+    assert bank.images.float().mean() == 100
     for data, needles in (
         ((Data(images='wds/numbers', unseen=('7',)),), ["'7'", 'unseen']),
         ((Data(images='wds/numbers', unseen=('1',)), Data(images='wds/numbers')), ["'1'", 'unseen in', 'seen in']),
@@ -121,6 +124,18 @@ def test_classes_without_names_go_by_their_numbers(make_recipe, monkeypatch, one
         with pytest.raises(InputError) as error:
             banks_of(make_recipe, *data)
         one_line(error, *needles)
+
+
+def test_a_bank_takes_pixels_as_they_are_alone(pictures, one_line):
+    with pytest.raises(InputError) as error:
+        ImageBank.from_source(open_images(*pictures(12), input=SMALL))
+    one_line(error, 'mean and std', 'bank_input')
+
+
+def test_images_of_another_size_than_the_target_takes_are_refused(one_line):
+    with pytest.raises(InputError) as error:
+        make_sampler([unique_bank(size=16)])
+    one_line(error, '3x16x16', '3x12x12')
 
 
 def test_a_selection_of_classes_is_numbered_anew():

@@ -249,6 +249,14 @@ def test_colours_are_told_apart_and_the_result_is_json(hypernet, bank, groups):
     assert 'conditioning_gain' in format_table(result)
 
 
+@pytest.mark.parametrize('where', ['bank', 'other'])
+def test_images_of_another_size_than_the_target_takes_are_refused(where, hypernet, bank, groups, one_line):
+    large = ImageBank(bank.images.repeat(1, 1, 2, 2), bank.labels, bank.class_names)
+    with pytest.raises(InputError) as error:
+        evaluate(hypernet, **{'bank': bank, where: large}, groups=groups, progress=False)
+    one_line(error, '3x32x32', '3x16x16')
+
+
 def test_labels_that_say_nothing_give_chance(hypernet, bank):
     shuffled = ImageBank(bank.images, torch.arange(40) // 4 % 4, bank.class_names)  # every class of all colours
     groups = TestGroups.draw(shuffled, count=60, n_way=3, n_shot=4, n_query=4)

@@ -143,6 +143,28 @@ def test_what_is_familiar_depends_on_the_number_of_images(distance, images, said
     assert fitted.familiarity(distance, images) == said
 
 
+@pytest.mark.parametrize(
+    ('changes', 'needle'),
+    [
+        ({'noise': (-1.0, 0.5)}, 'noise'),
+        ({'worth': 0.0}, 'worth'),
+        ({'width': -2.0}, 'width'),
+        ({'sizes': (0,), 'familiar': ((1.0, 2.0),)}, 'sizes'),
+        ({'sizes': (8, 4), 'familiar': ((1.0, 2.0),) * 2}, 'sizes'),
+    ],
+)
+def test_numbers_that_nothing_can_be_expected_by_are_refused(changes, needle, fitted, one_line):
+    with pytest.raises(InputError) as error:
+        dataclasses.replace(fitted, **changes)
+    one_line(error, 'expectation', needle)
+
+
+def test_an_interval_of_any_width_is_between_none_and_all(fitted):
+    wide = dataclasses.replace(fitted, width=1e9)
+    found = wide.expect(Traits(distance=1, leave_one_out=0.5, num_classes=5, images=10))
+    assert found[1:] == (0.0, 1.0)
+
+
 def test_an_expectation_survives_its_file(fitted, tmp_path):
     assert Expectation.load(tmp_path) is None
     fitted.save(tmp_path)

@@ -34,6 +34,7 @@ from timm_pudnet import (
     PudNetWarning,
     UnsupportedTargetError,
     create_model,
+    finetune,
     load_hypernet,
     open_images,
     predict_model,
@@ -820,8 +821,12 @@ def test_torch_s_defaults_as_the_caller_has_them_change_nothing_and_stay(
         found = predict_model('test_resnet', *support, hypernet=tiny_folder)
         sketch = load_hypernet(tiny_folder).sketch(support[0])
         assert what() == before
+        tuned = finetune(found, *support, epochs=1, progress=False)
+        assert what() == before
     same_model(found, model, query[0])
-    assert {value.device.type for value in found.state_dict().values()} == {'cpu'}
+    for one in (found, tuned):
+        assert {value.device.type for value in one.state_dict().values()} == {'cpu'}
+        assert {value.dtype for value in one.parameters()} == {torch.float32}
     assert (sketch.dtype, sketch.device.type) == (torch.float32, 'cpu')
 
 

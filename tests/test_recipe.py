@@ -154,6 +154,7 @@ def test_one_set_is_the_same_as_a_list_of_one(tmp_path):
         ('rate = 1e-3', 'weight_decay = -1', ['schedule', 'weight_decay', '-1']),
         ('rate = 1e-3', 'label_smoothing = 1.5', ['schedule', 'label_smoothing', '1.5']),
         ('[schedule]', '[hypernet.model_kwargs]\nexportable = true\n[schedule]', ['model_kwargs', 'exportable']),
+        ('mean = [0.4, 0.5, 0.6]', 'mean = ["a", "b", "c"]', ['input', "'a'"]),
         ('rate = 1e-3', 'precision = "float16"', ['[schedule]', "'float16'", 'bfloat16']),
         ('rate = 1e-3', 'whitening = 1', ['[schedule]', 'whitening', 'true or false']),
     ],

@@ -441,6 +441,17 @@ def test_sets_of_any_kind_have_a_page(case, predict, tmp_path, pictures, write_f
     assert 'A map of the features' in page.text
 
 
+@pytest.mark.filterwarnings('default::timm_pudnet.PudNetWarning')
+def test_images_of_which_the_first_cannot_be_read_have_a_page_without_them(images, predict, tmp_path, monkeypatch):
+    monkeypatch.setattr('timm_pudnet.evaluation.report.MOST_THUMBNAILS', 6)
+    for name in ('cup', 'jar', 'pan'):
+        for path in sorted((images / name).iterdir())[:4]:
+            path.write_bytes(b'')
+    predict(images, '--holdout', '0')
+    assert (tmp_path / 'model' / 'model.safetensors').is_file()
+    assert 'A map of the features' in (tmp_path / 'model/report/index.html').read_text(encoding='utf-8')
+
+
 def test_an_interrupt_in_the_middle_leaves_nothing(images, tiny_folder, tmp_path, monkeypatch, nothing_written):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt

@@ -3,13 +3,14 @@
 import dataclasses
 import importlib
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from timm_pudnet import PudNet, load_hypernet, save_model
@@ -243,7 +244,14 @@ def test_training_goes_on_with_a_hypernetwork(earlier, make_recipe, bank):
             assert_close(found[key], wanted[key], rtol=1e-4, atol=1e-4)
 
 
-def test_the_mean_of_networks_is_what_it_then_predicts_for_every_sketch(earlier, tmp_path):
+def average(monkeypatch, *args):
+    """Runs hub/average.py."""
+    script = Path(__file__).parents[1] / 'hub' / 'average.py'
+    monkeypatch.setattr(sys, 'argv', [str(script), *map(str, args)])
+    runpy.run_path(str(script), run_name='__main__')
+
+
+def test_the_mean_of_networks_is_what_it_then_predicts_for_every_sketch(earlier, tmp_path, monkeypatch):
     hypernet, folder = earlier
     models = [timm.create_model('test_resnet', num_classes=0) for _ in range(3)]
     for model in models:
@@ -251,9 +259,15 @@ def test_the_mean_of_networks_is_what_it_then_predicts_for_every_sketch(earlier,
             if name.endswith(('running_mean', 'running_var')):
                 value.add_(torch.rand_like(value))
     folders = [str(save_model(model, tmp_path / str(number))) for number, model in enumerate(models)]
-    script = Path(__file__).parents[1] / 'hub' / 'average.py'
-    subprocess.run([sys.executable, script, folder, tmp_path / 'out', *folders], check=True)
+    average(monkeypatch, folder, tmp_path / 'out', *folders)
     found = PudNet.from_pretrained(tmp_path / 'out')
+    start = timm.create_model(f'local-dir:{tmp_path / "out" / "start"}', pretrained=True)
+    assert timm.data.resolve_model_data_config(start)['input_size'] == hypernet.config.input.input_size
+    # Without networks its own one, in the space that it is read in; that of other networks is not known.
+    average(monkeypatch, folder, tmp_path / 'itself')
+    for out, wanted in (('itself', hypernet.whitening), ('out', torch.eye(len(hypernet.whitening)))):
+        assert_close(load_file(tmp_path / out / 'start.whitening.safetensors')['whitening'], wanted, rtol=0, atol=0)
+        assert_close(PudNet.from_pretrained(tmp_path / out).whitening, wanted, rtol=0, atol=0)
     states = [model.state_dict() for model in models]
     for sketch in torch.randn(2, hypernet.config.sketch_width):
         with torch.no_grad():

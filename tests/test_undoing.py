@@ -171,7 +171,8 @@ def test_training_learns_it_before_its_first_step_and_keeps_it(earlier, taught):
     losses = [json.loads(line)['undoing'] for line in (folder / 'log.jsonl').read_text().splitlines()]
     assert sum(losses) / len(losses) < 0.5  # 2.0 where nothing is known
     assert sum(losses[-10:]) < 1.5 * sum(losses[:10])
-    assert after.config.training['images'] == 2 * recipe.schedule.images  # as many groups before as after
+    cost = after.config.training
+    assert cost['images'] == cost['sketch_images'] == recipe.schedule.images  # as many groups before as after
 
 
 @pytest.mark.parametrize('ema', [0.0, 0.999])

@@ -63,6 +63,14 @@ def main() -> None:
     """Predict the weights of timm's convolutional networks for images that they have never seen."""
 
 
+class _Folder(click.Path):
+    """A path with its `~` in full: the shell leaves it where it stands behind a `=`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Path(os.path.expanduser(os.fspath(value)))
+
+
+_FOLDER = _Folder()
 _SEED = click.IntRange(0, 2**31 - 1)
 
 
@@ -87,7 +95,7 @@ def _check_data_dir(data_dir: str | None, *images: str | None) -> None:
 @main.command()
 @click.argument('model_name')
 @click.argument('images')
-@click.option('--out', type=click.Path(path_type=Path), help='New folder for the model, in timm format.')
+@click.option('--out', type=_FOLDER, help='New folder for the model, in timm format.')
 @click.option(
     '--hypernet',
     help='Hypernetwork: name, folder or org/name on the Hub; by default the one that serves MODEL_NAME.',
@@ -272,7 +280,10 @@ def _expectation_of(network: Any) -> Any:
     from timm_pudnet import evaluation
 
     found = None if network.folder is None else evaluation.Expectation.load(network.folder)
-    if found is not None and found.weights_digest != evaluation.weights_digest(network):
+    if found is not None and (
+        found.weights_digest != evaluation.weights_digest(network)
+        or len(found.references[0]) != network.config.sketch_width
+    ):
         warnings.warn(
             f'{network.folder}: its expectation.json is of other weights and is not used; fit it again '
             '(hub/expectation.py)',
@@ -315,8 +326,8 @@ def _expect(expectation: Any, network: Any, model: Any, used: Any, head: str) ->
 
 
 @main.command()
-@click.argument('recipe', type=click.Path(path_type=Path))
-@click.option('--out', type=click.Path(path_type=Path), help='Folder for the result and its checkpoints.')
+@click.argument('recipe', type=_FOLDER)
+@click.option('--out', type=_FOLDER, help='Folder for the result and its checkpoints.')
 @click.option('--short', is_flag=True, help='Only try for two minutes whether the recipe learns; writes nothing.')
 @click.option('--plain', is_flag=True, help='Train the control instead: the target by itself, without a sketch.')
 @click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
@@ -344,9 +355,12 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
     if out is None:
         raise InputError('--out is missing: name a folder for the result, or try the recipe with --short')
     result = out / ('plain' if plain else 'model.safetensors')
+    kept = out / 'recipe.toml'
     for path in [result] if plain else [result, out / 'config.json']:
         if path.exists():
             raise OutputExistsError(f'{path} exists: choose another --out, or remove it first')
+    if not plain and kept.exists() and kept.read_bytes() != text:
+        raise OutputExistsError(f'{kept} exists and is another recipe: choose another --out, or remove it first')
     if plain and loaded.denoising is None and not target_of(loaded.hypernet).ends_in_classifier:
         raise InputError(
             f"{loaded.hypernet.model_name}: its head has layers before the classifier, without which timm's format "
@@ -386,8 +400,8 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         if not first:
             return
         hypernet.save_pretrained(out, half=True)
-        if not recipe.exists() or recipe.resolve() != (out / 'recipe.toml').resolve():
-            with written_whole(out / 'recipe.toml') as beside:
+        if not recipe.exists() or recipe.resolve() != kept.resolve():
+            with written_whole(kept) as beside:
                 beside.write_bytes(text)
     name = str(out) if len(out.parts) > 1 else f'./{out}'  # a folder's name, whatever hypernetwork is called so
     words = ['timm-pudnet', 'evaluate', name, loaded.data[0].images]
@@ -434,7 +448,7 @@ def _try_recipe(recipe: Any, banks: Any, device: str | None) -> None:
 @main.command()
 @click.argument('hypernet')
 @click.argument('images')
-@click.option('--control', 'controls', multiple=True, type=click.Path(path_type=Path), help='Folder of a control.')
+@click.option('--control', 'controls', multiple=True, type=_FOLDER, help='Folder of a control.')
 @click.option('--groups', default=500, show_default=True, help='Groups of unseen classes.')
 @click.option('--n-way', default=None, type=int, help='Classes a group; by default all unseen ones, at most 5.')
 @click.option('--n-shot', default='10', show_default=True, help='Labelled images a class; `all` with --support-split.')
@@ -629,7 +643,7 @@ def _labels_a_class(text: str, support_split: str | None) -> int | Literal['all'
 @main.command()
 @click.argument('model')
 @click.argument('images')
-@click.option('--out', required=True, type=click.Path(path_type=Path), help='New folder for the model, in timm format.')
+@click.option('--out', required=True, type=_FOLDER, help='New folder for the model, in timm format.')
 @click.option(
     '--mode',
     type=click.Choice(['auto', 'few', 'full']),
@@ -752,7 +766,7 @@ def _kept(epoch: int) -> str:
 @main.command()
 @click.argument('model_name')
 @click.argument('images')
-@click.option('--out', type=click.Path(path_type=Path), help='New folder for compare.json, compare.txt, compare.png.')
+@click.option('--out', type=_FOLDER, help='New folder for compare.json, compare.txt, compare.png.')
 @click.option('--hypernet', help='Hypernetwork: a name or a folder; by default the one that serves MODEL_NAME.')
 @click.option('--epochs', default=20, show_default=True, help='Passes over the images of each training.')
 @click.option('--budget', type=float, help='Seconds after which no further epoch is begun; by default no limit.')
@@ -835,12 +849,10 @@ def compare(
 
 
 @main.command()
-@click.argument('images', type=click.Path(path_type=Path))
-@click.option('--out', required=True, type=click.Path(path_type=Path), help='New folder for the denoised images.')
+@click.argument('images', type=_FOLDER)
+@click.option('--out', required=True, type=_FOLDER, help='New folder for the denoised images.')
 @click.option('--hypernet', help='Hypernetwork: name, folder or org/name on the Hub; by default the one for denoising.')
-@click.option(
-    '--clean', type=click.Path(path_type=Path), help='Folder of the same images without noise, for PSNR and SSIM.'
-)
+@click.option('--clean', type=_FOLDER, help='Folder of the same images without noise, for PSNR and SSIM.')
 @click.option(
     '--turns',
     type=click.Choice(['1', '2', '4']),
@@ -1140,12 +1152,13 @@ def pull(name: str) -> None:
     folder = hub.pull(name)
     info = hub.describe_hypernet(folder)
     click.echo(f'At hand    {folder} ({info.size / 1e6:.0f} MB, {info.license or "no licence"})')
-    words = f'predict {info.model_name} IMAGES' if info.psnr is None else 'denoise NOISY --out denoised'
+    denoises = info.model_name == 'blindspot_unet'
+    words = 'denoise NOISY --out denoised' if denoises else f'predict {info.model_name} IMAGES'
     click.echo(f'\n    timm-pudnet {words} --hypernet {shlex.quote(name)}\n')
 
 
 @main.command()
-@click.argument('folder', type=click.Path(path_type=Path))
+@click.argument('folder', type=_FOLDER)
 @click.argument('repo')
 @click.option('--dry-run', is_flag=True, help='Only check, and say what would change.')
 @click.option('--private', is_flag=True, help='Make the repository private, where it is made.')

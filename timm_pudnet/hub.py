@@ -667,7 +667,7 @@ def model_files(folder: Path, repo: str, license: str | None = None) -> dict[str
         card = str(
             ModelCard(
                 f'---\n{data.to_yaml()}\n---\n# {repo.partition("/")[2]}\n\n'
-                f'A timm `{architecture}` whose weights a PudNet hypernetwork predicted (timm-pudnet).\n\n'
+                f'A timm `{architecture}`, made with timm-pudnet (weights by a hypernetwork, PudNet).\n\n'
                 f'```python\n{imports}\n\n{usage}\n```\n'
             )
         )

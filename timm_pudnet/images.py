@@ -977,7 +977,7 @@ def _timm_dataset(name: str, data_dir: str | os.PathLike[str] | None, split: str
         raise InputError(f'{name}: needs the package {package}: pip install {package}')
     if data_dir is None and prefix in ('torch', 'wds'):
         raise InputError(f'{name}: say where the data set lies, data_dir=...')
-    root = None if data_dir is None else os.fspath(data_dir)
+    root = None if data_dir is None else os.path.expanduser(os.fspath(data_dir))
     if root is not None and ':' not in root and not os.path.exists(root):  # wds takes URLs too
         raise NotFoundError(f'{name}: data_dir {root}: no such folder; nothing is downloaded')
     mode = '' if prefix == 'hfds' else 'L' if channels == 1 else 'RGB'  # hfds: undecoded, so that we see what is broken

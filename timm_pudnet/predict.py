@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 
 from timm_pudnet.adapt import HEADS, MOST_UNLABELLED, StreamingRidge, calibrate, self_training_classifier
 from timm_pudnet.config import (
-    InputConfig,
     InputError,
     NotFoundError,
     OutputExistsError,
@@ -34,7 +33,7 @@ from timm_pudnet.hub import Pushed, push, resolve_hypernet
 from timm_pudnet.hypernet import PudNet, folder_written_whole, on_device, own_defaults, target_of, usable_device
 from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.sketch import Balance, ImageSample, content_keys
-from timm_pudnet.target import TargetSpec
+from timm_pudnet.target import TargetSpec, pretrained_cfg_of
 
 Head = Literal['centroid', 'ridge', 'none']
 # Arguments of timm.create_model that change what the model gives, not its weights.
@@ -441,10 +440,7 @@ def build_model(
         'state_dict': state,
         'num_classes': num_classes,
         'tag': network.config.tag or None,
-        **data_config(network.config.input),
-        # What the architecture's own pretrained weights would bring along does not hold for these.
-        **dict.fromkeys(('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'test_input_size', 'test_crop_pct'), None),
-        **dict.fromkeys(('license', 'origin_url', 'paper_ids', 'paper_name', 'notes', 'label_descriptions'), None),
+        **pretrained_cfg_of(network.config.input),
         # timm makes a conv for other channels of one for three, of no other. None would stop its pruned networks.
         **({} if network.config.input.input_size[0] == 3 else {'first_conv': ()}),
         'label_offset': 0,
@@ -490,10 +486,3 @@ class _NoRandomInit(TorchFunctionMode):
             if isinstance(tensor, nn.Parameter):
                 return tensor
         return func(*args, **(kwargs or {}))
-
-
-def data_config(config: InputConfig) -> dict[str, Any]:
-    """An input config under timm's names."""
-    return {
-        name: getattr(config, name) for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
-    }

@@ -346,6 +346,23 @@ def input_of(model: nn.Module) -> InputConfig:
     return InputConfig(**{name: found[name] for name in names})
 
 
+def pretrained_cfg_of(config: InputConfig) -> dict[str, Any]:
+    """What timm's `pretrained_cfg` says of weights made here: how they see images, and that they are nobody else's."""
+    return {
+        **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
+        # What the architecture's own pretrained weights would bring along does not hold for these.
+        **dict.fromkeys(('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'test_input_size', 'test_crop_pct'), None),
+        **dict.fromkeys(('license', 'origin_url', 'paper_ids', 'paper_name', 'notes', 'label_descriptions'), None),
+    }
+
+
+def with_own_config(model: nn.Module, config: InputConfig) -> nn.Module:
+    """Tells timm how a model whose weights were trained here sees images, not its pretrained ones; gives the model."""
+    own = {**model.pretrained_cfg, 'tag': None, **pretrained_cfg_of(config)}  # type: ignore[dict-item]
+    model.pretrained_cfg = model.default_cfg = own  # type: ignore[assignment]
+    return model
+
+
 def _in_chans(model: nn.Module, model_kwargs: dict[str, Any]) -> int:
     """Channels of the images: as asked for, else what the architecture's config says."""
     if 'in_chans' in model_kwargs:

@@ -73,7 +73,7 @@ def list_pictures(path: str | os.PathLike[str]) -> dict[str, Path]:
         NotFoundError: There is no such file or folder.
         InputError: The folder holds no images.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if path.is_file():
         return {path.name: path}
     if not path.is_dir():

@@ -19,7 +19,7 @@ from timm_pudnet.config import InputError
 from timm_pudnet.denoising.noise import add_noise, blind_spot_loss, blind_spots
 from timm_pudnet.denoising.pictures import list_pictures, read_picture
 from timm_pudnet.denoising.predict import LEAST_SIDE
-from timm_pudnet.hypernet import PudNet
+from timm_pudnet.hypernet import PudNet, own_defaults
 from timm_pudnet.images import scan_folder
 from timm_pudnet.training.recipe import Data, Denoising, Recipe
 from timm_pudnet.training.run import Run, config_fields, go
@@ -120,6 +120,7 @@ class PatchSampler:
         return (noisy.clamp(0, 1) if chance() < how.clipped else noisy), generator
 
 
+@own_defaults()
 def meta_train_denoiser(
     recipe: Recipe | str | os.PathLike[str],
     folder: str | os.PathLike[str] | None = None,
@@ -156,6 +157,7 @@ def meta_train_denoiser(
     return run.finished()
 
 
+@own_defaults()
 def train_plain_denoiser(
     recipe: Recipe | str | os.PathLike[str],
     folder: str | os.PathLike[str] | None = None,

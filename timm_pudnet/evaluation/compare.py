@@ -26,7 +26,7 @@ from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetWar
 from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.evaluation.scratch import train_from_scratch
 from timm_pudnet.hub import resolve_hypernet
-from timm_pudnet.hypernet import PudNet, forked_rng, library_versions, usable_device, written_whole
+from timm_pudnet.hypernet import PudNet, forked_rng, library_versions, own_defaults, usable_device, written_whole
 from timm_pudnet.images import ImageSource, open_images, reorders
 from timm_pudnet.predict import predict_model
 from timm_pudnet.target import input_of
@@ -60,6 +60,7 @@ SETTING = (
 )
 
 
+@own_defaults()
 def compare(
     model_name: str,
     images: Any,
@@ -363,7 +364,7 @@ def _break_even(arms: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, fl
         return None
 
     return {
-        name: {rival: reached(arms[name], rival) for rival in ('predicted', 'fine_tuned')}
+        name: {rival: reached(arms[name], rival) for rival in ('predicted', 'fine_tuned') if rival in arms}
         for name in ('adam', 'adam_centralised', 'random')
         if name in arms
     }
@@ -385,12 +386,15 @@ def format_comparison(result: dict[str, Any]) -> str:
     for name, found in result['break_even'].items():
         most = result['arms'][name][-1]['seconds']
         whens = [
-            f'not within {most:.1f} s'
-            if seconds is None
-            else f'after {seconds:.1f} s ({seconds / first:.0f} times predicted)'
-            for seconds in found.values()
+            f'as {"fine-tuned" if rival == "fine_tuned" else "good as predicted"} '
+            + (
+                f'not within {most:.1f} s'
+                if seconds is None
+                else f'after {seconds:.1f} s ({seconds / first:.0f} times predicted)'
+            )
+            for rival, seconds in found.items()
         ]
-        lines.append(f'{ARMS[name]}: as good as predicted {whens[0]}, as fine-tuned {whens[1]}')
+        lines.append(f'{ARMS[name]}: {", ".join(whens)}')
     return '\n'.join(lines)
 
 

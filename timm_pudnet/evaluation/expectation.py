@@ -133,6 +133,10 @@ class Expectation:
             raise InputError(f'expectation: check must have {", ".join(_CHECKED)}')
         if any(key in self.check and not isinstance(self.check[key], kind) for key, kind in _CHECKED.items()):
             raise InputError('expectation: a value of check is of another type')
+        if min(self.noise) < 0 or self.worth <= 0 or self.width <= 0:
+            raise InputError('expectation: noise must not be below zero, worth and width above it')
+        if list(self.sizes) != sorted(set(self.sizes)) or (self.sizes and self.sizes[0] < 1):
+            raise InputError('expectation: sizes must be rising, from 1')
         if len(self.sizes) != len(self.familiar) or not self.sizes or any(len(row) != 2 for row in self.familiar):
             raise InputError('expectation: sizes and familiar must be alike in number, two distances a size')
 
@@ -145,7 +149,7 @@ class Expectation:
         guess = sum(a * b for a, b in zip(self.weights, traits.row(), strict=True))
         middle = traits.log_odds(guess, self.worth)
         half = self.width * math.sqrt(self.noise[0] + self.noise[1] / traits.images)
-        low, accuracy, high = (1 / (1 + math.exp(-value)) for value in (middle - half, middle, middle + half))
+        low, accuracy, high = torch.tensor([middle - half, middle, middle + half]).double().sigmoid().tolist()
         return accuracy, low, high
 
     def familiarity(self, distance: float, images: int) -> Familiarity:

@@ -26,7 +26,7 @@ from timm_pudnet.config import InputError
 from timm_pudnet.evaluation.holdout import raw_pixels
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
-from timm_pudnet.hypernet import PudNet, forked_rng, library_versions
+from timm_pudnet.hypernet import PudNet, forked_rng, library_versions, own_defaults
 from timm_pudnet.target import create_feature_model
 from timm_pudnet.training.episodes import ImageBank
 
@@ -38,6 +38,7 @@ OVER_GROUPS = '95 %, over groups drawn from these classes and images; other clas
 OVER_QUERIES = "95 %, over the queries of the one group: half of Wilson's binomial interval; of gains normal and paired"
 
 
+@own_defaults()
 @torch.inference_mode()
 def evaluate(
     hypernet: PudNet,
@@ -81,8 +82,8 @@ def evaluate(
         progress: Show a progress bar.
 
     Raises:
-        InputError: The groups are not of these banks, or test an image of their support; a control has the name of
-            another result, or is of another architecture.
+        InputError: The groups are not of these banks, or test an image of their support; images are not of the
+            target's size; a control has the name of another result, or is of another architecture.
 
     Returns:
         A mapping that JSON can hold: `accuracy` in percent, by eq. 7, with the half-width of the 95 % interval over
@@ -94,6 +95,9 @@ def evaluate(
     """
     hypernet.eval()
     groups.check(bank, support_bank)
+    for images_of in (bank, support_bank, other):
+        if images_of is not None:
+            images_of.check_size(hypernet.config.input)
     config, device, count = hypernet.config, hypernet.device, len(groups)
     # How each arm's features are read: the names of its scores, and the whitening of each.
     whitening = hypernet.whitening
@@ -116,10 +120,6 @@ def evaluate(
     optional |= {'other_domain_sketch'} if other is not None else set()
     if unknown := set(without) - optional:
         raise InputError(f'{min(unknown)} cannot be left out: use {", ".join(sorted(optional))}')
-    if other is not None and other.images.shape[1:] != bank.images.shape[1:]:
-        raise InputError(
-            f'the images of the other domain are {list(other.images.shape[1:])}, not {list(bank.images.shape[1:])}'
-        )
 
     def images(number: int) -> tuple[GroupImages, GroupImages]:
         return groups.images(number, bank, support_bank, config.input, device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import colorsys
+import contextlib
 import dataclasses
 import html
 import io
@@ -25,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from timm_pudnet.config import NotFoundError, OutputExistsError
+from timm_pudnet.config import InputError, NotFoundError, OutputExistsError
 from timm_pudnet.evaluation.expectation import IN_WORDS, Familiarity
 from timm_pudnet.evaluation.holdout import MOST_ON_A_MAP, REPEATED, HeldOutTest, as_pixels, pre_logits
 from timm_pudnet.evaluation.metrics import share_interval
@@ -412,9 +413,10 @@ def sample_images(source: ImageSource) -> list[tuple[int | None, Tensor]]:
     each = max(1, min(8, MOST_THUMBNAILS // len(classes)))
     members = [(source.labels == label).nonzero().flatten()[:each] for label in classes]
     found: list[tuple[int | None, Tensor]] = []
-    for images, labels in source.subset(torch.cat(members)).batches():
-        assert labels is not None
-        found += [(label, as_pixels(image, source)) for image, label in zip(images, labels.tolist(), strict=True)]
+    with contextlib.suppress(InputError):  # none of these can be read
+        for images, labels in source.subset(torch.cat(members)).batches():
+            assert labels is not None
+            found += [(label, as_pixels(image, source)) for image, label in zip(images, labels.tolist(), strict=True)]
     return found
 
 

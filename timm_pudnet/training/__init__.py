@@ -1,7 +1,7 @@
 """Training a hypernetwork: recipes, groups of images, losses and the loop; and fine-tuning what it predicted."""
 
 from timm_pudnet.training.conditions import Condition
-from timm_pudnet.training.episodes import Augmentation, Group, Groups, GroupSampler, ImageBank
+from timm_pudnet.training.episodes import Augmentation, Group, Groups, GroupSampler, ImageBank, bank_input
 from timm_pudnet.training.finetune import FineTuning, Tuning, finetune, finetune_epochs
 from timm_pudnet.training.losses import Losses, group_losses, sketch_loss
 from timm_pudnet.training.meta_train import (
@@ -28,6 +28,7 @@ __all__ = [
     'Recipe',
     'Schedule',
     'Tuning',
+    'bank_input',
     'classes_seen',
     'finetune',
     'finetune_epochs',

@@ -64,10 +64,14 @@ class ImageBank:
         their numbers. With `progress`, a bar shows what takes longer than two seconds.
 
         Raises:
-            InputError: The images have no labels, or a class is not among them.
+            InputError: The source normalises, the images have no labels, or a class is not among them.
         """
+        if source.input != bank_input(source.input):
+            raise InputError(
+                f'{source.description}: opened with a mean and std; training.bank_input gives an input without'
+            )
         if not source.labelled:
-            raise InputError(f'{source.description}: training needs labelled images')
+            raise InputError(f'{source.description}: labelled images are needed')
         names = source.class_names
         if names is None and source.labels is not None:
             names = tuple(str(label) for label in range(int(source.labels.max()) + 1))
@@ -94,6 +98,12 @@ class ImageBank:
     def keys(self) -> Tensor:
         """A key `[n]` of each image by its pixels (`sketch.content_keys`), made once."""
         return torch.cat([content_keys(part) for part in self.images.split(1024)])
+
+    def check_size(self, config: InputConfig) -> None:
+        """Raises InputError unless the images are of the size that the target takes."""
+        if tuple(self.images.shape[1:]) != config.input_size:
+            found, wanted = ('x'.join(map(str, size)) for size in (self.images.shape[1:], config.input_size))
+            raise InputError(f'these images are {found}, the target takes {wanted}: open them with its input')
 
     def to(self, device: torch.device) -> ImageBank:
         """The same bank, its images on a device."""
@@ -294,14 +304,14 @@ class GroupSampler:
 
     Args:
         banks: The images of the seen classes, a bank for each data set.
-        config: The target's input, for mean and std.
+        config: The target's input.
         groups: What a group is.
         shares: How often groups come from each bank, in any unit; by default alike.
         augmentation: Random changes of each image.
         seed: Of all draws.
 
     Raises:
-        InputError: There are too few classes, or a class has too few images.
+        InputError: There are too few classes, a class has too few images, or the images are of another size.
     """
 
     def __init__(
@@ -322,6 +332,7 @@ class GroupSampler:
         self.num_classes = sum(counts)
         self.first = [sum(counts[:number]) for number in range(len(counts))]  # number of each bank's first class
         for bank, count in zip(self.banks, counts, strict=True):
+            bank.check_size(config)
             height, width = bank.images.shape[2:]
             if height != width and (groups.turns == 4 or groups.conditions):
                 raise InputError(f'turned images must be square, these are {height}x{width}: use turns = 2 or 1')

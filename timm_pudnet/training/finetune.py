@@ -30,7 +30,7 @@ from tqdm import tqdm
 from timm_pudnet.adapt import class_centroids
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetWarning
 from timm_pudnet.hub import resolve_hypernet
-from timm_pudnet.hypernet import PudNet, forked_rng, usable_device
+from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults, usable_device
 from timm_pudnet.images import open_images
 from timm_pudnet.predict import predict_model
 from timm_pudnet.target import batch_norms, input_of
@@ -93,6 +93,7 @@ MODES = {
 }
 
 
+@own_defaults()
 def finetune(
     model: nn.Module | str | os.PathLike[str],
     images: Any,

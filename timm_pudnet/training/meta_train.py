@@ -25,9 +25,9 @@ from timm_pudnet.adapt import Whitening, calibrate, centroid_logits, class_centr
 from timm_pudnet.config import DamagedFileError, InputError, PudNetWarning
 from timm_pudnet.files import CONFIG_NAME, read_json
 from timm_pudnet.hub import embedded
-from timm_pudnet.hypernet import PudNet, forked_rng, pretrained_model, read_config, target_of
+from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults, pretrained_model, read_config, target_of
 from timm_pudnet.images import ImageSource, open_images
-from timm_pudnet.target import batch_norms, create_feature_model
+from timm_pudnet.target import batch_norms, create_feature_model, with_own_config
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input, mixed
 from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
 from timm_pudnet.training.recipe import Data, Recipe
@@ -40,6 +40,7 @@ UNDOING_GROUPS = 4000  # of which the first layers learn to undo conditions, at 
 START_GROUPS = 64  # whose mean sketch says what a hypernetwork that training starts from usually predicts
 
 
+@own_defaults()
 def meta_train(
     recipe: Recipe | str | os.PathLike[str],
     folder: str | os.PathLike[str] | None = None,
@@ -77,6 +78,7 @@ def meta_train(
     return run.finished()
 
 
+@own_defaults()
 def train_plain(
     recipe: Recipe | str | os.PathLike[str],
     folder: str | os.PathLike[str] | None = None,
@@ -102,9 +104,10 @@ def train_plain(
     go(run, folder, checkpoint_seconds, max_steps, progress)
     run.settle()
     whitening = run.whitening()
-    return run.target.cpu().eval(), whitening
+    return with_own_config(run.target.cpu().eval(), recipe.hypernet.input), whitening
 
 
+@own_defaults()
 def try_recipe(
     recipe: Recipe | str | os.PathLike[str],
     *,
@@ -196,9 +199,9 @@ def load_banks(
 
 
 def _seen_classes(data: Data, names: tuple[str, ...] | None, source: ImageSource) -> tuple[str, ...]:
-    """The classes of a set to train on, out of all of its `names`; those that the recipe names where these are None."""
+    """The classes of a set to train on, out of all of its `names`; where these are None, those to read (none: all)."""
     if names is None:
-        return data.classes
+        return () if data.unseen else data.classes
     absent = [name for name in data.unseen if name not in names]
     if absent:
         raise InputError(f'{source.description}: no class {absent[0]!r}, which unseen names')
@@ -326,13 +329,13 @@ class _ClassifierRun(Run):
     def _started_target(self) -> dict[str, Tensor]:
         """State dict, without classifier, of the model that the recipe starts from."""
         start, config = self.recipe.start, self.recipe.hypernet
-        is_folder = Path(start).is_dir()
-        if not is_folder and start.partition('.')[0] != config.model_name:
+        folder = Path(start).expanduser()
+        if not folder.is_dir() and start.partition('.')[0] != config.model_name:
             raise InputError(
                 f'start {start} is neither the folder of a timm model or hypernetwork, nor a hypernetwork that ships '
                 f'with the package, nor timm weights of {config.model_name} ({config.model_name}.TAG)'
             )
-        model = pretrained_model(start, start if is_folder else True, config.model_kwargs)
+        model = pretrained_model(start, str(folder) if folder.is_dir() else True, config.model_kwargs)
         found, expected = model.state_dict(), self.target.state_dict()
         for key, value in expected.items():
             if key not in found or found[key].shape != value.shape:
@@ -477,8 +480,8 @@ class _MetaRun(_ClassifierRun):
         """As of any run; images that the sketch encoder alone has seen, and what it all started from, apart."""
         groups, drawn = self.recipe.groups, self.step * self.parts
         shown = sum(self.sampler.images_of(number) for number in range(drawn))
-        shown += sum(self.sampler.images_of(number, 'undoing') for number in range(self._groups_before))
         further = drawn * groups.sketch_groups * 2 * groups.sketch_images if self.recipe.losses.sketch else 0
+        further += sum(self.sampler.images_of(number, 'undoing') for number in range(self._groups_before))
         started = {'start': self.recipe.start} if self.recipe.start else {}
         return {**super().cost(), 'images': shown, 'sketch_images': further, **started}
 

@@ -353,7 +353,7 @@ def _build(kind: Any, table: Any, where: str) -> Any:
     values = {key: _typed(value, hints[key], f'{where} {key}') for key, value in table.items()}
     try:
         return kind(**values)
-    except (TypeError, InputError) as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f'{where}: {error}') from error
 
 

@@ -50,8 +50,8 @@ def go(
     progress: bool,
 ) -> None:
     """Trains a run to its end, or to `max_steps`; from the checkpoint in `folder` on, where there is one."""
-    checkpoint = Path(folder) / CHECKPOINT_NAME if folder is not None else None
-    last = min(run.num_steps, max_steps or run.num_steps)
+    checkpoint = Path(folder).expanduser() / CHECKPOINT_NAME if folder is not None else None
+    last = run.num_steps if max_steps is None else min(run.num_steps, max_steps)
     if checkpoint is not None:
         if checkpoint.exists():
             run.load(checkpoint)

@@ -27,8 +27,8 @@ def plot_losses(log: Iterable[Mapping[str, float]], path: str | os.PathLike[str]
     figures stay as they are.
 
     Args:
-        log: Entries `{'step': 3, 'rate': 0.01, 'metric': 1.2, ...}`: every name but `step` and `rate` is a term. A term
-            may be missing from some entries.
+        log: Entries `{'step': 3, 'rate': 0.01, 'metric': 1.2, ...}`: every name but `step`, `rate` and `skipped` is a
+            term. A term may be missing from some entries.
         path: Where the figure goes, PNG whatever its suffix; its folder must be there.
         title: Stands above the figure.
 
