@@ -36,8 +36,8 @@ calibration (in brackets: with its own norm statistics). *Swapped* is the networ
 trains on all images of the group's classes, by Adam with and without gradient centralisation: the seconds until it is as
 good as the predicted network, over the seconds of predicting. *Gain over plain* is over the calibrated one, group by group; in brackets
 over that with its own norm statistics, the difference of the means: where that is below zero ordinary training is ahead. *Its start* is
-the network that the hypernetwork changes and that *plain* goes on from, left as it is (where it was measured; the last
-stage of `resnet18.mixed96` leaves it as it is too, so *swapped* tells about it on images without conditions). Intervals are over groups
+the base network alone, without any change by the sketch, where it was measured; *plain* was trained on from it. Labels *all*: the first
+1,000 training images of each class, some of them nearly the same picture. Intervals are over groups
 drawn from the same classes and images: others would spread more (`resnet18.cifar100_superclass` has six choices of classes).
 
 | hypernetwork | protocol | labels a class | predicted | ridge head | plain | its start | swapped | gain | gain, other domain | gain over \

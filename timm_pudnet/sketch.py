@@ -23,8 +23,7 @@ class RunningBatchNorm2d(nn.BatchNorm2d):
 
     The mean of an ordinary BatchNorm's output over the images that it normalised is its bias, whatever they are: a
     sketch behind it is a constant in training. Here each batch updates the running statistics first and is then
-    normalised by them, so that what sets one image set apart from the others survives (DESIGN section 2, *the
-    sketch's norm*).
+    normalised by them, so that what sets one image set apart from the others survives.
     """
 
     def forward(self, input: Tensor) -> Tensor:

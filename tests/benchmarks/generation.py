@@ -1,4 +1,4 @@
-"""What weight generation and prediction cost over the bytes they move, for networks small and large (DESIGN section 6).
+"""What weight generation and prediction cost over the bytes they move, for networks small and large.
 
     python tests/benchmarks/generation.py [--out FILE.json] [--plot FILE.png] [--images 100 1000 10000]
         [--files 3000] [--photos 150] [--largest NAME]

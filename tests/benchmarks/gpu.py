@@ -1,4 +1,4 @@
-"""Weight generation, prediction and training on a GPU (DESIGN section 6).
+"""Weight generation, prediction and training on a GPU.
 
     python tests/benchmarks/gpu.py [--out FILE.json]
 

@@ -1,4 +1,4 @@
-"""Speed and memory of a prediction, as ratios in one run on one machine (DESIGN section 6).
+"""Speed and memory of a prediction, as ratios in one run on one machine.
 
     python tests/benchmarks/prediction.py [--out FILE.json]
 

@@ -1,6 +1,6 @@
 """What a hypernetwork that the Hub's cache already has costs to find, against reading its file.
 
-    python tests/benchmarks/pull.py hub/resnet18.mixed --out tests/benchmarks/pull.json
+    python tests/benchmarks/pull.py hub/resnet18.fashion_set --out tests/benchmarks/pull.json
 
 The Hub is a server on this machine; the client is huggingface_hub, in this process, with an empty cache at first.
 """
