@@ -36,7 +36,7 @@ def main() -> None:
         parser.error(f'{options.hypernet} has the generator {config.generator!r}: only `residual` has a base')
     seen = dict.fromkeys((*config.class_names, *(name for folder in options.folders for name in seen_by(folder))))
     kwargs = {**config.model_kwargs, 'num_classes': 0}
-    networks = [pretrained_model(folder, folder, kwargs).state_dict() for folder in options.folders]
+    networks = [pretrained_model(Path(folder), kwargs).state_dict() for folder in options.folders]
     if networks:
         mean = {key: torch.stack([one[key] for one in networks]).double().mean(0) for key in networks[0]}
         hypernet.start_from(mean)

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from timm_pudnet import PudNet, load_hypernet, open_images
+from timm_pudnet.adapt import centroid_logits, class_centroids
 from timm_pudnet.evaluation import TestGroups, weights_digest
 from timm_pudnet.evaluation.expectation import Expectation, HeldOutSet, fit_expectation, measure_traits, sketch_distance
 from timm_pudnet.evaluation.measure import group_sketch, support_features
@@ -148,9 +149,8 @@ def _held_out(
         [f for f, _ in support_features(model, hypernet(sketch), support, hypernet.config.prior_images)]
     )
     tested = torch.cat([model(images) for images, _ in query.batches()])
-    centroids = features.view(n_way, n_shot, -1).mean(1) @ hypernet.whitening
-    rows = nn.functional.normalize(centroids, dim=1)
-    right = ((tested @ hypernet.whitening) @ rows.t()).argmax(1) == query.labels
+    centroids = class_centroids(features, support.labels, n_way)
+    right = centroid_logits(tested, centroids, 1.0, hypernet.whitening).argmax(1) == query.labels
     traits = measure_traits(sketch, features, support.labels, hypernet.whitening, references)
     return HeldOutSet(domain=domain, traits=traits, right=int(right.sum()), total=len(right))
 

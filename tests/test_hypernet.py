@@ -495,7 +495,7 @@ def test_pretrained_weights_that_cannot_be_had_are_told_in_one_line(monkeypatch,
     one_line(error, 'test_resnet.r160_in1k', 'cannot be had')
     with pytest.raises(NotFoundError) as error:
         PudNet.for_target('test_resnet', pretrained=str(tmp_path / 'nowhere'))
-    one_line(error, 'nowhere', 'cannot be had')
+    one_line(error, 'nowhere', 'no such folder')
 
 
 def test_a_folder_of_another_network_is_refused(timm_folder, one_line):

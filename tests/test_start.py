@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from timm_pudnet import PudNet, load_hypernet, save_model
-from timm_pudnet.config import InputError, NotFoundError
+from timm_pudnet.config import InputError
 from timm_pudnet.hypernet import save_tensors
 from timm_pudnet.training import Data, ImageBank, LossWeights, meta_train, train_plain, try_recipe
 from timm_pudnet.training.run import config_fields
@@ -373,9 +373,9 @@ def test_a_start_that_does_not_fit_is_one_line(start, make_recipe, bank, tmp_pat
         meta_train(make_recipe(1, start=str(tmp_path / 'absent'), hypernet=RESIDUAL), banks=[bank], progress=False)
     one_line(error, 'absent', 'test_resnet.TAG')
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(NotFoundError) as error:
+    with pytest.raises(InputError) as error:
         meta_train(make_recipe(1, start=str(tmp_path / 'empty'), hypernet=RESIDUAL), banks=[bank], progress=False)
-    one_line(error, 'empty', 'cannot be had')
+    one_line(error, 'empty', 'no timm model')
     other = save_model(timm.create_model('test_resnet', num_classes=0, in_chans=1), tmp_path / 'grey')
     with pytest.raises(InputError) as error:
         train_plain(make_recipe(1, start=str(other)), banks=[bank], progress=False)

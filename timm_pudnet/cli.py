@@ -609,9 +609,9 @@ def evaluate(
 def _read_controls(paths: Sequence[Path]) -> dict[str, Any]:
     """Controls that `train --plain` wrote, with their whitening, by the names of their folders."""
     import safetensors.torch
-    import timm
     from safetensors import SafetensorError
 
+    from timm_pudnet.hypernet import pretrained_model
     from timm_pudnet.training import whitening_path
 
     found: dict[str, Any] = {}
@@ -622,10 +622,9 @@ def _read_controls(paths: Sequence[Path]) -> dict[str, Any]:
         if not beside.is_file():
             raise InputError(f'--control {path}: {beside} is not there; `train --plain` writes both')
         try:
-            model = timm.create_model(f'local-dir:{path}', pretrained=True)
-            found[path.name] = model, safetensors.torch.load_file(beside)['whitening']
-        except (RuntimeError, ValueError, KeyError, AssertionError, OSError, SafetensorError) as error:
-            raise InputError(f'--control {path} holds no timm model: {error}') from error
+            found[path.name] = pretrained_model(path, {}), safetensors.torch.load_file(beside)['whitening']
+        except (KeyError, OSError, SafetensorError) as error:
+            raise InputError(f'--control {path}: {beside} holds no whitening: {error}') from error
     return found
 
 

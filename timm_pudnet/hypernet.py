@@ -179,7 +179,10 @@ class PudNet(nn.Module):
         model_kwargs = config.get('model_kwargs', {})
         wanted = PudNetConfig(model_name=name if pretrained else model_name, **{**config, 'input': InputConfig()})
         spec = target_of(wanted)  # clear errors first
-        model = pretrained_model(model_name, pretrained, model_kwargs) if pretrained else create_feature_model(spec)
+        if pretrained:
+            model = pretrained_model(model_name if pretrained is True else Path(pretrained), model_kwargs)
+        else:
+            model = create_feature_model(spec)
         if 'input' not in config:
             config['input'] = input_of(model)
         if tag and pretrained is True:
@@ -604,17 +607,22 @@ def _chosen(config: PudNetConfig, generator: str, given: Mapping[str, Any]) -> P
     return sized
 
 
-def pretrained_model(model_name: str, source: bool | str, model_kwargs: Mapping[str, Any]) -> nn.Module:
-    """Timm's model of that name with its pretrained weights (`source` True), or the one in a folder.
+def pretrained_model(source: str | Path, model_kwargs: Mapping[str, Any]) -> nn.Module:
+    """Timm's model of that name with its pretrained weights, or the one in a folder, where it is a Path.
 
     Raises:
         NotFoundError: The weights cannot be had.
+        InputError: The folder holds no such model.
     """
-    name = model_name if source is True else f'local-dir:{source}'
+    folder = isinstance(source, Path)
+    if folder and not source.is_dir():
+        raise NotFoundError(f'{source}: no such folder of a timm model (`timm-pudnet predict --out` writes one)')
     try:
-        return timm.create_model(name, pretrained=True, **model_kwargs)
+        return timm.create_model(f'local-dir:{source}' if folder else source, pretrained=True, **model_kwargs)
     except Exception as error:  # whatever transports and formats raise
-        raise NotFoundError(f'the pretrained weights of {name} cannot be had: {first_line(error)}') from error
+        if folder:
+            raise InputError(f'{source} holds no timm model that can be loaded: {first_line(error)}') from error
+        raise NotFoundError(f'the pretrained weights of {source} cannot be had: {first_line(error)}') from error
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:

@@ -18,9 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
-from safetensors import SafetensorError
 from timm.optim import create_optimizer_v2  # type: ignore[reportPrivateImportUsage]
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
@@ -28,9 +26,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from timm_pudnet.adapt import class_centroids
-from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetWarning
+from timm_pudnet.config import InputConfig, InputError, PudNetWarning
 from timm_pudnet.hub import resolve_hypernet
-from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults, usable_device
+from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults, pretrained_model, usable_device
 from timm_pudnet.images import open_images
 from timm_pudnet.predict import predict_model
 from timm_pudnet.target import batch_norms, input_of
@@ -508,15 +506,10 @@ def _opened(model: nn.Module | str | os.PathLike[str]) -> nn.Module | str:
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(f'model must be a timm model, its folder or an architecture, not a {type(model).__name__}')
     path = Path(model).expanduser()
-    if not path.is_dir():
-        if isinstance(model, str) and os.sep not in model:
-            return model
-        raise NotFoundError(f'{model}: no such folder of a timm model (`timm-pudnet predict --out` writes one)')
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return timm.create_model(f'local-dir:{path}', pretrained=True)
-    except (RuntimeError, ValueError, KeyError, AssertionError, OSError, SafetensorError) as error:
-        raise InputError(f'{path} holds no timm model that can be loaded: {error}') from error
+    if isinstance(model, str) and os.sep not in model and not path.is_dir():
+        return model
+    with torch.random.fork_rng(devices=[]):
+        return pretrained_model(path, {})
 
 
 def fit_classifier(model: nn.Module, class_names: Sequence[str]) -> bool:

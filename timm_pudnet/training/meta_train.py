@@ -335,7 +335,7 @@ class _ClassifierRun(Run):
                 f'start {start} is neither the folder of a timm model or hypernetwork, nor a hypernetwork that ships '
                 f'with the package, nor timm weights of {config.model_name} ({config.model_name}.TAG)'
             )
-        model = pretrained_model(start, str(folder) if folder.is_dir() else True, config.model_kwargs)
+        model = pretrained_model(folder if folder.is_dir() else start, config.model_kwargs)
         found, expected = model.state_dict(), self.target.state_dict()
         for key, value in expected.items():
             if key not in found or found[key].shape != value.shape:
