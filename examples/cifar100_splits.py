@@ -1,8 +1,9 @@
 """How much does the choice of unseen classes matter on CIFAR-100? A short recipe on several choices of 20 of the 100.
 
-    python examples/cifar100_splits.py ../shared/data/splits.json --out hub/resnet18.cifar100_superclass/choices.json
+    python examples/cifar100_splits.py splits.json --out hub/resnet18.cifar100_superclass/choices.json
 
-Takes the recipes of `hub/resnet18.cifar100_superclass`, shortened: an ordinary ResNet-18 of the seen classes, then the
+`splits.json` names the unseen classes of each choice: `{"cifar100-set": {NAME: {"unseen": [CLASS, ...]}}}`. Takes the
+first two recipes of `hub/resnet18.cifar100_superclass`, shortened: an ordinary ResNet-18 of the seen classes, then the
 hypernetwork that starts from it. Trains both once for every choice in the file, and measures each on groups of its
 unseen classes, beside the ordinary ResNet-18 that it started from (*base*: it has seen `--images` fewer). Choices that
 are in the output file already are not trained again, so it can be stopped and started, and run in parts at once.
@@ -37,7 +38,7 @@ def main():
     parser.add_argument('--out', type=Path, required=True)
     arguments = parser.parse_args()
 
-    first, second = (Recipe.load(RECIPES / name) for name in ('base.toml', 'recipe.toml'))
+    first, second = (Recipe.load(RECIPES / name) for name in ('base.toml', 'first.toml'))
     banks = {}
     for split in ('train', 'test'):
         source = timm_pudnet.open_images(f'{arguments.data}/{split}', input=bank_input(second.hypernet.input))

@@ -1,4 +1,4 @@
-"""The scripts of examples/ and the benchmark of fine-tuning, each run on small settings."""
+"""The scripts of examples/, hub/denoising.py and the benchmark of fine-tuning, each run on small settings."""
 
 import importlib.util
 import json
@@ -11,6 +11,10 @@ import timm
 import torch
 
 import timm_pudnet
+from timm_pudnet.denoising import add_noise, denoiser_of, noisy_patches, psnr, sketch_of
+from timm_pudnet.denoising.pictures import list_pictures, read_picture
+from timm_pudnet.evaluation import mean_interval
+from timm_pudnet.files import weights_sha256
 
 ROOT = Path(timm_pudnet.__file__).parents[1]
 
@@ -97,6 +101,44 @@ def test_a_folder_is_made_noisy_and_denoised(run, photos, tmp_path):
     assert 19.5 < noisy < 23  # sigma 0.1, less where it was clipped
     assert denoised != noisy
     assert len(list((tmp_path / 'out' / 'denoised').rglob('*.png'))) == 24
+
+
+def test_denoisers_are_measured_on_the_images_as_they_were(run, pictures, write_folder, tmp_path):
+    pytest.importorskip('skimage')
+    write_folder(tmp_path / 'photos', pictures(5)[0])
+    made = {'width': 4, 'depth': 2}
+    network = timm_pudnet.PudNet.for_target('blindspot_unet', model_kwargs=made, generator='residual', sketch_width=8)
+    network = timm_pudnet.load_hypernet(network.save_pretrained(tmp_path / 'net'))
+    line = ('hub/denoising.py', tmp_path / 'net', tmp_path / 'photos', '--protocol', 'own', '--sigma', 0.5)
+    run(*line, '--reading', 'unit')
+    result = json.loads((tmp_path / 'net' / 'results.own.json').read_text())
+    assert result['weights_sha256'] == weights_sha256(tmp_path / 'net')
+    (found,) = result['noises']
+    clean = [read_picture(path).pixels for path in list_pictures(tmp_path / 'photos').values()]
+    noisy, noisier = (
+        [add_noise(image, 'gaussian', sigma, torch.Generator().manual_seed(k)) for k, image in enumerate(clean)]
+        for sigma in (0.5, 0.25)
+    )
+    here, there = (noisy_patches(images, *network.config.input.input_size[:2]) for images in (noisy, noisier))
+    models = {
+        'predicted': denoiser_of(network, sketch_of(network, here), here),
+        'sketch of another sigma': denoiser_of(network, sketch_of(network, there), here),
+        'predicted for another sigma': denoiser_of(network, sketch_of(network, there), there),
+    }
+    arms = {name: [timm_pudnet.denoise(model, image) for image in noisy] for name, model in models.items()}
+    by_hand = {
+        name: [float(psnr(one.clamp(0, 1), other)) for one, other in zip(images, clean, strict=True)]
+        for name, images in {'noisy': noisy, **arms}.items()
+    }
+    for name, values in by_hand.items():
+        assert found['psnr'][name] == pytest.approx(mean_interval(values), abs=0.01)
+    pairs = zip(by_hand['predicted'], by_hand['sketch of another sigma'], strict=True)
+    assert found['gain']['sketch of another sigma'] == pytest.approx(mean_interval([a - b for a, b in pairs]), abs=0.01)
+    assert found['psnr']['non-local means']['mean'] > found['psnr']['noisy']['mean'] + 1
+    run(*line, '--scratch', 2)
+    (found,) = json.loads((tmp_path / 'net' / 'scratch.own.json').read_text())['noises']
+    for name in ('adam', 'adam_centralised'):
+        assert [point['epoch'] for point in found[name]] == [1, 2]
 
 
 @pytest.mark.filterwarnings('default')  # the exporters' own
