@@ -141,6 +141,32 @@ def test_denoisers_are_measured_on_the_images_as_they_were(run, pictures, write_
         assert [point['epoch'] for point in found[name]] == [1, 2]
 
 
+@pytest.mark.filterwarnings('default::timm_pudnet.PudNetWarning')  # where the processor has no bfloat16
+def test_a_choice_of_classes_is_trained_on_and_tested_once(monkeypatch, pictures, write_folder, tmp_path):
+    names = [f'class {number:02}' for number in range(70)]
+    unseen = names[::14]
+    write_folder(tmp_path / 'data' / 'train', *pictures(280, names=names))
+    write_folder(tmp_path / 'data' / 'test', *pictures(125, names=unseen, seed=1))
+    (tmp_path / 'splits.json').write_text(json.dumps({'cifar100-set': {'random-0': {'unseen': unseen}}}))
+    line = 'splits.json --data data --base-images 256 --images 128 --groups 2 --out found.json'.split()
+    monkeypatch.setattr(sys, 'argv', ['cifar100_splits.py', *line])
+    monkeypatch.syspath_prepend(str(ROOT / 'examples'))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        runpy.run_path(str(ROOT / 'examples/cifar100_splits.py'), run_name='__main__')
+        text = (tmp_path / 'found.json').read_text()
+        monkeypatch.setattr(timm_pudnet, 'evaluate', None)  # the second time it is there
+    found = json.loads(text)
+    assert (found['base_images_each'], found['number_of_random_choices']) == (256, 1)
+    choice = found['choices']['random-0']
+    assert choice['classes'] == unseen
+    assert {'predicted', 'swapped_sketch', 'base', 'base_own_statistics', 'raw_pixels'} <= set(choice['accuracy'])
+    assert choice['accuracy']['raw_pixels']['mean'] > 90
+    monkeypatch.setattr(sys, 'argv', ['cifar100_splits.py', *line[:-3], '3', *line[-2:]])
+    with pytest.raises(SystemExit, match='other numbers'):
+        runpy.run_path(str(ROOT / 'examples/cifar100_splits.py'), run_name='__main__')
+
+
 @pytest.mark.filterwarnings('default')  # the exporters' own
 def test_an_exported_model_gives_the_same_outputs(run, photos, tiny_model, tmp_path):
     out = run('examples/export.py', photos, '--out', tmp_path / 'exported', *tiny_model)
