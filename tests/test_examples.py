@@ -148,8 +148,8 @@ def test_a_choice_of_classes_is_trained_on_and_tested_once(monkeypatch, pictures
     write_folder(tmp_path / 'data' / 'train', *pictures(280, names=names))
     write_folder(tmp_path / 'data' / 'test', *pictures(125, names=unseen, seed=1))
     (tmp_path / 'splits.json').write_text(json.dumps({'cifar100-set': {'random-0': {'unseen': unseen}}}))
-    line = 'splits.json --data data --base-images 256 --images 128 --groups 2 --out found.json'.split()
-    monkeypatch.setattr(sys, 'argv', ['cifar100_splits.py', *line])
+    line = ['splits.json', '--data', 'data', '--base-images', '256', '--images', '128', '--out', 'found.json']
+    monkeypatch.setattr(sys, 'argv', ['cifar100_splits.py', *line, '--groups', '2'])
     monkeypatch.syspath_prepend(str(ROOT / 'examples'))
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -162,7 +162,7 @@ def test_a_choice_of_classes_is_trained_on_and_tested_once(monkeypatch, pictures
     assert choice['classes'] == unseen
     assert {'predicted', 'swapped_sketch', 'base', 'base_own_statistics', 'raw_pixels'} <= set(choice['accuracy'])
     assert choice['accuracy']['raw_pixels']['mean'] > 90
-    monkeypatch.setattr(sys, 'argv', ['cifar100_splits.py', *line[:-3], '3', *line[-2:]])
+    monkeypatch.setattr(sys, 'argv', ['cifar100_splits.py', *line, '--groups', '3'])
     with pytest.raises(SystemExit, match='other numbers'):
         runpy.run_path(str(ROOT / 'examples/cifar100_splits.py'), run_name='__main__')
 
