@@ -644,7 +644,7 @@ def test_the_sketch_of_another_domain_gives_the_weights_of_its_arm(hypernet, ban
     assert 'other_domain_sketch' in result['accuracy_ridge']
     assert evaluate(hypernet, bank, conditioned, other=other, progress=False) == result
     wrong = ImageBank(grey[..., :8], other.labels, other.class_names)
-    with pytest.raises(InputError, match='other domain'):
+    with pytest.raises(InputError, match='3x16x8'):
         evaluate(hypernet, bank, groups, other=wrong, progress=False)
     for generator in hypernet.generators:
         torch.nn.init.zeros_(generator.embed.weight)

@@ -154,6 +154,7 @@ def finetune(
         PudNetWarning: Some images are copies of others, or none could be kept aside.
 
     Example:
+        >>> import timm
         >>> pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
         >>> model = timm.create_model('test_resnet', num_classes=7)
         >>> finetune(model, pixels, ['cup', 'cup', 'jar', 'jar'], epochs=2, holdout=0, progress=False).num_classes
