@@ -416,8 +416,8 @@ class PudNet(nn.Module):
                 prefixes `local-dir:` and `hf-hub:` it is never taken for the other.
 
         Raises:
-            NotFoundError: The folder, the repository or one of its files is not there. (Those that ship
-                with the package are found by name by `load_hypernet`.)
+            NotFoundError: The folder, the repository or one of its files is not there. (By name alone `load_hypernet`
+                finds those that ship with the package.)
             DamagedFileError: A file is truncated, or a tensor is missing, extra, mis-shaped or not finite.
             HubError: The Hub cannot be asked, or refuses.
         """

@@ -13,7 +13,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,9 +70,7 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
 
 def local_path(text: str) -> Path:
     """A path with its `~` put in full, where that names somebody's home."""
-    with suppress(RuntimeError):  # nobody's
-        return Path(text).expanduser()
-    return Path(text)
+    return Path(os.path.expanduser(text))
 
 
 def split_repo(name: str) -> tuple[str, str | None] | None:

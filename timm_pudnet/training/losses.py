@@ -111,8 +111,8 @@ def sketch_loss(halves: Tensor, temperature: float = 0.1) -> Tensor:
     """Whether the sketches of the two halves of a group agree and differ from those of other groups.
 
     A sketch encoder that learns only through the weights that it steers learns too slowly to matter; this gives it a
-    signal of its own, without labels. Cross-entropy of finding a
-    half's other half among all other halves by cosine, over a temperature (InfoNCE).
+    signal of its own, without labels. Cross-entropy of finding a half's other half among all other halves by cosine,
+    over a temperature (InfoNCE).
 
     Args:
         halves: Sketches `[g, 2, m]`, `g` at least 2.
