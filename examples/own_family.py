@@ -45,7 +45,9 @@ def main(
         config = timm_pudnet.load_hypernet(start).config
         schedule = Schedule(images=images, optimizer='sgd', rate=0.01, sketch_rate=1e-4)
     recipe = Recipe(
-        hypernet=dataclasses.replace(config, tag=family.name, class_names=(), training={}, sketch_limit=0.0),
+        hypernet=dataclasses.replace(
+            config, tag=family.name, class_names=(), training={}, sketch_limit=0.0, sketch_gate=False
+        ),
         data=tuple(Data(images=str(path)) for path in seen),
         groups=Groups(n_way=n_way, n_shot=n_shot, n_query=n_shot, per_step=2, sketch_groups=4),
         schedule=schedule,

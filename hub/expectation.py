@@ -127,7 +127,7 @@ def _seen_sketches(
 def _sketch(hypernet: PudNet, bank: ImageBank, drawn: TestGroups, number: int, condition: Condition | None) -> Tensor:
     shown = None if condition is None else (condition,)
     one = TestGroups(drawn.support[number : number + 1], drawn.query[number : number + 1], shown)
-    return group_sketch(hypernet, one.images(0, bank, None, hypernet.config.input, hypernet.device)[0])
+    return group_sketch(hypernet, one.images(0, bank, None, hypernet.config.input, hypernet.device)[0])[0]
 
 
 @torch.inference_mode()
@@ -144,9 +144,9 @@ def _held_out(
     drawn = TestGroups.draw(bank, count=1, n_way=n_way, n_shot=n_shot, n_query=n_query, seed=seed)
     drawn = TestGroups(drawn.support, drawn.query, None if condition is None else (condition,))
     support, query = drawn.images(0, bank, None, hypernet.config.input, hypernet.device)
-    sketch = group_sketch(hypernet, support)
+    sketch, size = group_sketch(hypernet, support)
     features = torch.cat(
-        [f for f, _ in support_features(model, hypernet(sketch), support, hypernet.config.prior_images)]
+        [f for f, _ in support_features(model, hypernet(sketch, size), support, hypernet.config.prior_images)]
     )
     tested = torch.cat([model(images) for images, _ in query.batches()])
     centroids = class_centroids(features, support.labels, n_way)

@@ -277,9 +277,10 @@ def test_a_hypernetwork_that_ignores_the_sketch_has_no_conditioning_gain(hyperne
 def test_every_arm_gets_its_own_sketch(hypernet, bank, groups, monkeypatch):
     used, forward = [], PudNet.forward
 
-    def recording(self, sketch):
+    def recording(self, sketch, num_images):
         used.append(sketch.clone())
-        return forward(self, sketch)
+        assert num_images == 9
+        return forward(self, sketch, num_images)
 
     monkeypatch.setattr(PudNet, 'forward', recording)
     evaluate(hypernet, bank, groups, progress=False)
@@ -330,6 +331,40 @@ def test_plain_with_its_own_statistics_is_the_model_itself(hypernet, bank, group
         expected = plain.eval()(bank.images[groups.query[2].flatten()].float() / 127.5 - 1)
     assert_close(recorded['query'][2 * arms + arms - 1], expected, rtol=1e-4, atol=1e-4)
     assert (recorded['query'][2 * arms + arms - 2] - expected).abs().max() > 1e-2
+
+
+def test_a_network_that_no_group_changes_sees_each_image_once_and_gives_the_same(hypernet, bank, groups, monkeypatch):
+    plain = timm.create_model('test_resnet', num_classes=0)
+    control = {'plain': (plain, torch.eye(plain.num_features))}
+    many = TestGroups.draw(bank, count=5, n_way=4, n_shot=5, n_query=4)  # 36 images a group, of 40
+    seen, given = [], measure.support_features
+
+    def counting(model, weights, support, prior_images):
+        seen.append((prior_images is None, len(support)))
+        return given(model, weights, support, prior_images)
+
+    monkeypatch.setattr(measure, 'support_features', counting)
+    once = evaluate(hypernet, bank, many, controls=control, progress=False)
+    assert [size for own, size in seen if own] == [40]
+    few = evaluate(hypernet, bank, many.first(1), controls=control, progress=False)
+    assert seen[-1] == (True, 20)  # 36 images in all: fewer than there are
+    seen.clear()
+    apart = evaluate(hypernet, bank, many, controls=control, support_bank=coloured(bank.labels, seed=9), progress=False)
+    assert [size for own, size in seen if own] == [20] * 5
+    name = 'plain_own_statistics'
+    with torch.no_grad():
+        rows = plain.eval()(bank.images.float() / 127.5 - 1)
+    right = []
+    for support, query in zip(many.support, many.query, strict=True):
+        means = rows[support].mean(1)
+        nearest = (
+            torch.nn.functional.normalize(rows[query].flatten(0, 1), dim=1)
+            @ torch.nn.functional.normalize(means, dim=1).t()
+        )
+        right.append(float((nearest.argmax(1) == torch.arange(4).repeat_interleave(4)).float().mean()) * 100)
+    assert once['accuracy'][name]['mean'] == pytest.approx(sum(right) / 5)
+    assert few['accuracy'][name]['mean'] == pytest.approx(right[0])
+    assert apart['accuracy'][name]['mean'] <= 100
 
 
 def test_each_arm_is_read_in_its_own_whitened_space(hypernet, bank, groups, recorded):
@@ -475,7 +510,13 @@ def test_a_large_support_is_calibrated_on_a_sample_and_its_heads_are_of_all(hype
 
 def test_the_sketch_of_all_images_is_the_mean_of_the_class_means(hypernet, bank, support_bank, monkeypatch):
     used, forward = [], PudNet.forward
-    monkeypatch.setattr(PudNet, 'forward', lambda self, sketch: used.append(sketch.clone()) or forward(self, sketch))
+
+    def recording(self, sketch, num_images):
+        used.append(sketch.clone())
+        assert num_images == pytest.approx(16 / (1 / 6 + 1 / 12 + 1 / 18 + 1 / 24))
+        return forward(self, sketch, num_images)
+
+    monkeypatch.setattr(PudNet, 'forward', recording)
     groups = TestGroups.draw(bank, count=1, n_way=4, n_shot='all', n_query=5, support_bank=support_bank)
     for size in (100, 7):
         small_batches(monkeypatch, size)

@@ -315,7 +315,8 @@ def test_training_that_goes_on_is_resumed_like_any_other(earlier, make_recipe, b
 def test_one_that_ships_with_the_package_goes_on_with_new_classes(make_recipe, bank):
     config = load_hypernet('resnet18.mixed56').config
     small = dataclasses.replace(config.input, input_size=(3, 16, 16))
-    fields = dataclasses.replace(config, input=small, tag='mine', class_names=(), training={}, sketch_limit=0.0)
+    fresh = {'class_names': (), 'training': {}, 'sketch_limit': 0.0, 'sketch_gate': False}
+    fields = dataclasses.replace(config, input=small, tag='mine', **fresh)
     recipe = make_recipe(1, start='resnet18.mixed56', hypernet=config_fields(fields), schedule=SLOW)
     hypernet = meta_train(recipe, banks=[bank], device='cpu', progress=False)
     assert hypernet.name == 'resnet18.mine'

@@ -158,6 +158,8 @@ class PudNetConfig:
         sketch_limit: Longer sketches are shortened to this norm; 0 for none. Meta-training of classifiers sets it,
             where it is 0, to the longest norm of its own sketches: images of kinds that it never saw have sketches
             of any length.
+        sketch_gate: Whether the sketch changes the weights only where it shows that the images were taken otherwise
+            than those of training (`sketch.SketchGate`); else all get those of the mean sketch.
         tag: The part of a hypernetwork's name after the architecture, `cifar100_set` for instance.
         class_names: Classes seen in training.
         training: What training cost: images seen (`sketch_images`: by the sketch encoder alone), seconds, machine; the
@@ -187,6 +189,7 @@ class PudNetConfig:
     gain: float = 2.0
     prior_images: float = 8.0
     sketch_limit: float = 0.0
+    sketch_gate: bool = False
     tag: str = ''
     class_names: tuple[str, ...] = ()
     training: dict[str, Any] = dataclasses.field(default_factory=dict)

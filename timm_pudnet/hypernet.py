@@ -52,7 +52,7 @@ from timm_pudnet.files import (
 )
 from timm_pudnet.generators import create_generator
 from timm_pudnet.images import open_images
-from timm_pudnet.sketch import Balance, SketchEncoder, StreamingSketch
+from timm_pudnet.sketch import Balance, SketchEncoder, SketchGate, StreamingSketch
 from timm_pudnet.target import TargetSpec, create_feature_model, describe_target, input_of
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ MOST_PARAMETERS = 15_000_000  # of a hypernetwork with the paper's generators: 3
 # which the hypernetwork has at most so many times the target's weights.
 RESIDUAL_SIZES = ((128, 4), (64, 4), (32, 4), (16, 4), (16, 2), (16, 1), (8, 1))
 MOST_OF_TARGET = 1.1
+_EXACT = ('norm_statistics.', 'whitening', 'gate.')  # what half precision leaves alone
 
 
 def on_device(network: PudNet, device: torch.device, given: Any) -> PudNet:
@@ -122,6 +123,7 @@ class PudNet(nn.Module):
                 f'set one to the other (model_kwargs in_chans={chans} makes such a target)'
             )
         self.encoder = SketchEncoder(chans, config.sketch_width, config.sketch_channels)
+        self.gate = SketchGate(config.sketch_width) if config.sketch_gate else None
         self.ahru = AHRU(config.sketch_width, len(layers), config.eta) if config.context else None
         self.generators = nn.ModuleList(
             create_generator(config.generator, layer, config.sketch_width, config.gain, **config.generator_kwargs)
@@ -252,15 +254,19 @@ class PudNet(nn.Module):
         """An empty sketch that image batches can be added to."""
         return StreamingSketch(self.encoder, balance)
 
-    def forward(self, sketch: Tensor) -> dict[str, Tensor]:
+    def forward(self, sketch: Tensor, num_images: float | None = None) -> dict[str, Tensor]:
         """Every tensor of the target's state dict but the classifier's.
 
         Args:
             sketch: `[m]`; shortened to the config's `sketch_limit` where it is longer.
+            num_images: That the sketch is of. With a `sketch_gate` the mean sketch of training takes its place where
+                it shows no more than chance would with so many; without this number, never.
 
         Returns:
             Predicted kernels, shared parameters and, to start calibration from, the norm statistics of training.
         """
+        if self.gate is not None and num_images is not None and not self.gate.opens(sketch, num_images):
+            sketch = self.gate.mean
         parts = zip(self.target.layers, self.generators, self.codes(sketch), strict=True)
         state = {layer.key: generator(code) for layer, generator, code in parts}
         state.update({key: room[place] for key, room, place in self._places})
@@ -360,7 +366,7 @@ class PudNet(nn.Module):
 
         Args:
             folder: Made if it is not there; other files in it are left alone.
-            half: Store floating-point tensors as float16 (all but norm statistics and whitening).
+            half: Store floating-point tensors as float16 (all but norm statistics, whitening and gate).
             overwrite: Replace the files where they exist.
             max_shard_bytes: Above this size the weights become several files and an index.
 
@@ -374,7 +380,7 @@ class PudNet(nn.Module):
                     raise OutputExistsError(f'{folder / name} exists: choose another folder or pass overwrite=True')
         state = {}
         for key, value in self.state_dict().items():
-            narrow = half and value.is_floating_point() and not key.startswith(('norm_statistics.', 'whitening'))
+            narrow = half and value.is_floating_point() and not key.startswith(_EXACT)
             state[key] = value.detach().cpu().to(torch.float16 if narrow else value.dtype).contiguous()
         shards = _shards(state, max_shard_bytes)
         config = dataclasses.replace(self.config, library_versions=library_versions())

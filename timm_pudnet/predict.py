@@ -315,7 +315,7 @@ def _predict(
     _check_asked(timm_kwargs.pop('num_classes', None), num_classes)
 
     with torch.inference_mode():
-        weights = network(sketch.result())
+        weights = network(sketch.result(), sketch.num_images)
     taken_apart = bool(timm_kwargs.get('features_only'))  # timm wraps such a model; it is calibrated whole before
     adapting = {key: value for key, value in timm_kwargs.items() if not (taken_apart and key in _NOT_OF_TARGET)}
     model = build_model(network, spec, weights, num_classes, source.class_names, adapting).to(device)

@@ -119,6 +119,11 @@ class StreamingSketch:
             self.sums[label] = self.sums.get(label, 0) + rows.sum(0)
             self.counts[label] = self.counts.get(label, 0) + len(rows)
 
+    @property
+    def num_images(self) -> float:
+        """How many images, drawn at random, would give as sure a sketch: with unequal classes fewer than there are."""
+        return len(self.counts) ** 2 / sum(1 / count for count in self.counts.values()) if self.counts else 0
+
     def result(self) -> Tensor:
         """The sketch `[m]` of all images taken in, float32 on the encoder's device."""
         if not sum(self.counts.values()):
@@ -128,6 +133,73 @@ class StreamingSketch:
         else:
             sketch = torch.stack([self.sums[label] / self.counts[label] for label in sorted(self.sums)]).mean(0)
         return sketch.float().to(next(self.encoder.parameters()).device)
+
+
+class SketchGate(nn.Module):
+    """Tells a sketch that shows how its images were taken from one that the choice of the images explains.
+
+    The sketch `s` of `n` images is held against the seen classes as they are, with `mu` the mean sketch, `S_w` the
+    covariance of features within a class and `S_b` that of class means: `T = (s - mu)' (S_w / n + S_b)^-1 (s - mu)`
+    (Hotelling's statistic). For images like these `T` is about `m` by chance. The gate is open from `2 m` on.
+
+    Args:
+        width: `m`.
+
+    Example:
+        >>> gate = SketchGate(2)
+        >>> features = torch.tensor([[0.0, 1.0], [0.0, -1.0], [4.0, 0.0], [4.0, 2.0]])
+        >>> gate.fit([(features, torch.tensor([0, 0, 1, 1]))])
+        >>> gate.opens(torch.tensor([3.0, 0.0]), 4), gate.opens(torch.tensor([2.0, 9.0]), 4)
+        (False, True)
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.within: Tensor
+        self.between: Tensor
+        self.register_buffer('mean', torch.zeros(width))
+        self.register_buffer('within', torch.zeros(width, width))  # zeros: open to all, until it is fitted
+        self.register_buffer('between', torch.zeros(width, width))
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Takes `mu`, `S_w` and `S_b` from features `[n, m]` of images and their classes `[n]`, in batches.
+
+        Raises:
+            InputError: There are no more images than classes.
+        """
+        counts: dict[int, int] = {}
+        sums: dict[int, Tensor] = {}
+        products = torch.zeros(self.within.shape, dtype=torch.float64)
+        for features, labels in batches:
+            rows = features.cpu().double()
+            products += rows.t() @ rows
+            for label in labels.unique().tolist():
+                chosen = rows[labels.cpu() == label]
+                counts[label] = counts.get(label, 0) + len(chosen)
+                sums[label] = sums.get(label, 0) + chosen.sum(0)
+        number, classes = sum(counts.values()), len(counts)
+        if number <= classes:
+            raise InputError(
+                f'sketch_gate: {number} images of {classes} classes do not tell how images of a class vary'
+            )
+        shares = torch.tensor(list(counts.values())).double()[:, None]
+        means = torch.stack(list(sums.values())) / shares
+        mean = (shares * means).sum(0) / number
+        within = (products - (shares * means).t() @ means) / (number - classes)
+        spread = (shares * (means - mean)).t() @ (means - mean) / number
+        values, vectors = torch.linalg.eigh(spread - within * classes / number)  # less what chance spreads the means
+        between = (vectors * values.clamp_min(0)) @ vectors.t()
+        for held, found in ((self.mean, mean), (self.within, within), (self.between, between)):
+            held.copy_(found)
+
+    def opens(self, sketch: Tensor, num_images: float) -> bool:
+        """Whether the sketch `[m]` of so many images shows more than chance would."""
+        mean, within, between = (value.cpu().double() for value in (self.mean, self.within, self.between))
+        off = sketch.detach().cpu().double() - mean
+        spread = within / num_images + between + 1e-9 * torch.eye(len(off), dtype=torch.float64)
+        return bool(off @ torch.linalg.pinv(spread, hermitian=True) @ off >= 2 * len(off))
 
 
 class ImageSample:

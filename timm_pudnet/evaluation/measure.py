@@ -5,6 +5,7 @@ Dimension letters: `n` images, `c h w` an image, `m` width of the sketch, `d` fe
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -124,8 +125,8 @@ def evaluate(
     def images(number: int) -> tuple[GroupImages, GroupImages]:
         return groups.images(number, bank, support_bank, config.input, device)
 
-    sketches = torch.stack([group_sketch(hypernet, images(number)[0]) for number in range(count)])
-    average = sketches.double().mean(0).float()
+    sketches = [group_sketch(hypernet, images(number)[0]) for number in range(count)]
+    average = torch.stack([sketch for sketch, _ in sketches]).double().mean(0).float()
     with forked_rng(device):
         torch.manual_seed(seed)
         model = create_feature_model(hypernet.target).to(device).eval()
@@ -138,45 +139,68 @@ def evaluate(
 
         return run
 
-    def with_other_sketch(number: int) -> Extractor:
+    def looked_up(weights: dict[str, Tensor]) -> Extractor:
+        """The same of a network that no group changes: it sees each image of the bank once."""
+        everything = GroupImages(bank, [torch.arange(len(bank.labels))], config.input, device)
+
+        @functools.cache
+        def rows() -> Tensor:
+            return torch.cat([part for part, _ in support_features(model, weights, everything, None)])
+
+        def run(support: GroupImages, query: GroupImages, rest: GroupImages) -> Features:
+            return [(rows()[support.places], support.labels)], rows()[query.places], rows()[rest.places]
+
+        return run
+
+    def other_sketch(number: int) -> tuple[Tensor, float]:
         assert other is not None
         picks = torch.randperm(len(other.labels), generator=torch.Generator().manual_seed(number))
-        shown = GroupImages(other, [picks[: len(images(number)[0])]], config.input, device)
-        return with_weights(hypernet(group_sketch(hypernet, shown)))
+        return group_sketch(hypernet, GroupImages(other, [picks[: len(images(number)[0])]], config.input, device))
 
-    arms: dict[str, Callable[[int], Extractor]] = {'predicted': lambda number: with_weights(hypernet(sketches[number]))}
+    given: dict[str, Callable[[int], tuple[Tensor, float]]] = {'predicted': lambda number: sketches[number]}
     if count > 1:  # the sketch of one group is also the one before it and the mean
-        arms['swapped_sketch'] = lambda number: with_weights(hypernet(sketches[number - 1]))
-        arms['mean_sketch'] = lambda number: with_weights(hypernet(average))
+        given['swapped_sketch'] = lambda number: sketches[number - 1]
+        given['mean_sketch'] = lambda number: (average, sketches[number][1])
     if other is not None:
-        arms['other_domain_sketch'] = with_other_sketch
-    arms['random_weights'] = lambda number: with_weights(initial)
-    arms['raw_pixels'] = lambda number: _raw_pixels
+        given['other_domain_sketch'] = other_sketch
+    arms: dict[str, Extractor] = {'random_weights': with_weights(initial), 'raw_pixels': _raw_pixels}
+    looks = groups.query.numel() + (0 if groups.support is None else groups.support.numel())
+    once = groups.conditions is None and support_bank is None and len(bank.labels) < looks
     for name, (control, learned) in (controls or {}).items():
         own = {key: value.to(device) for key, value in control.state_dict().items()}
-        arms[name] = lambda number, own=own: with_weights(own)
+        arms[name] = with_weights(own)
+        arms[f'{name}_own_statistics'] = looked_up(own) if once else with_weights(own, calibrated=False)
         for arm in (name, f'{name}_own_statistics'):
             readings[arm] = {arm: learned.to(device)}
-        arms[f'{name}_own_statistics'] = lambda number, own=own: with_weights(own, calibrated=False)
+    given = {name: sketch for name, sketch in given.items() if name not in without}
     arms = {name: arm for name, arm in arms.items() if name not in without}
 
     # Whether each query of each group is classified rightly, by head and score.
     right: dict[str, dict[str, list[Tensor]]] = {'centroid': {}, 'ridge': {}, 'self_training': {}}
-    support_images = 0
+    support_images, n_way = 0, groups.query.shape[1]
     for number in tqdm(range(count), disable=not progress, unit='group'):
         support, query = images(number)
         rest = groups.unlabelled(number, bank, support_bank, config.input, device)
         support_images += len(support)
+        found: dict[str, dict[str, Tensor]] = {}
+        predicted: dict[str, Tensor] = {}
+        for name, sketch in given.items():
+            weights = hypernet(*sketch(number))
+            if predicted and all(torch.equal(value, predicted[key]) for key, value in weights.items()):
+                found[name] = found['predicted']  # both sketches are behind a closed gate
+                continue
+            predicted = predicted or weights
+            found |= _read(with_weights(weights)(support, query, rest), readings[name], support, n_way)
         for name, arm in arms.items():
-            found = arm(number)(support, query, rest)
-            for reading, guesses in _read(found, readings[name], support, groups.query.shape[1]).items():
-                for head, guessed in guesses.items():
-                    right[head].setdefault(reading, []).append(guessed == query.labels)
+            found |= _read(arm(support, query, rest), readings[name], support, n_way)
+        for reading, guesses in found.items():
+            for head, guessed in guesses.items():
+                right[head].setdefault(reading, []).append(guessed == query.labels)
 
     def gains(named: Mapping[str, str]) -> dict[str, dict[str, float]]:
         """What the predicted network has over others that were measured, by the names of the gains."""
-        found = right['centroid']
-        return {name: _gain(found['predicted'], found[arm]) for name, arm in named.items() if arm in arms}
+        scores = right['centroid']
+        return {name: _gain(scores['predicted'], scores[arm]) for name, arm in named.items() if arm in scores}
 
     result = {
         'hypernet': hypernet.name,
@@ -238,15 +262,18 @@ def _check_controls(
             )
 
 
-def group_sketch(hypernet: PudNet, support: GroupImages) -> Tensor:
-    """The sketch `[m]` of a group's support; the mean of the class means, as `predict_model` takes it."""
+def group_sketch(hypernet: PudNet, support: GroupImages) -> tuple[Tensor, float]:
+    """The sketch `[m]` of a group's support, the mean of the class means, and of how many images it is.
+
+    Both as `predict_model` gives them to the hypernetwork.
+    """
     equal = len(support.labels.bincount().unique()) == 1
     if support.fits and equal:  # the mean over all then
-        return hypernet.encoder(support.sample).mean(0)
+        return hypernet.encoder(support.sample).mean(0), len(support)
     stream = hypernet.streaming_sketch('class')
     for images, labels in support.batches():
         stream.add(images, labels)
-    return stream.result()
+    return stream.result(), stream.num_images
 
 
 def support_features(

@@ -239,7 +239,7 @@ def _predicted(hypernet: PudNet, model: nn.Module, support: GroupImages, query: 
     # Images that one batch holds are seen and normalised before the clock starts, as all are for scratch.
     support.sample  # noqa: B018
     started = time.perf_counter()
-    weights = hypernet(group_sketch(hypernet, support))
+    weights = hypernet(*group_sketch(hypernet, support))
     centroids = StreamingCentroids(int(query.labels.max()) + 1)
     for features, labels in support_features(model, weights, support, hypernet.config.prior_images):
         centroids.add(features, labels)

@@ -35,8 +35,9 @@ from timm_pudnet.training.run import Run, config_fields, go
 from timm_pudnet.training.undoing import ChannelUndoing
 
 # Fields of its config in which a hypernetwork may differ from the one that it starts from.
-_FREE = ('input', 'prior_images', 'sketch_limit', 'tag', 'class_names', 'training', 'library_versions')
+_FREE = ('input', 'prior_images', 'sketch_limit', 'sketch_gate', 'tag', 'class_names', 'training', 'library_versions')
 UNDOING_GROUPS = 4000  # of which the first layers learn to undo conditions, at most
+GATE_GROUPS = 500  # that tell how sketches differ by chance
 START_GROUPS = 64  # whose mean sketch says what a hypernetwork that training starts from usually predicts
 
 
@@ -265,6 +266,17 @@ def _usual_weights(hypernet: PudNet, sampler: GroupSampler) -> dict[str, Tensor]
     return hypernet(torch.stack([hypernet.encoder(support).mean(0) for support in supports]).mean(0))
 
 
+@torch.inference_mode()
+def fit_gate(hypernet: PudNet, recipe: Recipe, banks: Sequence[ImageBank]) -> None:
+    """Fits the gate of a hypernetwork to the images of a recipe as they are, drawn in groups as in training."""
+    assert hypernet.gate is not None
+    groups = dataclasses.replace(recipe.groups, conditions=0.0, turns=1)
+    shares = [data.share for data in recipe.data]
+    sampler = GroupSampler(banks, recipe.hypernet.input, groups, shares=shares, seed=recipe.seed)
+    encoder, drawn = hypernet.encoder.eval(), (sampler.draw(number, 'gate') for number in range(GATE_GROUPS))
+    hypernet.gate.fit((encoder(group.support.to(hypernet.device)), group.support_classes) for group in drawn)
+
+
 def classes_seen(recipe: Recipe, banks: Sequence[ImageBank]) -> tuple[str, ...]:
     """Every class that a training by this recipe, and what it starts from, has seen, as far as that says.
 
@@ -431,7 +443,9 @@ class _MetaRun(_ClassifierRun):
         self.hypernet = PudNet.for_target(**config_fields(self.recipe.hypernet, class_names=self.seen))
         self.least_limit = 0.0 if started is None else started.config.sketch_limit
         if started is not None:
-            self.hypernet.load_state_dict(started.state_dict())
+            ours = {key: value for key, value in self.hypernet.state_dict().items() if key.startswith('gate.')}
+            theirs = {key: value for key, value in started.state_dict().items() if not key.startswith('gate.')}
+            self.hypernet.load_state_dict(theirs | ours)
             with torch.no_grad():
                 weights = started(torch.zeros(started.config.sketch_width))
             self.target.load_state_dict(self._of_target(weights))  # for the norm statistics
@@ -570,6 +584,8 @@ class _MetaRun(_ClassifierRun):
         self.hypernet.take_statistics(self.target)
         limit = self.hypernet.config.sketch_limit or max(self.longest_sketch(), self.least_limit)
         self.hypernet.config = dataclasses.replace(self.hypernet.config, training=self.cost(), sketch_limit=limit)
+        if self.hypernet.gate is not None:
+            fit_gate(self.hypernet, self.recipe, self.sampler.banks)
         self.hypernet.whitening.copy_(self.whitening())
         return self.hypernet.cpu().eval()
 
@@ -583,7 +599,7 @@ class _MetaRun(_ClassifierRun):
 
     def weights_of(self, support: Tensor) -> dict[str, Tensor]:
         """The hypernetwork's weights, with the norm statistics of training."""
-        return self.hypernet.eval()(self.hypernet.encoder(support).mean(0))
+        return self.hypernet.eval()(self.hypernet.encoder(support).mean(0), len(support))
 
 
 class _PlainRun(_ClassifierRun):

@@ -212,8 +212,8 @@ class Recipe:
             own pretrained weights (`resnet50.a1_in1k`): what the hypernetwork predicts at first, whatever the images,
             and what the control starts from. Or a hypernetwork that training goes on with, by its folder, the name of
             one that ships with the package, or `org/name@revision` on the Hub; `[hypernet]` must be as its own, but for
-            tag, `input_size`, `prior_images` and `sketch_limit`. The control then starts from what it predicts for the
-            mean sketch of 64 groups.
+            tag, `input_size`, `prior_images`, `sketch_limit` and `sketch_gate`. The control then starts from what it
+            predicts for the mean sketch of 64 groups.
         seed: Of everything random.
     """
 
@@ -236,6 +236,11 @@ class Recipe:
                     raise InputError(f'[{name}] is not used where there is [denoising]: remove one of them')
             if self.start:
                 raise InputError('start is not used where there is [denoising]: remove it')
+        if self.hypernet.sketch_gate and not 0 < self.groups.conditions < 1:
+            raise InputError(
+                'hypernet: sketch_gate tells images as they are from those under a condition, so groups: conditions '
+                f'must lie between 0 and 1 (and there is no [denoising]), got {self.groups.conditions:g}'
+            )
         if self.schedule.fixed_statistics and not self.start:
             raise InputError('schedule: fixed_statistics needs start, which they are taken from')
         if self.schedule.fixed_encoder and not self.start:

@@ -1,0 +1,278 @@
+"""The sketch gate: where the choice of the images explains a sketch, the mean one takes its place."""
+
+import dataclasses
+import importlib
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from timm_pudnet import InputConfig, PudNet
+from timm_pudnet.config import InputError
+from timm_pudnet.evaluation import TestGroups, evaluate
+from timm_pudnet.predict import predict_state_dict
+from timm_pudnet.sketch import SketchGate, StreamingSketch
+from timm_pudnet.training import Data, GroupSampler, meta_train, train_plain
+
+measure = importlib.import_module('timm_pudnet.evaluation.measure')
+SMALL = InputConfig(input_size=(3, 16, 16))
+RESIDUAL = {'generator': 'residual', 'predict_norm': True}
+GATED = {**RESIDUAL, 'sketch_gate': True}
+
+
+def normal(classes, each, seed, images=0, width=6):
+    """Features of images of classes whose means are a matter of `seed`, and their classes."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.linspace(0.2, 2.0, width)
+    means = torch.randn(classes, width, generator=generator) * scales.flip(0)
+    labels = torch.arange(classes).repeat_interleave(each)
+    generator.manual_seed(1000 * seed + images)
+    return means[labels] + torch.randn(len(labels), width, generator=generator) * scales + 3, labels
+
+
+def fitted(features, labels, size=7):
+    gate = SketchGate(features.shape[1])
+    gate.fit(zip(features.split(size), labels.split(size), strict=True))
+    return gate
+
+
+def test_mean_and_covariances_are_those_of_a_plain_rewrite():
+    features, labels = normal(5, 8, seed=0)
+    features, labels = features[:-3], labels[:-3]  # classes of unequal size
+    gate = fitted(features, labels)
+    x, y = features.double().numpy(), labels.numpy()
+    means = np.stack([x[y == k].mean(0) for k in range(5)])
+    within = sum((x[y == k] - means[k]).T @ (x[y == k] - means[k]) for k in range(5)) / (len(x) - 5)
+    spread = sum((y == k).sum() * np.outer(means[k] - x.mean(0), means[k] - x.mean(0)) for k in range(5)) / len(x)
+    values, vectors = np.linalg.eigh(spread - within * 5 / len(x))
+    between = vectors @ np.diag(np.maximum(values, 0)) @ vectors.T
+    assert values.min() < 0  # of five classes there are four directions
+    for found, expected in ((gate.mean, x.mean(0)), (gate.within, within), (gate.between, between)):
+        assert_close(found.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
+    order = torch.randperm(len(features))
+    again = fitted(features[order], labels[order], size=4)
+    assert_close(dict(again.state_dict()), dict(gate.state_dict()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('count', [1, 10, 1000])
+def test_it_opens_where_hotelling_s_statistic_is_twice_its_mean(count):
+    gate = fitted(*normal(40, 20, seed=1))
+    within, between = (value.double().numpy() for value in (gate.within, gate.between))
+    direction = np.random.default_rng(0).normal(size=6)
+    squared = direction @ np.linalg.inv(within / count + between) @ direction
+    edge = torch.from_numpy(direction * np.sqrt(2 * 6 / squared))
+    assert not gate.opens(gate.mean + 0.999 * edge, count)
+    assert gate.opens(gate.mean + 1.001 * edge, count)
+
+
+@pytest.mark.parametrize('each', [1, 5, 40])
+def test_other_images_of_the_classes_keep_it_closed_and_a_shift_of_all_opens_it(each):
+    gate = fitted(*normal(60, 40, seed=2))
+    sets = [normal(60, each, seed=2, images=number)[0].view(12, 5 * each, 6).mean(1) for number in range(1, 9)]
+    sketches = torch.cat(sets)  # of five classes each
+    opened = sum(gate.opens(sketch, 5 * each) for sketch in sketches)
+    shifted = sum(gate.opens(sketch + torch.tensor([12.0, 0, 0, 0, 0, 0]), 5 * each) for sketch in sketches)
+    assert opened <= 0.03 * len(sketches)
+    assert shifted == len(sketches)
+
+
+def test_the_more_images_the_smaller_a_shift_opens_it():
+    gate = fitted(*normal(60, 40, seed=2))
+    off = gate.mean + 2.5 * gate.within.diagonal().sqrt() * torch.tensor([0, 0, 0, 0, 0, 1.0])
+    assert [gate.opens(off, count) for count in (1, 1000)] == [False, True]
+
+
+def test_until_it_is_fitted_it_is_open():
+    gate = SketchGate(4)
+    assert gate.opens(torch.tensor([1e-3, 0.0, 0.0, 0.0]), 10_000)
+
+
+def test_a_class_of_one_image_each_does_not_fit(one_line):
+    with pytest.raises(InputError) as error:
+        fitted(torch.randn(4, 3), torch.arange(4))
+    one_line(error, 'sketch_gate', '4 images of 4 classes')
+
+
+def test_unequal_classes_count_as_fewer_images():
+    encoder = PudNet.for_target('test_resnet', sketch_width=8, input=SMALL).encoder
+    images, labels = torch.randn(9, 3, 16, 16), torch.tensor([0, 1, 1, 1, 1, 1, 1, 1, 1])
+    for balance, expected in (('none', 9), ('class', 4 / (1 + 1 / 8)), ('kmeans', 9)):
+        stream = StreamingSketch(encoder, balance)
+        assert stream.num_images == 0
+        stream.add(images[:4], labels[:4])
+        stream.add(images[4:], labels[4:])
+        assert stream.num_images == pytest.approx(expected)
+
+
+@pytest.fixture(scope='module')
+def gated():
+    """A hypernetwork whose gate knows images of normal noise; not to be changed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        hypernet = PudNet.for_target('test_resnet', sketch_width=16, input=SMALL, sketch_gate=True).eval()
+        images = torch.randn(400, 3, 16, 16).mul(0.3).clamp(-1, 1)
+        with torch.no_grad():
+            hypernet.gate.fit([(hypernet.encoder(images), torch.arange(400) % 8)])
+    return hypernet
+
+
+def noise(count, seed=4, shift=0.0):
+    """Images in 0-1, as the gate knows them or shifted."""
+    images = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 0.15 + 0.5 + shift
+    return images.clamp(0, 1)
+
+
+def same(first, second):
+    return all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def usual_weights(hypernet):
+    with torch.no_grad():
+        return hypernet(hypernet.gate.mean)
+
+
+def test_a_closed_gate_gives_the_weights_of_the_mean_sketch(gated):
+    with torch.no_grad():
+        usual, far = usual_weights(gated), gated.gate.mean + 5
+        near = gated.encoder(noise(20) * 2 - 1).mean(0)
+        assert same(gated(near, 20), usual)
+        assert not same(gated(near), usual)  # it does not know of how many images
+        assert same(gated(far, 20), gated(far))
+        assert not same(gated(far), usual)
+
+
+def test_a_prediction_says_of_how_many_images_its_sketch_is(gated):
+    usual = usual_weights(gated)
+    for images, closed in ((noise(24), True), (noise(24, shift=0.3), False)):
+        state = predict_state_dict('test_resnet', images, [0, 1] * 12, hypernet=gated)
+        for key in gated.target.keys('predicted'):
+            assert torch.equal(state[key], usual[key]) == closed, key
+
+
+def test_the_gate_survives_saving_in_half_precision_exactly(gated, tmp_path):
+    found = PudNet.from_pretrained(gated.save_pretrained(tmp_path / 'gated', half=True))
+    assert found.config.sketch_gate
+    assert_close(dict(found.gate.state_dict()), dict(gated.gate.state_dict()), rtol=0, atol=0)
+
+
+def test_arms_of_the_same_weights_are_measured_once_and_alike(gated, bank, monkeypatch):
+    groups = TestGroups.draw(bank, count=4, n_way=3, n_shot=2, n_query=2)
+    calls, given = [], measure.support_features
+
+    def counting(model, weights, *args):
+        calls.append(weights)
+        return given(model, weights, *args)
+
+    monkeypatch.setattr(measure, 'support_features', counting)
+    monkeypatch.setattr(SketchGate, 'opens', lambda *_: True)
+    apart = evaluate(gated, bank, groups, without=['random_weights', 'raw_pixels'], progress=False)
+    assert len(calls) == 3 * 4
+    calls.clear()
+    monkeypatch.setattr(SketchGate, 'opens', lambda *_: False)
+    closed = evaluate(gated, bank, groups, without=['random_weights', 'raw_pixels'], progress=False)
+    assert len(calls) == 4
+    assert all(same(weights, usual_weights(gated)) for weights in calls)
+    scores = closed['accuracy']
+    assert scores['predicted'] == scores['swapped_sketch'] == scores['mean_sketch']
+    assert closed['conditioning_gain'] == {'mean': 0.0, 'interval': 0.0}
+    assert closed['accuracy_ridge']['predicted'] == closed['accuracy_ridge']['swapped_sketch']
+    assert set(scores) == set(apart['accuracy'])
+
+
+@pytest.fixture(scope='module')
+def trained(make_recipe, bank, tmp_path_factory):
+    """A hypernetwork that was trained with a gate, its recipe and its folder; not to be changed."""
+    recipe = make_recipe(2, hypernet=GATED, groups={'conditions': 0.5})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hypernet = meta_train(recipe, banks=[bank], device='cpu', progress=False)
+    return hypernet, recipe, hypernet.save_pretrained(tmp_path_factory.mktemp('gated') / 'net')
+
+
+def test_training_fits_it_to_the_images_as_they_are(trained, bank):
+    hypernet, recipe, _ = trained
+    groups = dataclasses.replace(recipe.groups, conditions=0.0, turns=1)
+    sampler = GroupSampler([bank], SMALL, groups, seed=recipe.seed)
+    drawn = [sampler.draw(number, 'gate') for number in range(500)]
+    with torch.no_grad():
+        features = torch.cat([hypernet.encoder(group.support) for group in drawn])
+    gate = fitted(features, torch.cat([group.support_classes for group in drawn]), size=500)
+    assert_close(dict(hypernet.gate.state_dict()), dict(gate.state_dict()), rtol=1e-4, atol=1e-5)
+    assert hypernet.gate.within.diagonal().min() > 0
+
+
+@pytest.mark.parametrize('gates', [(True, False), (False, True), (True, True)], ids=str)
+def test_training_goes_on_from_one_with_a_gate_or_without(gates, trained, make_recipe, bank, tmp_path):
+    before, after = gates
+    hypernet, _, folder = trained
+    if not before:
+        bare = PudNet(dataclasses.replace(hypernet.config, sketch_gate=False))
+        bare.load_state_dict({key: value for key, value in hypernet.state_dict().items() if 'gate.' not in key})
+        folder = bare.save_pretrained(tmp_path / 'bare')
+    fields = {**RESIDUAL, 'sketch_gate': after}
+    slow = {'rate': 1e-9}
+    further = make_recipe(1, hypernet=fields, groups={'conditions': 0.5}, start=str(folder), schedule=slow)
+    found = meta_train(further, banks=[bank], device='cpu', progress=False)
+    assert (found.gate is not None) == after
+    for key, value in hypernet.encoder.named_parameters():
+        assert_close(found.encoder.get_parameter(key), value, rtol=0, atol=1e-6)
+    if after:
+        assert found.gate.within.diagonal().min() > 0
+    assert train_plain(further, banks=[bank], device='cpu', progress=False)
+
+
+def test_the_script_of_the_hub_fits_what_training_fits(trained, write_folder, bank, tmp_path, monkeypatch):
+    hypernet, recipe, _ = trained
+    write_folder(
+        tmp_path / 'images',
+        bank.images.permute(0, 2, 3, 1).numpy(),
+        [bank.class_names[label] for label in bank.labels.tolist()],
+    )
+    bare = PudNet(dataclasses.replace(hypernet.config, sketch_gate=False))
+    bare.load_state_dict({key: value for key, value in hypernet.state_dict().items() if 'gate.' not in key})
+    folder = bare.save_pretrained(tmp_path / 'bare')
+    text = f"""seed = {recipe.seed}
+[hypernet]
+model_name = "test_resnet"
+sketch_width = 16
+sketch_channels = [4, 8]
+generator = "residual"
+predict_norm = true
+GATE
+[hypernet.input]
+input_size = [3, 16, 16]
+[data]
+images = "{tmp_path / 'images'}"
+[groups]
+n_way = 3
+n_shot = 2
+n_query = 2
+per_step = 2
+turns = 4
+conditions = 0.5
+"""
+    script = Path(__file__).parents[1] / 'hub' / 'gate.py'
+    monkeypatch.setattr(sys, 'argv', [str(script), str(folder), str(tmp_path / 'out')])
+    (folder / 'recipe.toml').write_text(text.replace('GATE', ''))
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(script), run_name='__main__')
+    assert stopped.value.code == 2
+    assert not (tmp_path / 'out').exists()
+    (folder / 'recipe.toml').write_text(text.replace('GATE', 'sketch_gate = true'))
+    runpy.run_path(str(script), run_name='__main__')
+    found = PudNet.from_pretrained(tmp_path / 'out')
+    assert_close(dict(found.gate.state_dict()), dict(hypernet.gate.state_dict()), rtol=2e-2, atol=2e-3)
+    assert found.config.training['recipe_digest'] != hypernet.config.training['recipe_digest']
+    for key, value in hypernet.encoder.named_parameters():
+        assert_close(found.encoder.get_parameter(key), value, rtol=2e-3, atol=2e-3)
+
+
+def test_recipes_without_images_as_they_are_have_no_gate(make_recipe, one_line):
+    for share in (0.0, 1.0):
+        with pytest.raises(InputError) as error:
+            make_recipe(1, hypernet=GATED, groups={'conditions': share}, data=(Data(images='nowhere'),))
+        one_line(error, 'sketch_gate', 'conditions', f'got {share:g}')
