@@ -535,6 +535,11 @@ def test_a_bad_holdout_is_refused_before_any_work(holdout, images, work, predict
         fails(*predict(images, f'--holdout={holdout}'), needles=['holdout', holdout])
 
 
+def test_a_data_dir_of_no_timm_dataset_is_refused_before_any_work(images, work, predict, no_work_yet, nothing_written):
+    with nothing_written(work.parent):
+        fails(*predict(images, '--data-dir', 'there'), needles=['--data-dir', 'timm dataset'])
+
+
 @pytest.mark.parametrize('device', ['gpu', 'cuda', 'cuda:99', 'meta'])
 def test_a_bad_device_is_one_line(device, images, work, predict, nothing_written):
     if device == 'cuda' and torch.cuda.is_available():
@@ -1232,6 +1237,7 @@ def test_info_shows_the_plan_of_an_architecture():
         assert needle in text, (needle, text)
     text = succeeds('info', 'convnext_tiny', '--model-kwargs', 'conv_mlp=true', '--generator', 'residual').output
     assert '% predicted' in text
+    assert '% shared' in succeeds('info', 'convnext_atto', '--min-predicted', '0', '--generator', 'residual').output
 
 
 def test_info_says_how_much_of_the_weights_the_sketch_changes():
@@ -1294,6 +1300,8 @@ def test_info_tells_what_a_hypernetwork_is(tiny_folder):
         (['resnet18', '--model-kwargs', 'depth'], ['depth', 'KEY=VALUE']),
         (['resnet18', '--model-kwargs', 'depth=3'], ['resnet18', 'depth']),
         (['resnet18', '--model-kwargs', 'features_only=true'], ['features_only']),
+        (['resnet18', '--model-kwargs', 'predict_linear=true'], ['predict_linear', 'leave it out']),
+        (['vit_tiny_patch16_224', '--min-predicted', '1.5'], ['min_predicted', '1.5']),
         (['resnet18', '--generator', 'papr'], ["'papr'", 'paper']),
         (['resnet18', '--sketch-width', '0'], ['sketch_width', '0']),
     ],

@@ -494,12 +494,14 @@ def test_every_bank_must_suffice():
         make_sampler([unique_bank(), unique_bank(per_class=3)])
 
 
-def test_quarter_turns_and_conditions_of_oblong_images_are_refused():
+def test_quarter_turns_of_oblong_images_are_refused_and_conditions_leave_them_out():
     bank = ImageBank(torch.zeros(20, 3, 12, 16, dtype=torch.uint8), torch.arange(20) % 2, ['a', 'b'])
     config = InputConfig(input_size=(3, 12, 16))
-    for groups in ({'n_way': 4, 'turns': 4}, {'conditions': 1.0}):
-        with pytest.raises(InputError, match='square'):
-            make_sampler([bank], config, **groups)
+    with pytest.raises(InputError, match='square'):
+        make_sampler([bank], config, n_way=4, turns=4)
+    shown = [make_sampler([bank], config, conditions=1.0).draw(number) for number in range(20)]
+    assert {group.support.shape[1:] for group in shown} == {(3, 12, 16)}
+    assert {group.condition.turns for group in shown} == {0, 2}
     group = make_sampler([bank], config, n_way=4, turns=2).draw(0)
     assert group.support.shape == (8, 3, 12, 16)
 

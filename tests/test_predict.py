@@ -654,6 +654,7 @@ def test_create_model_with_images_is_predict_model(net, folder, model, query):
         ({'stem_width': 8}, ['stem_width=8', 'test_resnet.tiny']),
         # Of several that which makes the weights other ones, and no other.
         ({'drop_rate': 0.1, 'in_chans': 1}, ['test_resnet with in_chans=1 has', 'leave that argument out']),
+        ({'predict_norm': True}, ['predict_norm', 'one of the hypernetwork', 'leave it out']),
         ({'in_chans': 1, 'stem_width': 8}, ['with in_chans=1, stem_width=8 has', 'leave these arguments out']),
         ({'block_args': {'attn_layer': 'se'}}, ['block_args', 'test_resnet.tiny']),
         ({'nonsense': 1}, ["'nonsense'"]),

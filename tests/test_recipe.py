@@ -150,6 +150,7 @@ def test_one_set_is_the_same_as_a_list_of_one(tmp_path):
         ('n_way = 3', 'sketch_groups = 1', ['[groups]', 'sketch_groups', '1']),
         ('flip = false', 'timm = "rand-m5"', ['[augmentation]', 'timm', 'table']),
         ('rate = 1e-3', 'optimizer = "adam"', ['[schedule]', "'adam'", 'adamw']),
+        ('rate = 1e-3', 'sketch_rate = 0', ['schedule', 'sketch_rate', '0.0']),
         ('rate = 1e-3', 'ema = 1', ['[schedule]', 'ema', '1']),
         ('rate = 1e-3', 'clip = 0.0', ['schedule', 'clip', '0.0']),
         ('rate = 1e-3', 'weight_decay = -1', ['schedule', 'weight_decay', '-1']),

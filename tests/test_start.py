@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from timm_pudnet import PudNet, load_hypernet, save_model
-from timm_pudnet.config import InputError
+from timm_pudnet.config import InputError, PudNetWarning
 from timm_pudnet.hypernet import save_tensors
 from timm_pudnet.training import Data, ImageBank, LossWeights, meta_train, train_plain, try_recipe
 from timm_pudnet.training.run import config_fields
@@ -126,6 +126,14 @@ def test_the_statistics_of_the_start_can_be_kept(start, make_recipe, bank, monke
     group = loop.group_sampler(recipe, [bank]).draw(0)
     with torch.no_grad():
         assert_close(seen[0][1], model.eval()(group.query), rtol=1e-4, atol=1e-4)
+
+
+def test_a_target_without_kept_statistics_is_told(make_recipe, bank, tmp_path):
+    folder = save_model(timm.create_model('test_convnext', num_classes=0), tmp_path / 'start')
+    fields = {**RESIDUAL, 'model_name': 'test_convnext', 'min_predicted': 0.0}
+    recipe = make_recipe(1, start=str(folder), hypernet=fields, schedule={**SLOW, 'fixed_statistics': True})
+    with pytest.warns(PudNetWarning, match='fixed_statistics does nothing, test_convnext'):
+        meta_train(recipe, banks=[bank], device='cpu', progress=False)
 
 
 def test_kept_statistics_need_a_start(make_recipe, one_line):

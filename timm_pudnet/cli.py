@@ -151,10 +151,10 @@ def predict(
         raise InputError(f'--holdout must be in [0, 1), got {holdout}')
     if out is not None:
         room.check_output(out)
+    _check_data_dir(data_dir, images, unlabelled)
     network = resolve_hypernet(model_name, hypernet)
     config = network.config.input
     expectation = _expectation_of(network)
-    _check_data_dir(data_dir, images, unlabelled)
     source = open_images(images, input=config, split=split, data_dir=data_dir, strict=strict)
     source.progress = True
     click.echo(f'Found      {source.description}')
@@ -188,6 +188,9 @@ def predict(
     seconds = time.perf_counter() - started
     count = sum(parameter.numel() for parameter in model.parameters())
     click.echo(f'Predicted  {count / 1e6:.1f}M weights of {model_name} with {network.name} in {seconds:.2f} s')
+    sketch = _said_by_sketch(network, model)
+    if sketch:
+        click.echo(f'Sketch     {sketch}')
     told: dict[str, Any] = {}
     if expectation is not None:
         told = _expect(expectation, network, model, kept, head)
@@ -248,6 +251,7 @@ def predict(
             'In the folder': str(Path.cwd()),
             'Images': source.description,
             'Hypernetwork': f'{network.name}, weights {evaluation.weights_digest(network)}',
+            **({'Sketch': sketch} if sketch else {}),
             'Head': head if model.num_classes else 'none',
             **({'Unlabelled images': others.description} if others is not None else {}),
             'Input': f'{chans}x{height}x{width}',
@@ -266,6 +270,21 @@ def predict(
         click.echo(f'Report     {written}: open it in a browser; it needs no network')
         if importlib.util.find_spec('matplotlib') is None:
             click.echo('           Its plots are not there as PNG files: pip install matplotlib')
+
+
+def _said_by_sketch(network: Any, model: Any) -> str:
+    """What came of the sketch of a hypernetwork with a gate, in words; nothing of one without."""
+    import torch
+
+    if network.gate is None:
+        return ''
+    found = model.state_dict()
+    with torch.inference_mode():
+        usual = network(network.gate.mean)
+    keys = [layer.key for layer in network.target.layers if layer.key in found]
+    if all(torch.allclose(found[key].cpu(), usual[key].cpu(), rtol=1e-4, atol=1e-5) for key in keys):
+        return 'near the mean one of training: the weights are those of that one'
+    return 'far from the mean one of training: it changed the weights'
 
 
 def _a_class_is_unread(source: Any) -> bool:
@@ -660,7 +679,9 @@ def _labels_a_class(text: str, support_split: str | None) -> int | Literal['all'
     show_default=True,
     help='Share of the images kept aside to know when to stop; 0: none.',
 )
-@click.option('--hypernet', help='Where MODEL is an architecture: the hypernetwork, a name or a folder.')
+@click.option(
+    '--hypernet', help='Where MODEL is an architecture: the hypernetwork: a name, a folder, or org/name on the Hub.'
+)
 @click.option(
     '--seed', type=_SEED, default=0, show_default=True, help='Of the images kept aside, their order and changes.'
 )
@@ -766,7 +787,10 @@ def _kept(epoch: int) -> str:
 @click.argument('model_name')
 @click.argument('images')
 @click.option('--out', type=_FOLDER, help='New folder for compare.json, compare.txt, compare.png.')
-@click.option('--hypernet', help='Hypernetwork: a name or a folder; by default the one that serves MODEL_NAME.')
+@click.option(
+    '--hypernet',
+    help='Hypernetwork: a name, a folder, or org/name on the Hub; by default the one that serves MODEL_NAME.',
+)
 @click.option('--epochs', default=20, show_default=True, help='Passes over the images of each training.')
 @click.option('--budget', type=float, help='Seconds after which no further epoch is begun; by default no limit.')
 @click.option('--holdout', default=0.25, show_default=True, help='Share of the images that is tested.')
@@ -1050,6 +1074,9 @@ def _free_name(name: str, taken: set[str]) -> str:
 @click.option('--generator', default='auto', show_default=True, help='Kind of weight generator.')
 @click.option('--predict-norm', is_flag=True, help="Predict the norms' affine parameters too.")
 @click.option('--predict-linear', is_flag=True, help='Predict Linear layers inside blocks too, as 1x1 convs.')
+@click.option(
+    '--min-predicted', default=0.5, show_default=True, help='Least share of the weights that must be predicted, 0 to 1.'
+)
 @click.option('--sketch-width', type=int, help='Width of the dataset sketch; by default one that suits the target.')
 @click.option('--model-kwargs', multiple=True, metavar='KEY=VALUE', help="An argument of timm's, conv_mlp=true say.")
 def info(
@@ -1057,6 +1084,7 @@ def info(
     generator: str,
     predict_norm: bool,
     predict_linear: bool,
+    min_predicted: float,
     sketch_width: int | None,
     model_kwargs: tuple[str, ...],
 ) -> None:
@@ -1091,6 +1119,7 @@ def info(
             generator=generator,
             predict_norm=predict_norm,
             predict_linear=predict_linear,
+            min_predicted=min_predicted,
             model_kwargs=dict(map(_key_value, model_kwargs)),
             **({} if sketch_width is None else {'sketch_width': sketch_width}),
         )
@@ -1178,9 +1207,9 @@ def push(folder: Path, repo: str, dry_run: bool, private: bool, license_: str | 
         click.echo(f'Published  {pushed.address}')
 
 
-def _some(names: tuple[str, ...], most: int = 8) -> str:
-    shown = ', '.join(names[:most])
-    return shown if len(names) <= most else f'{shown}, ... ({len(names)} in all)'
+def _some(names: tuple[str, ...]) -> str:
+    shown = ', '.join(names[:8])
+    return shown if len(names) <= 8 else f'{shown}, ... ({len(names)} in all)'
 
 
 if __name__ == '__main__':

@@ -49,14 +49,14 @@ class PudNetWarning(UserWarning):
     """Something was skipped, dropped or adapted; the text says what and how often."""
 
 
-def close_names(name: str, known: Iterable[str], count: int = 3) -> str:
+def close_names(name: str, known: Iterable[str]) -> str:
     """A ' Did you mean ...?' tail for an error line, or an empty string.
 
     Example:
         >>> close_names('resnet81', ['resnet18', 'vgg16'])
         ' Did you mean resnet18?'
     """
-    found = difflib.get_close_matches(name, list(known), n=count)
+    found = difflib.get_close_matches(name, list(known), n=3)
     return f' Did you mean {", ".join(found)}?' if found else ''
 
 

@@ -63,6 +63,11 @@ class Entry:
     end: int
 
 
+def local_path(text: str | os.PathLike[str]) -> Path:
+    """A path with its `~` put in full, where that names somebody's home."""
+    return Path(os.path.expanduser(os.fspath(text)))
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """What a JSON file holds.
 

@@ -31,6 +31,7 @@ from timm_pudnet.files import (
     SHARD,
     WEIGHTS_NAME,
     config_sha256,
+    local_path,
     read_header,
     read_json,
     sha256,
@@ -281,7 +282,7 @@ def _folder(name: str | os.PathLike[str], refresh: bool = False) -> Path:
     if not isinstance(name, (str, os.PathLike)):
         raise InputError(f'hypernet must be a PudNet, a folder or a name, not a {type(name).__name__}')
     text, at_hand = os.fspath(name), embedded()
-    path, known = remote.local_path(text), f'At hand: {", ".join(at_hand) or "none"}'
+    path, known = local_path(text), f'At hand: {", ".join(at_hand) or "none"}'
     absent = NotFoundError(f'{shown(text, 200)}: no such folder of a hypernetwork. {known}')
     if not isinstance(name, str):  # a Path is a folder
         if path.is_dir():
@@ -397,7 +398,7 @@ def push(
         DamagedFileError: Its files are damaged.
         HubError: The Hub cannot be asked, or refuses.
     """
-    folder = Path(folder).expanduser()
+    folder = local_path(folder)
     found = remote.split_repo(f'hf-hub:{repo.removeprefix("hf-hub:")}')
     if not found or found[1]:
         raise InputError(f'{shown(repo)}: give org/name to push to, without a revision')

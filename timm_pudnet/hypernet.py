@@ -47,6 +47,7 @@ from timm_pudnet.files import (
     SHARD,
     WEIGHTS_NAME,
     as_tensors,
+    local_path,
     read_json,
     read_weights,
 )
@@ -200,9 +201,7 @@ class PudNet(nn.Module):
                 if room is not hypernet.norm_statistics._buffers:
                     room[place].copy_(start[key])
             for layer, weights in zip(hypernet.target.layers, hypernet.generators, strict=True):
-                if len(layer.kernel) == 1:
-                    weights.base.copy_(start[layer.key])  # type: ignore[operator]
-                elif not start[layer.key].any():  # a kernel that timm starts at zero starts there
+                if len(layer.kernel) == 1 or not start[layer.key].any():  # kernels that timm starts at zero start there
                     weights.start_from(start[layer.key])  # type: ignore[operator]
         return hypernet
 
@@ -346,7 +345,8 @@ class PudNet(nn.Module):
         configs = [{**net.config.to_dict(), 'library_versions': {}} for net in (loaded, self)]
         saved, ours = loaded.state_dict(), self.state_dict()
         if configs[0] != configs[1] or any(
-            not torch.equal(value.half(), ours[key].cpu().half()) for key, value in saved.items()
+            not torch.equal(*(one if key.startswith(_EXACT) else one.half() for one in (value, ours[key].cpu())))
+            for key, value in saved.items()
         ):
             raise InputError(
                 f'{folder} holds another config or other weights than {self.name} has here: save and measure it there '
@@ -373,7 +373,7 @@ class PudNet(nn.Module):
         Raises:
             OutputExistsError: One of the files exists and `overwrite` is false.
         """
-        folder = Path(folder).expanduser()
+        folder = local_path(folder)
         if not overwrite:
             for name in (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME):
                 if (folder / name).exists():
@@ -504,13 +504,12 @@ def _shards(state: Mapping[str, Tensor], most: int) -> dict[str, list[str]]:
 
 def target_of(config: PudNetConfig, **model_kwargs: Any) -> TargetSpec:
     """The target that a config describes, perhaps with further arguments of timm; errors as `describe_target`."""
-    return describe_target(
-        config.model_name,
-        predict_norm=config.predict_norm,
-        predict_linear=config.predict_linear,
-        min_predicted=config.min_predicted,
-        **{**config.model_kwargs, **model_kwargs},
-    )
+    ours = {name: getattr(config, name) for name in ('predict_norm', 'predict_linear', 'min_predicted')}
+    given = {**config.model_kwargs, **model_kwargs}
+    for name in ('model_name', *ours):
+        if name in given:
+            raise InputError(f"{name} is no argument of timm's, but one of the hypernetwork: leave it out here")
+    return describe_target(config.model_name, **ours, **given)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -664,16 +663,16 @@ def forked_rng(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng(list(range(torch.cuda.device_count())) if awake else [])
 
 
-def copy_speed(num_bytes: int = 2**26) -> float:
+def copy_speed() -> float:
     """Bytes a second that this machine reads and writes in memory, measured in a fraction of a second."""
-    source, target = torch.ones(num_bytes // 8), torch.ones(num_bytes // 8)
+    source, target = torch.ones(2**23), torch.ones(2**23)
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
         source.sum()
         target.fill_(2.0)
         seconds.append(time.perf_counter() - started)
-    return num_bytes / min(seconds)
+    return 2**26 / min(seconds)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -29,6 +29,7 @@ from timm_pudnet.config import (
     PudNetWarning,
     first_line,
 )
+from timm_pudnet.files import local_path
 from timm_pudnet.hub import Pushed, push, resolve_hypernet
 from timm_pudnet.hypernet import PudNet, folder_written_whole, on_device, own_defaults, target_of, usable_device
 from timm_pudnet.images import ImageSource, open_images
@@ -197,7 +198,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         NotFoundError: Its parent is not there.
         InputError: It is no whole timm model, one of `features_only` for instance.
     """
-    folder = Path(folder).expanduser()
+    folder = local_path(folder)
     check_output(folder)
     if not hasattr(model, 'num_classes'):
         raise InputError(f'a {type(model).__name__} cannot be saved: timm has no format for it. Save the whole model')

@@ -25,6 +25,7 @@ from timm_pudnet.files import (
     SHARD,
     WEIGHTS_NAME,
     has_all_bytes,
+    local_path,
     read_json,
     sha256,
     weight_files,
@@ -66,11 +67,6 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
             + ('' if os.sep in text else '; timm_pudnet.load_hypernet takes the names of those that ship with it')
         )
     return folder
-
-
-def local_path(text: str) -> Path:
-    """A path with its `~` put in full, where that names somebody's home."""
-    return Path(os.path.expanduser(text))
 
 
 def split_repo(name: str) -> tuple[str, str | None] | None:

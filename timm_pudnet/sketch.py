@@ -6,7 +6,7 @@ Dimension letters: `n` images, `c h w` an image, `m` width of the sketch, `k` cl
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -121,7 +121,13 @@ class StreamingSketch:
 
     @property
     def num_images(self) -> float:
-        """How many images, drawn at random, would give as sure a sketch: with unequal classes fewer than there are."""
+        """How many images, drawn at random, would give as sure a sketch.
+
+        With unequal classes that is fewer than there are; of k-means a centroid, which may be of one image, counts as
+        one.
+        """
+        if self.balance == 'kmeans':
+            return min(self.num_clusters, sum(self.counts.values()))
         return len(self.counts) ** 2 / sum(1 / count for count in self.counts.values()) if self.counts else 0
 
     def result(self) -> Tensor:
@@ -138,17 +144,17 @@ class StreamingSketch:
 class SketchGate(nn.Module):
     """Tells a sketch that shows how its images were taken from one that the choice of the images explains.
 
-    The sketch `s` of `n` images is held against the seen classes as they are, with `mu` the mean sketch, `S_w` the
-    covariance of features within a class and `S_b` that of class means: `T = (s - mu)' (S_w / n + S_b)^-1 (s - mu)`
-    (Hotelling's statistic). For images like these `T` is about `m` by chance. The gate is open from `2 m` on.
+    The sketch `s` of `n` images is held against the seen classes as they are, with `mu` the mean of their sketches,
+    `S_b` the covariance of these and `S_w` that of features within a class: `T = (s - mu)' (S_w / n + S_b)^-1 (s - mu)`
+    (Hotelling's statistic). For images of one of the classes `T` is `m` on average, for those of several classes less.
+    The gate is open from `2 m` on.
 
     Args:
         width: `m`.
 
     Example:
         >>> gate = SketchGate(2)
-        >>> features = torch.tensor([[0.0, 1.0], [0.0, -1.0], [4.0, 0.0], [4.0, 2.0]])
-        >>> gate.fit([(features, torch.tensor([0, 0, 1, 1]))])
+        >>> gate.fit([(torch.tensor([[0.0, 1.0], [0.0, -1.0]]), 0.5), (torch.tensor([[4.0, 0.0], [4.0, 2.0]]), 0.5)])
         >>> gate.opens(torch.tensor([3.0, 0.0]), 4), gate.opens(torch.tensor([2.0, 9.0]), 4)
         (False, True)
     """
@@ -163,43 +169,32 @@ class SketchGate(nn.Module):
         self.register_buffer('between', torch.zeros(width, width))
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Takes `mu`, `S_w` and `S_b` from features `[n, m]` of images and their classes `[n]`, in batches.
+    def fit(self, classes: Sequence[tuple[Tensor, float]]) -> None:
+        """Takes `mu`, `S_b` and `S_w` from features `[n, m]` of images of each class, and how much each class counts.
 
         Raises:
-            InputError: There are no more images than classes.
+            InputError: No class has two images.
         """
-        counts: dict[int, int] = {}
-        sums: dict[int, Tensor] = {}
-        products = torch.zeros(self.within.shape, dtype=torch.float64)
-        for features, labels in batches:
-            rows = features.cpu().double()
-            products += rows.t() @ rows
-            for label in labels.unique().tolist():
-                chosen = rows[labels.cpu() == label]
-                counts[label] = counts.get(label, 0) + len(chosen)
-                sums[label] = sums.get(label, 0) + chosen.sum(0)
-        number, classes = sum(counts.values()), len(counts)
-        if number <= classes:
-            raise InputError(
-                f'sketch_gate: {number} images of {classes} classes do not tell how images of a class vary'
-            )
-        shares = torch.tensor(list(counts.values())).double()[:, None]
-        means = torch.stack(list(sums.values())) / shares
-        mean = (shares * means).sum(0) / number
-        within = (products - (shares * means).t() @ means) / (number - classes)
-        spread = (shares * (means - mean)).t() @ (means - mean) / number
-        values, vectors = torch.linalg.eigh(spread - within * classes / number)  # less what chance spreads the means
-        between = (vectors * values.clamp_min(0)) @ vectors.t()
-        for held, found in ((self.mean, mean), (self.within, within), (self.between, between)):
-            held.copy_(found)
+        rows = [features.cpu().double() for features, _ in classes]
+        weights = torch.tensor([weight for _, weight in classes], dtype=torch.float64)
+        several = [(weight, part) for weight, part in zip(weights, rows, strict=True) if len(part) > 1]
+        if not several:
+            raise InputError('sketch_gate: no class has two images, so how those of a class vary cannot be told')
+        means = torch.stack([part.mean(0) for part in rows])
+        weights /= weights.sum()
+        mean = weights @ means
+        self.mean.copy_(mean)
+        self.between.copy_((weights[:, None] * (means - mean)).t() @ (means - mean))
+        scatter = torch.stack([weight * torch.cov(part.t()) for weight, part in several]).sum(0)
+        self.within.copy_(scatter / sum(weight for weight, _ in several))
 
     def opens(self, sketch: Tensor, num_images: float) -> bool:
-        """Whether the sketch `[m]` of so many images shows more than chance would."""
+        """Whether the sketch `[m]` of so many images shows more than chance would; true of one that is not finite."""
         mean, within, between = (value.cpu().double() for value in (self.mean, self.within, self.between))
         off = sketch.detach().cpu().double() - mean
-        spread = within / num_images + between + 1e-9 * torch.eye(len(off), dtype=torch.float64)
-        return bool(off @ torch.linalg.pinv(spread, hermitian=True) @ off >= 2 * len(off))
+        spread = within / num_images + between
+        spread.diagonal().add_(1e-9)
+        return not float(off @ torch.linalg.solve_ex(spread, off)[0]) < 2 * len(off)
 
 
 class ImageSample:

@@ -302,7 +302,7 @@ def _layer(
     return None
 
 
-def create_feature_model(spec: TargetSpec, **kwargs: Any) -> nn.Module:
+def create_feature_model(spec: TargetSpec) -> nn.Module:
     """The target without its classifiers: a timm model that gives what they read, its weights new.
 
     That is timm's model of `num_classes=0` where it has the same weights; a few architectures have further layers in
@@ -310,7 +310,6 @@ def create_feature_model(spec: TargetSpec, **kwargs: Any) -> nn.Module:
 
     Args:
         spec: The target.
-        kwargs: Further arguments of `timm.create_model`.
 
     Example:
         >>> model = create_feature_model(describe_target('test_resnet'))
@@ -318,11 +317,19 @@ def create_feature_model(spec: TargetSpec, **kwargs: Any) -> nn.Module:
         torch.Size([2, 96])
     """
     if spec.ends_in_classifier:
-        return timm.create_model(spec.model_name, **{**spec.model_kwargs, **kwargs, 'num_classes': 0})
-    model = timm.create_model(spec.model_name, **{**spec.model_kwargs, **kwargs, 'num_classes': 2})
+        return timm.create_model(spec.model_name, **{**spec.model_kwargs, 'num_classes': 0})
+    model = timm.create_model(spec.model_name, **{**spec.model_kwargs, 'num_classes': 2})
     for name in spec.classifiers:
         parent, _, last = name.rpartition('.')
         setattr(model.get_submodule(parent), last, nn.Identity())
+    return model
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """The model itself, its kernels with channels last in memory, which is faster; those of other ranks as they are."""
+    for value in model.parameters():
+        if value.ndim == 4:
+            value.data = value.data.contiguous(memory_format=torch.channels_last)
     return model
 
 

@@ -21,9 +21,9 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from torch import Tensor
 
 from timm_pudnet.config import InputError, NotFoundError, PudNetError, close_names
+from timm_pudnet.files import local_path
 from timm_pudnet.hypernet import written_whole
 from timm_pudnet.images import IMAGE_EXTENSIONS, open_file, quiet_pillow, reason_of, walk_files
-from timm_pudnet.remote import local_path
 
 # Formats that can hold again what was read from them, and how they are written. Those that are missing cannot (GIF has
 # 256 colours), are never written by PIL (PSD), or are read by it with fewer bits than they may have (AVIF, JPEG 2000).
@@ -74,7 +74,7 @@ def list_pictures(path: str | os.PathLike[str]) -> dict[str, Path]:
         NotFoundError: There is no such file or folder.
         InputError: The folder holds no images.
     """
-    path = local_path(os.fspath(path))
+    path = local_path(path)
     if path.is_file():
         return {path.name: path}
     if not path.is_dir():

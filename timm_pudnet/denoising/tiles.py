@@ -74,7 +74,7 @@ def _in_tiles(model: nn.Module, image: Tensor, tile: int) -> Tensor:
     """What a model makes of one image `[c, h, w]`, tile by tile."""
     in_chans, grid, reach = (int(getattr(model, name)) for name in ('in_chans', 'multiple', 'receptive_field'))
     step = -(-tile // grid) * grid
-    # At least one step of the grid, so that every tile at the far border has the rows that the model's padding mirrors.
+    # At least one step of the grid, so that every tile at the far border has the rows that the model's padding repeats.
     margin = max(-(-reach // grid), 1) * grid
     like = next(model.parameters())
     _, height, width = image.shape

@@ -261,7 +261,7 @@ def compare(
                     started = time.perf_counter()
                     point = next(waiting[name], None)
                     last[name] = time.perf_counter() - started
-                except (InputError, FloatingPointError, _NotToBeHad) as error:
+                except (InputError, FloatingPointError, NotFoundError) as error:
                     result['left_out'][name] = str(error)
                     point = None
                 if point is None:
@@ -280,10 +280,6 @@ def compare(
     if on_result is not None:
         on_result(result)
     return result
-
-
-class _NotToBeHad(Exception):
-    """Pretrained weights cannot be had; the text says why."""
 
 
 def _pretrained(
@@ -308,7 +304,7 @@ def _pretrained(
         count += len(images)
         yield {'seconds': seconds}
     if count != len(bank.labels):
-        raise _NotToBeHad(f'at its input size {count:,} of {len(bank.labels):,} images can be read')
+        raise NotFoundError(f'at its input size {count:,} of {len(bank.labels):,} images can be read')
     rows = torch.cat(features)
     centroids = class_centroids(rows[picks], bank.labels[picks], len(bank.class_names))
     right = int((centroid_logits(rows[aside], centroids, 1.0).argmax(1) == bank.labels[aside]).sum())
@@ -337,7 +333,7 @@ def _downloaded(name: str) -> torch.nn.Module:
     if not name.startswith('local-dir:'):
         config = timm.get_pretrained_cfg(name)
         if config is None or not config.has_weights:
-            raise _NotToBeHad(f'timm has no pretrained weights for {name}')
+            raise NotFoundError(f'timm has no pretrained weights for {name}')
         if config.hf_hub_id:
             cached = huggingface_hub.try_to_load_from_cache(config.hf_hub_id, 'model.safetensors')
             if isinstance(cached, str):
@@ -346,11 +342,11 @@ def _downloaded(name: str) -> torch.nn.Module:
                 try:
                     huggingface_hub.HfApi().model_info(config.hf_hub_id, timeout=10)
                 except Exception as error:
-                    raise _NotToBeHad(f'{config.hf_hub_id} cannot be had ({first_line(error)})') from error
+                    raise NotFoundError(f'{config.hf_hub_id} cannot be had ({first_line(error)})') from error
     try:
         return timm.create_model(name, pretrained=True, num_classes=0, **overlay)
     except Exception as error:
-        raise _NotToBeHad(f'{name} cannot be loaded ({first_line(error)})') from error
+        raise NotFoundError(f'{name} cannot be loaded ({first_line(error)})') from error
 
 
 def _break_even(arms: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float | None]]:

@@ -28,7 +28,7 @@ from timm_pudnet.evaluation.holdout import raw_pixels
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
 from timm_pudnet.hypernet import PudNet, forked_rng, library_versions, own_defaults
-from timm_pudnet.target import create_feature_model
+from timm_pudnet.target import channels_last, create_feature_model
 from timm_pudnet.training.episodes import ImageBank
 
 # Features of the support, with labels and in batches, of the query and of the images without labels, from their images.
@@ -65,7 +65,8 @@ def evaluate(
     - `predicted_without_whitening`: the same network, eq. 7 of its features as they are, as in the paper;
     - `swapped_sketch`: with the sketch of the group before it (not where there is one group);
     - `mean_sketch`: with the mean sketch of all groups (not where there is one group);
-    - `other_domain_sketch`: with the sketch of as many images of another data set as the support has;
+    - `other_domain_sketch`: with the sketch of as many images of another data set as the support has; each of these
+      sketches passes the hypernetwork's gate, where it has one;
     - each of `controls` by its name, the same architecture trained without a hypernetwork, and `..._own_statistics`:
       the same with its own norm statistics instead of calibrated ones;
     - `random_weights`: timm's random init;
@@ -129,7 +130,7 @@ def evaluate(
     average = torch.stack([sketch for sketch, _ in sketches]).double().mean(0).float()
     with forked_rng(device):
         torch.manual_seed(seed)
-        model = create_feature_model(hypernet.target).to(device).eval()
+        model = channels_last(create_feature_model(hypernet.target).to(device).eval())
     initial = {key: value.clone() for key, value in model.state_dict().items()}
 
     def with_weights(weights: dict[str, Tensor], calibrated: bool = True) -> Extractor:
@@ -160,7 +161,7 @@ def evaluate(
     given: dict[str, Callable[[int], tuple[Tensor, float]]] = {'predicted': lambda number: sketches[number]}
     if count > 1:  # the sketch of one group is also the one before it and the mean
         given['swapped_sketch'] = lambda number: sketches[number - 1]
-        given['mean_sketch'] = lambda number: (average, sketches[number][1])
+        given['mean_sketch'] = lambda number: (average, sum(size for _, size in sketches))
     if other is not None:
         given['other_domain_sketch'] = other_sketch
     arms: dict[str, Extractor] = {'random_weights': with_weights(initial), 'raw_pixels': _raw_pixels}
@@ -187,7 +188,7 @@ def evaluate(
         for name, sketch in given.items():
             weights = hypernet(*sketch(number))
             if predicted and all(torch.equal(value, predicted[key]) for key, value in weights.items()):
-                found[name] = found['predicted']  # both sketches are behind a closed gate
+                found[name] = found['predicted']  # behind a closed gate, both
                 continue
             predicted = predicted or weights
             found |= _read(with_weights(weights)(support, query, rest), readings[name], support, n_way)
@@ -370,7 +371,7 @@ def weights_digest(network: nn.Module) -> str:
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The accuracies of a result, by both heads, and its gains, as lines of text."""
+    """The accuracies of a result, by every head, and its gains, as lines of text."""
     labels = result['n_shot'] if result['n_shot'] != 'all' else f'all {result["support_images"]:g}'
     budget = f'{labels} labels' + (' a class' if result['n_shot'] != 'all' else '')
     if result.get('n_unlabelled'):

@@ -21,7 +21,6 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
-from tqdm import tqdm
 
 from timm_pudnet.config import InputConfig, InputError
 from timm_pudnet.images import ImageSource, open_images
@@ -81,9 +80,8 @@ class ImageBank:
             number = torch.full((len(names),), -1, dtype=torch.long)
             number[_numbers(chosen, names, source.description)] = torch.arange(len(chosen))
         images, labels = [], []
-        for batch, batch_labels in tqdm(
-            source.batches(1024), 'reading', disable=not progress, delay=2, unit=' thousand', leave=False
-        ):
+        source.progress = progress
+        for batch, batch_labels in source.batches(1024):
             assert batch_labels is not None
             label = batch_labels if number is None else number[batch_labels]
             images.append((batch[label >= 0] * 255).round().to(torch.uint8))
@@ -334,7 +332,7 @@ class GroupSampler:
         for bank, count in zip(self.banks, counts, strict=True):
             bank.check_size(config)
             height, width = bank.images.shape[2:]
-            if height != width and (groups.turns == 4 or groups.conditions):
+            if height != width and groups.turns == 4:
                 raise InputError(f'turned images must be square, these are {height}x{width}: use turns = 2 or 1')
             if count < 2:
                 raise InputError(f'a group needs 2 classes, but there is {count} to draw from')
@@ -399,7 +397,7 @@ class GroupSampler:
             picks = torch.stack([m[torch.randint(len(m), (), generator=generator)] for m in members])
             told = bool(share) and (share == 1 or place > 0)
             condition = self._any_condition(bank, generator) if told else None
-            images = self._prepared(bank, picks, labels, generator, condition)
+            images = self._normalised(self._changed(bank, picks, labels, generator), condition, generator)
             halves.append(images.unflatten(0, (2, -1)))
         return torch.stack(halves)
 
@@ -449,14 +447,9 @@ class GroupSampler:
 
     def _any_condition(self, bank: ImageBank, generator: torch.Generator) -> Condition:
         """A random condition; one that turns no image where turned classes are to be told apart."""
-        drawn = Condition.draw(generator, bank.images.shape[1])
+        _, chans, height, width = bank.images.shape
+        drawn = Condition.draw(generator, chans, square=height == width)
         return drawn if self.groups.turns == 1 else dataclasses.replace(drawn, turns=0)
-
-    def _prepared(
-        self, bank: ImageBank, picks: Tensor, labels: Tensor, generator: torch.Generator, condition: Condition | None
-    ) -> Tensor:
-        """Images of a bank, augmented, turned as their class says, seen under the condition, normalised."""
-        return self._normalised(self._changed(bank, picks, labels, generator), condition, generator)
 
     def _changed(self, bank: ImageBank, picks: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Images of a bank in 0-1, augmented, turned as their class says."""

@@ -15,7 +15,6 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from timm_pudnet.adapt import class_centroids
 from timm_pudnet.config import InputConfig, InputError, PudNetWarning
+from timm_pudnet.files import local_path
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults, pretrained_model, usable_device
 from timm_pudnet.images import open_images
@@ -506,7 +506,7 @@ def _opened(model: nn.Module | str | os.PathLike[str]) -> nn.Module | str:
         return copy.deepcopy(model)
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(f'model must be a timm model, its folder or an architecture, not a {type(model).__name__}')
-    path = Path(model).expanduser()
+    path = local_path(model)
     if isinstance(model, str) and os.sep not in model and not path.is_dir():
         return model
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""The three losses of meta-training (paper III-E, eq. 8-11).
+"""The losses of meta-training: the paper's three (III-E, eq. 8-11), the sketch's own, and distillation.
 
 Dimension letters: `n` images, `d` features, `k` classes of the group, `a` all training classes.
 """

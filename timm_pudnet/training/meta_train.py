@@ -23,11 +23,11 @@ from tqdm import tqdm
 from timm_pudnet import remote
 from timm_pudnet.adapt import Whitening, calibrate, centroid_logits, class_centroids
 from timm_pudnet.config import DamagedFileError, InputError, PudNetWarning
-from timm_pudnet.files import CONFIG_NAME, read_json
+from timm_pudnet.files import CONFIG_NAME, local_path, read_json
 from timm_pudnet.hub import embedded
 from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults, pretrained_model, read_config, target_of
 from timm_pudnet.images import ImageSource, open_images
-from timm_pudnet.target import batch_norms, create_feature_model, with_own_config
+from timm_pudnet.target import batch_norms, channels_last, create_feature_model, with_own_config
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input, mixed
 from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
 from timm_pudnet.training.recipe import Data, Recipe
@@ -37,7 +37,7 @@ from timm_pudnet.training.undoing import ChannelUndoing
 # Fields of its config in which a hypernetwork may differ from the one that it starts from.
 _FREE = ('input', 'prior_images', 'sketch_limit', 'sketch_gate', 'tag', 'class_names', 'training', 'library_versions')
 UNDOING_GROUPS = 4000  # of which the first layers learn to undo conditions, at most
-GATE_GROUPS = 500  # that tell how sketches differ by chance
+GATE_IMAGES = 64  # of each class, at most, that tell how sketches differ by chance
 START_GROUPS = 64  # whose mean sketch says what a hypernetwork that training starts from usually predicts
 
 
@@ -239,7 +239,7 @@ def _is_hypernet(folder: Path) -> bool:
 
 def _hypernet_folder(start: str) -> Path | None:
     """Where the hypernetwork of that name or folder is, from the Hub too; None where it means none."""
-    path = Path(start).expanduser()
+    path = local_path(start)
     if shipped := embedded().get(start):
         return shipped
     if _is_hypernet(path):
@@ -268,13 +268,17 @@ def _usual_weights(hypernet: PudNet, sampler: GroupSampler) -> dict[str, Tensor]
 
 @torch.inference_mode()
 def fit_gate(hypernet: PudNet, recipe: Recipe, banks: Sequence[ImageBank]) -> None:
-    """Fits the gate of a hypernetwork to the images of a recipe as they are, drawn in groups as in training."""
+    """Fits the gate of a hypernetwork to the classes of a recipe as they are, with the shares of its data sets."""
     assert hypernet.gate is not None
-    groups = dataclasses.replace(recipe.groups, conditions=0.0, turns=1)
-    shares = [data.share for data in recipe.data]
-    sampler = GroupSampler(banks, recipe.hypernet.input, groups, shares=shares, seed=recipe.seed)
-    encoder, drawn = hypernet.encoder.eval(), (sampler.draw(number, 'gate') for number in range(GATE_GROUPS))
-    hypernet.gate.fit((encoder(group.support.to(hypernet.device)), group.support_classes) for group in drawn)
+    encoder, classes = hypernet.encoder.eval(), []
+    for data, bank in zip(recipe.data, banks, strict=True):
+        generator = torch.Generator().manual_seed(recipe.seed)
+        for members in bank.members:
+            picks = members[torch.randperm(len(members), generator=generator)[:GATE_IMAGES]]
+            batches = bank.part(picks).source(recipe.hypernet.input).batches()
+            features = torch.cat([encoder(images.to(hypernet.device)) for images, _ in batches])
+            classes.append((features, data.share / len(bank.members)))
+    hypernet.gate.fit(classes)
 
 
 def classes_seen(recipe: Recipe, banks: Sequence[ImageBank]) -> tuple[str, ...]:
@@ -296,7 +300,7 @@ def seen_by(start: str) -> tuple[str, ...]:
         return ()
     if folder := _hypernet_folder(start):
         return read_config(folder / CONFIG_NAME).class_names
-    path = Path(start).expanduser()
+    path = local_path(start)
     names: list[str] = []
     with contextlib.suppress(DamagedFileError, OSError, LookupError, AttributeError, TypeError):  # anybody's model
         config = read_json(path / CONFIG_NAME)
@@ -341,7 +345,7 @@ class _ClassifierRun(Run):
     def _started_target(self) -> dict[str, Tensor]:
         """State dict, without classifier, of the model that the recipe starts from."""
         start, config = self.recipe.start, self.recipe.hypernet
-        folder = Path(start).expanduser()
+        folder = local_path(start)
         if not folder.is_dir() and start.partition('.')[0] != config.model_name:
             raise InputError(
                 f'start {start} is neither the folder of a timm model or hypernetwork, nor a hypernetwork that ships '
@@ -454,7 +458,7 @@ class _MetaRun(_ClassifierRun):
             self.hypernet.start_from(state)
             self.target.load_state_dict(state)  # for the norm statistics
         self.target.requires_grad_(False)
-        if self.recipe.schedule.fixed_statistics and not self.hypernet.target.keys('calibrated'):
+        if self.recipe.schedule.fixed_statistics and not any(self.hypernet.target.keys('calibrated')):
             warnings.warn(
                 f'schedule: fixed_statistics does nothing, {self.recipe.hypernet.model_name} keeps no norm statistics',
                 PudNetWarning,
@@ -471,7 +475,7 @@ class _MetaRun(_ClassifierRun):
         self.undoing = self._channel_undoing(started) if self.recipe.losses.undoing else None
         self.teacher = None  # lends its forward pass to the network of `start`, where its features are wanted
         if self.recipe.losses.distillation:
-            self.teacher = copy.deepcopy(self.target).eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.teacher = channels_last(copy.deepcopy(self.target).eval().to(self.device))
             self.outputs = [NormOutputs(model) for model in (self.target, self.teacher)]
             self.teaching = None if started is None else started.requires_grad_(False).to(self.device)
         return {'hypernet': self.hypernet, 'head': self.head, 'target': self.target}
@@ -564,7 +568,7 @@ class _MetaRun(_ClassifierRun):
             with torch.no_grad():
                 plain, own = group.plain.to(self.device), None
                 if self.teaching is not None:
-                    own = self.teaching(self.teaching.encoder(plain[: len(support)]).mean(0))
+                    own = self.teaching(self.teaching.encoder(plain[: len(support)]).mean(0), len(support))
                 wanted = self.features(plain, own, model=self.teacher)
             found, goals = (
                 [first, *outputs.take()] for first, outputs in zip((features, wanted), self.outputs, strict=True)

@@ -176,13 +176,12 @@ class Schedule:
             raise InputError(f'ema must be in [0, 1), got {self.ema}')
         if self.precision not in ('float32', 'bfloat16'):
             raise InputError(f'precision {self.precision!r}: use float32 or bfloat16')
-        if (
-            self.images < 1
-            or not (self.rate > 0 or self.frozen)
-            or not self.sketch_rate > 0
-            or not 0 <= self.warmup < 1
-        ):
-            raise InputError('schedule: images and rate must be above zero, warmup in [0, 1)')
+        rates = (self.rate > 0 or self.frozen) and self.sketch_rate > 0
+        if self.images < 1 or not rates or not 0 <= self.warmup < 1:
+            raise InputError(
+                'schedule: images, rate and sketch_rate must be above zero, warmup in [0, 1); got '
+                f'{self.images}, {self.rate}, {self.sketch_rate}, {self.warmup}'
+            )
         if not self.clip > 0 or not self.weight_decay >= 0 or not 0 <= self.label_smoothing < 1:
             raise InputError(
                 'schedule: clip must be above zero, weight_decay not below, label_smoothing in [0, 1); got '

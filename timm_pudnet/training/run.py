@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_pudnet.config import DamagedFileError, InputError, PudNetConfig, PudNetWarning
+from timm_pudnet.files import local_path
 from timm_pudnet.hypernet import forked_rng, save_tensors, target_of, usable_device, written_whole
-from timm_pudnet.target import create_feature_model
+from timm_pudnet.target import channels_last, create_feature_model
 from timm_pudnet.training.processes import Processes
 from timm_pudnet.training.recipe import Recipe
 from timm_pudnet.training.watch import Board, plot_losses
@@ -50,7 +51,7 @@ def go(
     progress: bool,
 ) -> None:
     """Trains a run to its end, or to `max_steps`; from the checkpoint in `folder` on, where there is one."""
-    checkpoint = Path(folder).expanduser() / CHECKPOINT_NAME if folder is not None else None
+    checkpoint = local_path(folder) / CHECKPOINT_NAME if folder is not None else None
     last = run.num_steps if max_steps is None else min(run.num_steps, max_steps)
     if checkpoint is not None:
         if checkpoint.exists():
@@ -131,9 +132,9 @@ def bfloat16_slowdown(device: torch.device) -> float:
 
 
 class Run:
-    """The whole state of a training run: modules, optimisers, sampler, step, log."""
+    """The whole state of a training run: modules, optimisers, step, log."""
 
-    modules: dict[str, nn.Module]  # what is saved; `target` holds norm statistics, the rest is trained
+    modules: dict[str, nn.Module]  # what is saved; of a hypernetwork's `target` norm statistics alone
 
     def __init__(self, recipe: Recipe, device: str | torch.device | None) -> None:
         self.recipe, self.step, self.seconds, self.skipped = recipe, 0, 0.0, 0
@@ -152,7 +153,7 @@ class Run:
             torch.manual_seed(recipe.seed)
             self.target = create_feature_model(spec)
             self.modules = {name: module.to(device=self.device).train() for name, module in self.build().items()}
-            self.target.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            channels_last(self.target)
         named = [
             (f'{name}.{key}', value)
             for name, module in self.modules.items()
