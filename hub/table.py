@@ -7,7 +7,6 @@ What the machine had no time for stands in not_run.md and goes below the table.
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,17 +27,21 @@ PAPER = {
 PROTOCOLS = {'resnet18.fashion_set': 'fashion-set', 'resnet18.cifar100_superclass': 'cifar100-set by superclass'}
 HEAD = """# Hypernetworks
 
-Every accuracy is in percent on classes that were never seen in training, with its 95 % interval, from a results file that
-`timm-pudnet evaluate` wrote on the committed weights; the commands are in the README of each folder. *Plain* is the
-same architecture trained as an ordinary classifier on as many images of the same classes, with the same head and
-calibration (in brackets: with its own norm statistics). *Swapped* is the network predicted from another group's sketch;
-*gain* is what the right sketch adds to it, *gain, other domain* what it adds to the sketch of another data set. *Scratch*
-trains on all images of the group's classes, by Adam with and without gradient centralisation: the seconds until it is as
-good as the predicted network, over the seconds of predicting. *Gain over plain* is over the calibrated one, group by group; in brackets
-over that with its own norm statistics, the difference of the means: where that is below zero ordinary training is ahead. *Its start* is
-the base network alone, without any change by the sketch, where it was measured; *plain* was trained on from it. Labels *all*: the first
-1,000 training images of each class, some of them nearly the same picture. Intervals are over groups
-drawn from the same classes and images: others would spread more (`resnet18.cifar100_superclass` has six choices of classes).
+Accuracy in percent on classes that were never seen in training, with its 95 % interval over groups drawn from the same classes and images
+(other classes would spread more: `resnet18.cifar100_superclass` has six choices of them). Each line is from a results file that
+`timm-pudnet evaluate` wrote on the committed weights; the commands are in the README of each folder.
+
+- *Protocol*: `cifar100-set` is of the 20 unseen classes of CIFAR-100; `1-label`, `5-labels`, `conditions` (each group under a random
+  imaging condition), `train-support` (labels from the training images) are of the same classes. `cifar10`: all ten classes;
+  `cifar10-all`: the same with the first 1,000 training images of each class as labels, some of them nearly the same picture.
+- *Plain*: the same architecture trained as an ordinary classifier on as many images of the same classes, with the same head and
+  calibration; in brackets with its own norm statistics. *Its start*: the base network alone, without any change by the sketch, where it
+  was measured; *plain* was trained on from it.
+- *Swapped*: predicted from another group's sketch; *gain*: what the right sketch adds to it; *gain, other domain*: what it adds to the
+  sketch of another data set. *Gain over plain* is over the calibrated one, group by group; in brackets over that with its own norm
+  statistics, the difference of the means: where that is below zero ordinary training is ahead.
+- *Scratch*: training on all images of the group's classes, by Adam with and without gradient centralisation: the seconds until it is as
+  good as the predicted network, over the seconds of predicting.
 
 | hypernetwork | protocol | labels a class | predicted | ridge head | plain | its start | swapped | gain | gain, other domain | gain over \
 plain | scratch | paper |
@@ -90,18 +93,6 @@ plain | scratch | paper |
 def cell(row: dict[str, float] | None, signed: bool = False) -> str:
     """A mean with its interval."""
     return '-' if row is None else f'{row["mean"]:{"+" if signed else ""}.2f} ± {row["interval"]:.2f}'
-
-
-def its_start(folder: str, protocol: str, result: dict[str, Any]) -> str:
-    """The network that the hypernetwork changes, left as it is; from a file of its own where it was measured later."""
-    path = HUB / folder / f'results.{f"{protocol}-" if protocol != "results" else ""}start.json'
-    if not path.is_file():
-        return cell(result['accuracy'].get('start'))
-    later = json.loads(path.read_text())
-    told = ('groups_digest', 'weights_sha256')
-    if [later[name] for name in told] != [result[name] for name in told]:
-        sys.exit(f'{path} is of other groups or weights than the results that it stands beside')
-    return cell(later['accuracy']['start'])
 
 
 def scratch(result: dict[str, Any]) -> str:
@@ -165,7 +156,7 @@ def row(folder: str, protocol: str, result: dict[str, Any]) -> str:
         cell(accuracy['predicted']),
         cell(result.get('accuracy_ridge', {}).get('predicted')),
         plain(accuracy),
-        its_start(folder, protocol, result),
+        cell(accuracy.get('start')),
         cell(accuracy.get('swapped_sketch')),
         cell(result.get('conditioning_gain'), signed=True),
         cell(result.get('conditioning_gain_over_other_domain'), signed=True),
@@ -214,8 +205,6 @@ def text() -> str:
     lines, unlabelled, denoisers = [], [], []
     for path in sorted(HUB.glob('*/results*.json')):
         protocol = path.stem.removeprefix('results.')
-        if re.fullmatch('(.*-)?start', protocol):  # stands beside another one, see its_start
-            continue
         result = json.loads(path.read_text(encoding='utf-8'))
         if 'noises' in result:
             rivals = path.with_name(f'scratch.{protocol}.json')

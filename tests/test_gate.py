@@ -1,4 +1,4 @@
-"""The sketch gate: where the choice of the images explains a sketch, the mean one takes its place."""
+"""The sketch gate: where the choice of the images explains a sketch, the base network is predicted."""
 
 import copy
 import dataclasses
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from click.testing import CliRunner
 from torch.testing import assert_close
@@ -17,9 +18,10 @@ from timm_pudnet import InputConfig, PudNet
 from timm_pudnet.cli import main
 from timm_pudnet.config import InputError
 from timm_pudnet.evaluation import TestGroups, evaluate
-from timm_pudnet.predict import predict_state_dict
+from timm_pudnet.predict import predict_state_dict, save_model
 from timm_pudnet.sketch import SketchGate, StreamingSketch
-from timm_pudnet.training import Data, meta_train
+from timm_pudnet.target import create_feature_model
+from timm_pudnet.training import Data, LossWeights, meta_train
 from timm_pudnet.training.meta_train import fit_gate
 
 measure = importlib.import_module('timm_pudnet.evaluation.measure')
@@ -129,14 +131,14 @@ def same(first, second):
     return all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-def usual_weights(hypernet):
+def base_of(hypernet):
     with torch.no_grad():
-        return hypernet(hypernet.gate.mean)
+        return hypernet.base()
 
 
-def test_a_closed_gate_gives_the_weights_of_the_mean_sketch(gated):
+def test_a_closed_gate_gives_the_base_network(gated):
     with torch.no_grad():
-        usual, far = usual_weights(gated), gated.gate.mean + 5
+        usual, far = base_of(gated), gated.gate.mean + 5
         near = gated.encoder(noise(20) * 2 - 1).mean(0)
         assert same(gated(near, 20), usual)
         assert not same(gated(near), usual)  # it does not know of how many images
@@ -145,7 +147,7 @@ def test_a_closed_gate_gives_the_weights_of_the_mean_sketch(gated):
 
 
 def test_a_prediction_says_of_how_many_images_its_sketch_is(gated):
-    usual = usual_weights(gated)
+    usual = base_of(gated)
     for images, closed in ((noise(24), True), (noise(24, shift=0.3), False)):
         state = predict_state_dict('test_resnet', images, [0, 1] * 12, hypernet=gated)
         for key in gated.target.keys('predicted'):
@@ -164,8 +166,8 @@ def test_the_command_says_whether_the_sketch_changed_the_weights(gated, write_fo
         assert done.exit_code == 0, done.output
         return [line for line in done.output.splitlines() if line.startswith('Sketch')]
 
-    assert ['near the mean' in line for line in lines('near', folder)] == [True]
-    assert ['far from the mean' in line for line in lines('far', folder)] == [True]
+    assert ['those of the base network' in line for line in lines('near', folder)] == [True]
+    assert ['it changed' in line for line in lines('far', folder)] == [True]
     assert lines('near', bare) == []
 
 
@@ -173,6 +175,18 @@ def test_the_gate_survives_saving_in_half_precision_exactly(gated, tmp_path):
     found = PudNet.from_pretrained(gated.save_pretrained(tmp_path / 'gated', half=True))
     assert found.config.sketch_gate
     assert_close(dict(found.gate.state_dict()), dict(gated.gate.state_dict()), rtol=0, atol=0)
+
+
+def test_the_base_network_is_that_of_codes_of_zeros_and_a_frozen_one_is_the_start(trained, start):
+    hypernet, _, _ = trained
+    base, own = base_of(hypernet), start[0].state_dict()
+    for layer, generator in zip(hypernet.target.layers, hypernet.generators, strict=True):
+        with torch.no_grad():
+            assert torch.equal(base[layer.key], generator(torch.zeros(16)))
+        assert torch.equal(base[layer.key], own[layer.key]), layer.key
+    with torch.no_grad():
+        far = hypernet(hypernet.gate.mean + 5)
+    assert not same({layer.key: far[layer.key] for layer in hypernet.target.layers}, base)
 
 
 def test_arms_of_the_same_weights_are_measured_once_and_alike(gated, bank, monkeypatch):
@@ -191,18 +205,44 @@ def test_arms_of_the_same_weights_are_measured_once_and_alike(gated, bank, monke
     monkeypatch.setattr(SketchGate, 'opens', lambda *_: False)
     closed = evaluate(gated, bank, groups, without=['random_weights', 'raw_pixels'], progress=False)
     assert len(calls) == 4
-    assert all(same(weights, usual_weights(gated)) for weights in calls)
+    assert all(same(weights, base_of(gated)) for weights in calls)
     scores = closed['accuracy']
     assert scores['predicted'] == scores['swapped_sketch'] == scores['mean_sketch']
     assert closed['conditioning_gain'] == {'mean': 0.0, 'interval': 0.0}
     assert closed['accuracy_ridge']['predicted'] == closed['accuracy_ridge']['swapped_sketch']
     assert set(scores) == set(apart['accuracy'])
+    # So is a control that is the base network, where it is read in the same space.
+    base = create_feature_model(gated.target)
+    base.load_state_dict(base_of(gated))
+    for space, times in ((gated.whitening, 4), (2 * gated.whitening, 8)):
+        calls.clear()
+        leave = ['random_weights', 'raw_pixels', 'base_own_statistics']
+        beside = evaluate(gated, bank, groups, controls={'base': (base, space)}, without=leave, progress=False)
+        assert len(calls) == times
+        assert beside['accuracy']['base'] == closed['accuracy']['predicted']
+    monkeypatch.setattr(SketchGate, 'opens', lambda *_: True)
+    calls.clear()
+    evaluate(gated, bank, groups, controls={'base': (base, gated.whitening)}, without=leave, progress=False)
+    assert len(calls) == 4 * 4
 
 
 @pytest.fixture(scope='module')
-def trained(make_recipe, bank, tmp_path_factory):
+def start(tmp_path_factory):
+    """A model of the target, and its folder."""
+    model = timm.create_model('test_resnet', num_classes=0)
+    return model, save_model(model, tmp_path_factory.mktemp('start') / 'net')
+
+
+FROZEN = {
+    'losses': LossWeights(full=0.0, consistency=0.0),
+    'schedule': {'optimizer': 'sgd', 'rate': 0.0, 'sketch_rate': 1e-2},
+}
+
+
+@pytest.fixture(scope='module')
+def trained(make_recipe, bank, start, tmp_path_factory):
     """A hypernetwork that was trained with a gate, its recipe and its folder; not to be changed."""
-    recipe = make_recipe(2, hypernet=GATED, groups={'conditions': 0.5})
+    recipe = make_recipe(2, hypernet=GATED, groups={'conditions': 0.5}, start=str(start[1]), **FROZEN)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         hypernet = meta_train(recipe, banks=[bank], device='cpu', progress=False)
@@ -222,7 +262,7 @@ def test_data_sets_count_by_their_shares(trained, make_recipe, bank):
     hypernet, _, _ = trained
     banks = [bank.select(list('ab')), bank.select(list('cdef'))]
     data = (Data(images='one', share=3.0), Data(images='two'))
-    recipe = make_recipe(1, hypernet=GATED, groups={'conditions': 0.5}, data=data)
+    recipe = make_recipe(1, hypernet=GATED, groups={'conditions': 0.5}, data=data, start='nowhere', **FROZEN)
     net = copy.deepcopy(hypernet)
     fit_gate(net, recipe, banks)
     with torch.no_grad():
@@ -243,12 +283,11 @@ def test_training_goes_on_from_one_with_a_gate_or_without(gates, trained, make_r
         bare.load_state_dict({key: value for key, value in hypernet.state_dict().items() if 'gate.' not in key})
         folder = bare.save_pretrained(tmp_path / 'bare')
     fields = {**RESIDUAL, 'sketch_gate': after}
-    slow = {'rate': 1e-9}
-    further = make_recipe(1, hypernet=fields, groups={'conditions': 0.5}, start=str(folder), schedule=slow)
+    further = make_recipe(1, hypernet=fields, groups={'conditions': 0.5}, start=str(folder), **FROZEN)
     found = meta_train(further, banks=[bank], device='cpu', progress=False)
     assert (found.gate is not None) == after
     for key, value in hypernet.encoder.named_parameters():
-        assert_close(found.encoder.get_parameter(key), value, rtol=0, atol=1e-6)
+        assert_close(found.encoder.get_parameter(key), value, rtol=0, atol=0.1)
     if after:  # its own, not that of the start
         fresh = copy.deepcopy(found)
         fit_gate(fresh, further, [bank])
@@ -266,6 +305,7 @@ def test_the_script_of_the_hub_fits_what_training_fits(trained, write_folder, ba
     bare.load_state_dict({key: value for key, value in hypernet.state_dict().items() if 'gate.' not in key})
     folder = bare.save_pretrained(tmp_path / 'bare')
     text = f"""seed = {recipe.seed}
+start = "nowhere"
 [hypernet]
 model_name = "test_resnet"
 sketch_width = 16
@@ -284,6 +324,12 @@ n_query = 2
 per_step = 2
 turns = 4
 conditions = 0.5
+[losses]
+full = 0.0
+consistency = 0.0
+[schedule]
+optimizer = "sgd"
+rate = 0.0
 """
     script = Path(__file__).parents[1] / 'hub' / 'gate.py'
     monkeypatch.setattr(sys, 'argv', [str(script), str(folder), str(tmp_path / 'out')])
@@ -304,5 +350,11 @@ conditions = 0.5
 def test_recipes_without_images_as_they_are_have_no_gate(make_recipe, one_line):
     for share in (0.0, 1.0):
         with pytest.raises(InputError) as error:
-            make_recipe(1, hypernet=GATED, groups={'conditions': share}, data=(Data(images='nowhere'),))
+            make_recipe(1, hypernet=GATED, groups={'conditions': share}, start='nowhere', **FROZEN)
         one_line(error, 'sketch_gate', 'conditions', f'got {share:g}')
+
+
+def test_recipes_whose_base_network_learns_have_no_gate(make_recipe, one_line):
+    with pytest.raises(InputError) as error:
+        make_recipe(1, hypernet=GATED, groups={'conditions': 0.5}, start='nowhere')
+    one_line(error, 'sketch_gate', 'rate', '0.002')

@@ -143,7 +143,7 @@ def test_one_set_is_the_same_as_a_list_of_one(tmp_path):
         ('rate = 1e-3', 'fixed_encoder = true', ['schedule', 'fixed_encoder', 'needs start']),
         ('[schedule]', '[losses]\nundoing = 1\n[schedule]', ['losses', 'undoing', 'needs start', 'fixed_statistics']),
         ('[schedule]', '[losses]\ndistillation = 1\n[schedule]', ['losses', 'distillation', 'needs start']),
-        ('[data]', 'sketch_gate = true\n[data]', ['hypernet', 'sketch_gate', 'conditions', 'got 0']),
+        ('[data]', 'sketch_gate = true\n[data]', ['hypernet', 'sketch_gate', 'rate', 'got 0.001', 'got 0)']),
         ('n_way = 3', 'conditions = true', ['[groups]', 'conditions', 'number']),
         ('n_way = 3', 'conditions = 1.5', ['[groups]', 'conditions', '1.5']),
         ('n_way = 3', 'conditions = -0.5', ['[groups]', 'conditions', '-0.5']),

@@ -235,7 +235,6 @@ def predict(
             model,
             kept,
             test,
-            classifier=_class_rows(model),
             title=f'{model_name} for {images}',
             tiles=tiles,
             notes=notes,
@@ -280,11 +279,11 @@ def _said_by_sketch(network: Any, model: Any) -> str:
         return ''
     found = model.state_dict()
     with torch.inference_mode():
-        usual = network(network.gate.mean)
+        base = network.base()
     keys = [layer.key for layer in network.target.layers if layer.key in found]
-    if all(torch.allclose(found[key].cpu(), usual[key].cpu(), rtol=1e-4, atol=1e-5) for key in keys):
-        return 'near the mean one of training: the weights are those of that one'
-    return 'far from the mean one of training: it changed the weights'
+    if all(torch.allclose(found[key].cpu(), base[key].cpu(), rtol=1e-4, atol=1e-5) for key in keys):
+        return 'near the mean one of training: the weights are those of the base network'
+    return 'far from the mean one of training: it changed the weights of the base network'
 
 
 def _a_class_is_unread(source: Any) -> bool:
@@ -311,14 +310,6 @@ def _expectation_of(network: Any) -> Any:
         )
         return None
     return found
-
-
-def _class_rows(model: Any) -> Any:
-    """Weight `[k, d]` of the model's classifier; None where it has none, or no single layer."""
-    from torch import nn
-
-    found = model.get_classifier() if model.num_classes else None
-    return found.weight.detach().flatten(1).cpu() if isinstance(found, nn.Linear | nn.Conv2d) else None
 
 
 def _expect(expectation: Any, network: Any, model: Any, used: Any, head: str) -> dict[str, Any]:

@@ -158,8 +158,8 @@ class PudNetConfig:
         sketch_limit: Longer sketches are shortened to this norm; 0 for none. Meta-training of classifiers sets it,
             where it is 0, to the longest norm of its own sketches: images of kinds that it never saw have sketches
             of any length.
-        sketch_gate: Whether the sketch changes the weights only where it shows that the images were taken otherwise
-            than those of training (`sketch.SketchGate`); else all get those of the mean sketch.
+        sketch_gate: Whether the sketch changes the base network only where it shows that the images were taken
+            otherwise than those of training (`sketch.SketchGate`).
         tag: The part of a hypernetwork's name after the architecture, `cifar100_set` for instance.
         class_names: Classes seen in training.
         training: What training cost: images seen (`sketch_images`: by the sketch encoder alone), seconds, machine; the

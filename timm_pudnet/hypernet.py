@@ -258,15 +258,22 @@ class PudNet(nn.Module):
 
         Args:
             sketch: `[m]`; shortened to the config's `sketch_limit` where it is longer.
-            num_images: That the sketch is of. With a `sketch_gate` the mean sketch of training takes its place where
-                it shows no more than chance would with so many; without this number, never.
+            num_images: That the sketch is of. With a `sketch_gate` it changes nothing (`base`) where it shows no more
+                than chance would with so many; without this number the gate is not asked.
 
         Returns:
             Predicted kernels, shared parameters and, to start calibration from, the norm statistics of training.
         """
         if self.gate is not None and num_images is not None and not self.gate.opens(sketch, num_images):
-            sketch = self.gate.mean
-        parts = zip(self.target.layers, self.generators, self.codes(sketch), strict=True)
+            return self.base()
+        return self._generated(self.codes(sketch))
+
+    def base(self) -> dict[str, Tensor]:
+        """The network that the sketch changes, as `forward` gives it: that of codes of zeros."""
+        return self._generated(self.temperature.new_zeros(len(self.target.layers), self.config.sketch_width))
+
+    def _generated(self, codes: Tensor) -> dict[str, Tensor]:
+        parts = zip(self.target.layers, self.generators, codes, strict=True)
         state = {layer.key: generator(code) for layer, generator, code in parts}
         state.update({key: room[place] for key, room, place in self._places})
         state.update({key: state[first] for key, first in self.target.tied.items() if first in state})

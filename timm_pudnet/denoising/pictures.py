@@ -101,9 +101,9 @@ def pair_pictures(paths: dict[str, Path], clean: str | os.PathLike[str]) -> dict
         NotFoundError: There is no such folder, or no clean image of that name.
         InputError: Two clean images have the name but for the extension.
     """
-    others = list_pictures(clean)
-    if len(paths) == 1 and Path(clean).is_file():
-        return dict.fromkeys(paths, Path(clean))
+    others, folder = list_pictures(clean), local_path(clean)
+    if len(paths) == 1 and folder.is_file():
+        return dict.fromkeys(paths, folder)
     by_stem: dict[str, list[str]] = {}
     for name in others:
         by_stem.setdefault(os.path.splitext(name)[0], []).append(name)

@@ -165,11 +165,14 @@ def evaluate(
     if other is not None:
         given['other_domain_sketch'] = other_sketch
     arms: dict[str, Extractor] = {'random_weights': with_weights(initial), 'raw_pixels': _raw_pixels}
+    bases: dict[str, dict[str, Tensor]] = {}
     looks = groups.query.numel() + (0 if groups.support is None else groups.support.numel())
     once = groups.conditions is None and support_bank is None and len(bank.labels) < looks
     for name, (control, learned) in (controls or {}).items():
         own = {key: value.to(device) for key, value in control.state_dict().items()}
         arms[name] = with_weights(own)
+        if torch.equal(learned.to(device), whitening):
+            bases[name] = own  # perhaps what is predicted behind a closed gate
         arms[f'{name}_own_statistics'] = looked_up(own) if once else with_weights(own, calibrated=False)
         for arm in (name, f'{name}_own_statistics'):
             readings[arm] = {arm: learned.to(device)}
@@ -187,28 +190,26 @@ def evaluate(
         predicted: dict[str, Tensor] = {}
         for name, sketch in given.items():
             weights = hypernet(*sketch(number))
-            if predicted and all(torch.equal(value, predicted[key]) for key, value in weights.items()):
+            if predicted and _alike(weights, predicted):
                 found[name] = found['predicted']  # behind a closed gate, both
                 continue
             predicted = predicted or weights
             found |= _read(with_weights(weights)(support, query, rest), readings[name], support, n_way)
         for name, arm in arms.items():
+            if name in bases and _alike(bases[name], predicted):
+                found[name] = found['predicted']
+                continue
             found |= _read(arm(support, query, rest), readings[name], support, n_way)
         for reading, guesses in found.items():
             for head, guessed in guesses.items():
                 right[head].setdefault(reading, []).append(guessed == query.labels)
 
-    def gains(named: Mapping[str, str]) -> dict[str, dict[str, float]]:
-        """What the predicted network has over others that were measured, by the names of the gains."""
-        scores = right['centroid']
-        return {name: _gain(scores['predicted'], scores[arm]) for name, arm in named.items() if arm in scores}
-
-    result = {
+    return {
         'hypernet': hypernet.name,
         'weights_digest': weights_digest(hypernet),
         'groups': count,
         'groups_digest': groups.digest,
-        'n_way': groups.query.shape[1],
+        'n_way': n_way,
         'n_shot': 'all' if groups.support is None else groups.support.shape[2],
         'n_query': groups.query.shape[2],
         'n_unlabelled': groups.n_unlabelled,
@@ -216,36 +217,43 @@ def evaluate(
         'separate_support': support_bank is not None,
         'conditions': groups.conditions is not None,
         'classes': list(bank.class_names),
+        **({} if other is None else {'other_classes': list(other.class_names)}),
         'input_size': list(config.input.input_size),
-        'chance': 100 / groups.query.shape[1],
+        'chance': 100 / n_way,
         'training': config.training,
         'interval': OVER_GROUPS if count > 1 else OVER_QUERIES,
-        'accuracy': {name: accuracy_interval(values) for name, values in right['centroid'].items()},
-        'accuracy_ridge': {name: accuracy_interval(values) for name, values in right['ridge'].items()},
         'library_versions': library_versions(),
         'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {device.type}',
+        **_scores(right, controls or {}),
     }
-    if groups.n_unlabelled:
-        trained = right['self_training']
-        result['accuracy_self_training'] = {name: accuracy_interval(values) for name, values in trained.items()}
-        result['self_training_gain'] = _gain(trained['predicted'], right['ridge']['predicted'])
-        result.update(
-            {
-                f'self_training_gain_over_{name}': _gain(trained['predicted'], trained[name])
-                for name in trained
-                if name != 'predicted'
-            }
-        )
-    if count > 1:
-        result.update(
-            gains({'conditioning_gain': 'swapped_sketch', 'conditioning_gain_over_mean_sketch': 'mean_sketch'})
-        )
-    if other is not None:
-        result['other_classes'] = list(other.class_names)
-        result.update(gains({'conditioning_gain_over_other_domain': 'other_domain_sketch'}))
-    rivals = [rival for name in controls or {} for rival in (name, f'{name}_own_statistics')]
-    result.update(gains({f'gain_over_{name}': name for name in rivals}))
-    return result
+
+
+def _scores(right: Mapping[str, Mapping[str, Sequence[Tensor]]], controls: Iterable[str]) -> dict[str, Any]:
+    """Accuracies and gains of a result, from which queries of each group each head classifies rightly, by score."""
+    found: dict[str, Any] = {}
+    for head, scores in right.items():
+        if scores:
+            name = 'accuracy' if head == 'centroid' else f'accuracy_{head}'
+            found[name] = {score: accuracy_interval(values) for score, values in scores.items()}
+    trained = right['self_training']
+    if trained:
+        found['self_training_gain'] = _gain(trained['predicted'], right['ridge']['predicted'])
+    for name in trained:
+        if name != 'predicted':
+            found[f'self_training_gain_over_{name}'] = _gain(trained['predicted'], trained[name])
+    rivals = {
+        'conditioning_gain': 'swapped_sketch',
+        'conditioning_gain_over_mean_sketch': 'mean_sketch',
+        'conditioning_gain_over_other_domain': 'other_domain_sketch',
+        **{f'gain_over_{name}{more}': f'{name}{more}' for name in controls for more in ('', '_own_statistics')},
+    }
+    scores = right['centroid']
+    gains = {name: _gain(scores['predicted'], scores[rival]) for name, rival in rivals.items() if rival in scores}
+    return {**found, **gains}
+
+
+def _alike(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(value, others[key]) for key, value in weights.items())
 
 
 def _check_controls(

@@ -371,16 +371,13 @@ class Report:
         axes.set(xticks=[], yticks=[], title='Features in two dimensions')
 
 
-def make_report(
-    model: nn.Module, used: ImageSource, test: HeldOutTest | None, *, classifier: Tensor | None = None, **told: Any
-) -> Report:
+def make_report(model: nn.Module, used: ImageSource, test: HeldOutTest | None, **told: Any) -> Report:
     """A report of a model and the images that gave its weights.
 
     Args:
         model: Predicted, in eval mode.
         used: The images that gave the weights; read again for a few of them.
         test: Of the images kept aside, where some were: the map is of these then.
-        classifier: Weight `[k, d]` of the model's classifier, where it has one.
         told: The other fields of `Report`: `title`, `tiles`, `facts`, ...
     """
     if test is None:
@@ -396,11 +393,17 @@ def make_report(
         class_names=names,
         samples=sample_images(used),
         test=test,
-        points=feature_map(features, classifier),
+        points=feature_map(features, _class_rows(model)),
         point_labels=labels,
         point_right=right,
         **told,
     )
+
+
+def _class_rows(model: nn.Module) -> Tensor | None:
+    """Weight `[k, d]` of a timm model's classifier; None where it has none, or no single layer."""
+    found = model.get_classifier() if model.num_classes else None  # type: ignore[operator]
+    return found.weight.detach().flatten(1).cpu() if isinstance(found, nn.Linear | nn.Conv2d) else None
 
 
 @torch.inference_mode()

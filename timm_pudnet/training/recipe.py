@@ -11,7 +11,6 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from timm_pudnet.config import (
@@ -21,6 +20,7 @@ from timm_pudnet.config import (
     PudNetConfig,
     reject_unknown_keys,
 )
+from timm_pudnet.files import local_path
 from timm_pudnet.training.episodes import Augmentation, Groups
 
 
@@ -235,10 +235,11 @@ class Recipe:
                     raise InputError(f'[{name}] is not used where there is [denoising]: remove one of them')
             if self.start:
                 raise InputError('start is not used where there is [denoising]: remove it')
-        if self.hypernet.sketch_gate and not 0 < self.groups.conditions < 1:
+        if self.hypernet.sketch_gate and not (0 < self.groups.conditions < 1 and self.schedule.frozen):
             raise InputError(
-                'hypernet: sketch_gate tells images as they are from those under a condition, so groups: conditions '
-                f'must lie between 0 and 1 (and there is no [denoising]), got {self.groups.conditions:g}'
+                'hypernet: sketch_gate keeps the base network for images as they are, so it needs one that stays as it '
+                f'is (schedule: rate = 0, got {self.schedule.rate:g}) and groups with and without conditions (groups: '
+                f'conditions between 0 and 1, got {self.groups.conditions:g})'
             )
         if self.schedule.fixed_statistics and not self.start:
             raise InputError('schedule: fixed_statistics needs start, which they are taken from')
@@ -274,7 +275,7 @@ class Recipe:
             NotFoundError: There is no such file.
             InputError: It is no TOML, or has an unknown key (the close ones are named) or a value out of range.
         """
-        path = Path(path)
+        path = local_path(path)
         if not path.is_file():
             raise NotFoundError(f'{path}: no such recipe file')
         try:
