@@ -129,10 +129,10 @@ def test_the_statistics_of_the_start_can_be_kept(start, make_recipe, bank, monke
 
 
 def test_a_target_without_kept_statistics_is_told(make_recipe, bank, tmp_path):
-    folder = save_model(timm.create_model('test_convnext', num_classes=0), tmp_path / 'start')
-    fields = {**RESIDUAL, 'model_name': 'test_convnext', 'min_predicted': 0.0}
+    folder = save_model(timm.create_model('test_efficientnet_gn', num_classes=0), tmp_path / 'start')
+    fields = {**RESIDUAL, 'model_name': 'test_efficientnet_gn', 'min_predicted': 0.0}
     recipe = make_recipe(1, start=str(folder), hypernet=fields, schedule={**SLOW, 'fixed_statistics': True})
-    with pytest.warns(PudNetWarning, match='fixed_statistics does nothing, test_convnext'):
+    with pytest.warns(PudNetWarning, match='fixed_statistics does nothing, test_efficientnet_gn'):
         meta_train(recipe, banks=[bank], device='cpu', progress=False)
 
 
