@@ -282,8 +282,8 @@ def _said_by_sketch(network: Any, model: Any) -> str:
         base = network.base()
     keys = [layer.key for layer in network.target.layers if layer.key in found]
     if all(torch.allclose(found[key].cpu(), base[key].cpu(), rtol=1e-4, atol=1e-5) for key in keys):
-        return 'near the mean one of training: the weights are those of the base network'
-    return 'far from the mean one of training: it changed the weights of the base network'
+        return 'changed nothing: the weights are those of the base network'
+    return 'changed the weights of the base network'
 
 
 def _a_class_is_unread(source: Any) -> bool:
