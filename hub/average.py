@@ -38,18 +38,16 @@ def main() -> None:
     kwargs = {**config.model_kwargs, 'num_classes': 0}
     networks = [pretrained_model(Path(folder), kwargs).state_dict() for folder in options.folders]
     if networks:
-        mean = {key: torch.stack([one[key] for one in networks]).double().mean(0) for key in networks[0]}
-        hypernet.start_from(mean)
+        hypernet.start_from({key: torch.stack([one[key] for one in networks]).double().mean(0) for key in networks[0]})
         hypernet.whitening.copy_(torch.eye(len(hypernet.whitening)))  # that of the earlier network's features
     else:
-        for generator in hypernet.generators:
-            generator.start_from(generator.base.detach().clone())
+        hypernet.start_from({key: value.detach().clone() for key, value in hypernet.base().items()})
     hypernet.config = dataclasses.replace(config, class_names=tuple(seen))
     hypernet.save_pretrained(options.out)
     # The mean itself as a control: what it classifies as well as the hypernetwork is not the sketch's merit.
     model = with_own_config(create_feature_model(hypernet.target), config.input)
     with torch.no_grad():
-        model.load_state_dict(hypernet(torch.zeros(config.sketch_width)), strict=False)
+        model.load_state_dict(hypernet.base(), strict=False)
     start = save_model(model, options.out / 'start')
     save_tensors({'whitening': hypernet.whitening}, whitening_path(start), {'classes': json.dumps(list(seen))})
 

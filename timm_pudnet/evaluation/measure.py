@@ -127,7 +127,10 @@ def evaluate(
         return groups.images(number, bank, support_bank, config.input, device)
 
     sketches = [group_sketch(hypernet, images(number)[0]) for number in range(count)]
-    average = torch.stack([sketch for sketch, _ in sketches]).double().mean(0).float()
+    average = (
+        torch.stack([sketch for sketch, _ in sketches]).double().mean(0).float(),
+        sum(size for _, size in sketches),
+    )
     with forked_rng(device):
         torch.manual_seed(seed)
         model = channels_last(create_feature_model(hypernet.target).to(device).eval())
@@ -161,7 +164,7 @@ def evaluate(
     given: dict[str, Callable[[int], tuple[Tensor, float]]] = {'predicted': lambda number: sketches[number]}
     if count > 1:  # the sketch of one group is also the one before it and the mean
         given['swapped_sketch'] = lambda number: sketches[number - 1]
-        given['mean_sketch'] = lambda number: (average, sum(size for _, size in sketches))
+        given['mean_sketch'] = lambda number: average
     if other is not None:
         given['other_domain_sketch'] = other_sketch
     arms: dict[str, Extractor] = {'random_weights': with_weights(initial), 'raw_pixels': _raw_pixels}
