@@ -37,15 +37,17 @@ Accuracy in percent on classes that were never seen in training, with its 95 % i
 - *Plain*: the same architecture trained as an ordinary classifier on as many images of the same classes, with the same head and
   calibration; in brackets with its own norm statistics. *Its start*: the base network alone, without any change by the sketch, where it
   was measured; *plain* was trained on from it.
+- *Predicted* is by class centroids (eq. 7), as all that follows *blend head* is. *Ridge head*, *blend head*: the same networks with these
+  in the classifier; in brackets *plain* with the blend head, by the better of its two statistics. A dash: measured before there was one.
 - *Swapped*: predicted from another group's sketch; *gain*: what the right sketch adds to it; *gain, other domain*: what it adds to the
   sketch of another data set. *Gain over plain* is over the calibrated one, group by group; in brackets over that with its own norm
   statistics, the difference of the means: where that is below zero ordinary training is ahead.
 - *Scratch*: training on all images of the group's classes, by Adam with and without gradient centralisation: the seconds until it is as
   good as the predicted network, over the seconds of predicting.
 
-| hypernetwork | protocol | labels a class | predicted | ridge head | plain | its start | swapped | gain | gain, other domain | gain over \
+| hypernetwork | protocol | labels a class | predicted | ridge head | blend head | plain | its start | swapped | gain | gain, other domain | gain over \
 plain | scratch | paper |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 UNLABELLED = """
 ## With images without labels
@@ -122,6 +124,13 @@ def plain(accuracy: dict[str, dict[str, float]]) -> str:
     return cell(accuracy.get('plain')) + own
 
 
+def blend(result: dict[str, Any]) -> str:
+    """The prediction with the blend head, and in brackets the control with it: the better of its two statistics."""
+    found = result.get('accuracy_blend', {})
+    rivals = [row['mean'] for name, row in found.items() if name in ('plain', 'plain_own_statistics')]
+    return cell(found.get('predicted')) + (f' ({max(rivals):.2f})' if rivals else '')
+
+
 def gain_over_plain(result: dict[str, Any]) -> str:
     """What is gained over the control, calibrated, and in brackets over that with its own statistics."""
     accuracy = result['accuracy']
@@ -155,6 +164,7 @@ def row(folder: str, protocol: str, result: dict[str, Any]) -> str:
         str(result['n_shot']),
         cell(accuracy['predicted']),
         cell(result.get('accuracy_ridge', {}).get('predicted')),
+        blend(result),
         plain(accuracy),
         cell(accuracy.get('start')),
         cell(accuracy.get('swapped_sketch')),

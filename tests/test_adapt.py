@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from timm_pudnet.adapt import (
+    StreamingBlend,
     StreamingCentroids,
     StreamingRidge,
     Whitening,
@@ -435,3 +436,120 @@ def test_self_training_of_one_class_is_refused():
 def test_a_class_without_a_labelled_image_is_named_in_spite_of_others():
     with pytest.raises(InputError, match='no image of class 3: '):
         self_trained(torch.randn(3, 5), torch.arange(3), torch.randn(9, 5))
+
+
+def plain_blend(features, labels, num_classes, generative):
+    """numpy: naive Bayes or centroids, scaled by least squares to one-hot classes, and ridge by images a feature."""
+    x, y = features.double().numpy(), np.eye(num_classes)[labels.numpy()]
+    means = (y.T @ x) / y.sum(0)[:, None]
+    if generative == 'bayes':
+        seen = y.T @ x + 2 * means.mean()
+        rows = np.log(seen / seen.sum(1, keepdims=True))
+    else:
+        rows = means / np.linalg.norm(means, axis=1, keepdims=True)
+    rows = rows - rows.mean(0)
+    scores = x @ rows.T
+    scores, targets = scores - scores.mean(0), y - y.mean(0)
+    scale = np.linalg.lstsq(scores.reshape(-1, 1), targets.reshape(-1), rcond=None)[0][0]
+    weight, bias = (value.double().numpy() for value in plain_ridge(features, labels, num_classes))
+    images, width = x.shape
+    weight = (2 * width * scale * rows + images * weight) / (images + 2 * width)
+    return torch.from_numpy(weight).float(), torch.from_numpy(images * bias / (images + 2 * width)).float()
+
+
+def streamed_blend(features, labels, chunks=(), whitening=None):
+    stream, start = StreamingBlend(4), 0
+    for chunk in [*chunks, len(features)]:
+        if len(part := features[start : start + chunk]):
+            stream.add(part, labels[start : start + chunk])
+        start += chunk
+    return stream.classifier(whitening)
+
+
+@pytest.mark.parametrize('count', [5, 9, 40, 3000])
+def test_blend_is_that_of_a_plain_rewrite(count):
+    features, labels = labelled_features(count)
+    assert features.min() < 0
+    by = {
+        'centroids': plain_blend(features, labels, 4, 'centroids'),
+        'bayes': plain_blend(features.relu(), labels, 4, 'bayes'),
+    }
+    assert_close(streamed_blend(features, labels), by['centroids'], rtol=1e-4, atol=1e-5)
+    assert_close(streamed_blend(features.relu(), labels), by['bayes'], rtol=1e-4, atol=1e-5)
+    assert_close(streamed_blend(features.relu(), labels, whitening=torch.eye(9)), by['bayes'], rtol=1e-4, atol=1e-5)
+    other = plain_blend(features.relu(), labels, 4, 'centroids')
+    assert count > 40 or (other[0] - by['bayes'][0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('count', [8, 40])
+def test_blend_of_whitened_features_is_mapped_back(count):
+    features, labels = labelled_features(count)
+    features = features.relu()  # and no naive Bayes, for what is read may be negative
+    _, _, whitening = spread_within_classes()
+    weight, bias = plain_blend(features.double() @ whitening.double(), labels, 4, 'centroids')
+    assert_close(
+        streamed_blend(features, labels, whitening=whitening), (weight @ whitening, bias), rtol=1e-4, atol=1e-5
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(chunks=st.lists(st.integers(1, 20), max_size=8), order=st.permutations(range(40)))
+def test_neither_order_nor_batches_change_the_blend(chunks, order):
+    torch.manual_seed(0)
+    features, labels = labelled_features()
+    features = features.relu()
+    found = streamed_blend(features[list(order)], labels[list(order)], chunks)
+    assert_close(found, streamed_blend(features, labels), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('sign', [True, False])
+def test_the_scale_of_features_does_not_change_the_answers_of_the_blend(sign):
+    features, labels = labelled_features(40)
+    features, query = (value.relu() if sign else value for value in (features, torch.randn(50, 9)))
+    answers = []
+    for scale in (1e-3, 1.0, 1e4):
+        weight, bias = streamed_blend(scale * features, labels)
+        answers.append(scale * query @ weight.t() + bias)
+    assert_close(answers[0], answers[1], rtol=1e-4, atol=1e-4)
+    assert_close(answers[2], answers[1], rtol=1e-4, atol=1e-4)
+    assert answers[1].std(0).min() > 0.01
+
+
+def test_the_blend_leans_on_the_ridge_the_more_images_there_are():
+    shares = []
+    for count in (8, 90, 20_000):
+        features, labels = labelled_features(count)
+        blend, ridge = streamed_blend(features.relu(), labels)[0], streamed_ridge(features.relu(), labels)[0]
+        generative = blend - ridge * count / (count + 18)
+        shares.append(float((blend - generative).norm() / (blend.norm() + generative.norm())))
+    assert shares[0] < shares[1] < shares[2]
+    assert shares[2] > 0.98
+
+
+@pytest.mark.parametrize('value', [0.0, 0.1])
+def test_a_blend_of_features_without_spread_is_finite(value):
+    labels = torch.tensor([0, 0, 0, 1, 2, 3])
+    weight, bias = streamed_blend(torch.full((6, 9), value), labels)
+    assert torch.isfinite(weight).all()
+    assert torch.isfinite(bias).all()
+
+
+def test_the_blend_is_better_than_either_on_counts_with_few_and_many_labels():
+    """Poisson counts of classes that differ in rare channels: what naive Bayes is for, and its correlated noise not."""
+    torch.manual_seed(0)
+    rates = torch.rand(4, 60).pow(4) * 3 + 0.02
+
+    def draw(count):
+        labels = torch.arange(count) % 4
+        return torch.poisson(rates[labels] * torch.rand(count, 1).mul(2)), labels
+
+    query, wanted = draw(4000)
+    found = {}
+    for count in (8, 4000):
+        features, labels = draw(count)
+        heads = {'ridge': streamed_ridge(features, labels), 'blend': streamed_blend(features, labels)}
+        for name, (weight, bias) in heads.items():
+            found[name, count] = float(((query @ weight.t() + bias).argmax(1) == wanted).float().mean())
+    assert found['blend', 8] > found['ridge', 8] + 0.02
+    assert found['blend', 4000] > found['ridge', 4000] - 0.01
+    assert found['blend', 4000] > found['blend', 8]

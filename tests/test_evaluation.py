@@ -12,8 +12,8 @@ import torch
 from torch.testing import assert_close
 
 from timm_pudnet.adapt import (
+    StreamingBlend,
     StreamingCentroids,
-    StreamingRidge,
     calibrate,
     ridge_classifier,
     self_training_classifier,
@@ -489,14 +489,14 @@ def test_a_large_support_is_calibrated_on_a_sample_and_its_heads_are_of_all(hype
             centroids.append((self.counts.tolist(), super().result()))
             return centroids[-1][1]
 
-    class Ridge(StreamingRidge):
-        def classifier(self, whitening=None):
+    class Blend(StreamingBlend):
+        def ridge(self, whitening=None):
             ridges.append(self.centroids.counts.tolist())
-            return super().classifier(whitening)
+            return super().ridge(whitening)
 
     monkeypatch.setattr(measure, 'calibrate', record_calibrate)
     monkeypatch.setattr('timm_pudnet.adapt.StreamingCentroids', Centroids)
-    monkeypatch.setattr(measure, 'StreamingRidge', Ridge)
+    monkeypatch.setattr(measure, 'StreamingBlend', Blend)
     groups = TestGroups.draw(bank, count=1, n_way=4, n_shot='all', n_query=5, support_bank=support_bank)
     result = evaluate(hypernet, bank, groups, support_bank=support_bank, progress=False)
     assert [len(sample) for sample in samples] == [7, 7]  # predicted, random weights

@@ -102,9 +102,9 @@ def _check_data_dir(data_dir: str | None, *images: str | None) -> None:
 )
 @click.option(
     '--head',
-    type=click.Choice(['centroid', 'ridge', 'none']),
-    help='Classifier: class centroids (default), ridge regression (default with --unlabelled), or none for a feature '
-    'model.',
+    type=click.Choice(['centroid', 'ridge', 'blend', 'none']),
+    help='Classifier: class centroids (default), ridge regression (default with --unlabelled), a blend of naive Bayes '
+    'and ridge (mostly the best), or none for a feature model.',
 )
 @click.option(
     '--unlabelled',
@@ -126,7 +126,7 @@ def predict(
     images: str,
     out: Path | None,
     hypernet: str | None,
-    head: Literal['centroid', 'ridge', 'none'] | None,
+    head: Literal['centroid', 'ridge', 'blend', 'none'] | None,
     unlabelled: str | None,
     holdout: float,
     seed: int,
@@ -206,7 +206,7 @@ def predict(
     for row in () if test is None else test.lines():
         click.echo(row)
     if test is not None and test.right_raw >= test.right:
-        remedy = 'try --head ridge, or ' if head == 'centroid' else ''
+        remedy = 'try --head blend, or ' if head == 'centroid' else ''
         click.echo(f'Note       raw pixels do as well: {remedy}train a hypernetwork for images of this family')
     if not source.labelled:
         click.echo(

@@ -515,7 +515,12 @@ def hypernet_card(
             evaluated += [_psnr_result(file, found, one) for one in found['noises']]
             continue
         kind = str(found.get('images') or (listed[0] if len(listed) == 1 else 'unnamed'))
-        heads = {'accuracy': 'centroid', 'accuracy_ridge': 'ridge', 'accuracy_self_training': 'self-trained ridge'}
+        heads = {
+            'accuracy': 'centroid',
+            'accuracy_ridge': 'ridge',
+            'accuracy_blend': 'blend',
+            'accuracy_self_training': 'self-trained ridge',
+        }
         for key, head in heads.items():
             row = found.get(key, {}).get('predicted')
             if row is None:

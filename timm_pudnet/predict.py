@@ -36,7 +36,7 @@ from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.sketch import Balance, ImageSample, content_keys
 from timm_pudnet.target import TargetSpec, pretrained_cfg_of
 
-Head = Literal['centroid', 'ridge', 'none']
+Head = Literal['centroid', 'ridge', 'blend', 'none']
 # Arguments of timm.create_model that change what the model gives, not its weights.
 _NOT_OF_TARGET = ('num_classes', 'pretrained_cfg_overlay', 'features_only', 'out_indices', 'feature_cls')
 _WEIGHTS_FROM_ELSEWHERE = ('pretrained', 'checkpoint_path', 'pretrained_cfg')  # arguments of timm.create_model
@@ -79,8 +79,9 @@ def predict_model(
         hypernet: A `PudNet`, its folder, its name, or `org/name@revision` on the Hub; by default the one that serves
             the architecture.
         head: What is written into the classifier: `centroid` (eq. 7), `ridge` (a ridge regression to the classes, in
-            closed form, `adapt.StreamingRidge`), or `none` for a feature model in spite of labels. By default
-            `centroid`; with unlabelled images `ridge`, which alone can use them.
+            closed form, `adapt.StreamingRidge`), `blend` (naive Bayes and ridge, the more accurate one with any number
+            of labels, `adapt.StreamingBlend`), or `none` for a feature model in spite of labels. By default `centroid`;
+            with unlabelled images `ridge`, which alone can use them.
         device: Where to predict; by default CUDA where there is one. The model is returned there.
         balance: How the sketch weighs images: `none`, `class` or `kmeans`; by default `class` where there are labels.
         batch_size: Images read at a time. Changes nothing in the result.

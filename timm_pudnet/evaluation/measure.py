@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_pudnet.adapt import (
-    StreamingRidge,
+    StreamingBlend,
     calibrate,
     centroid_logits,
     class_centroids,
@@ -89,8 +89,8 @@ def evaluate(
 
     Returns:
         A mapping that JSON can hold: `accuracy` in percent, by eq. 7, with the half-width of the 95 % interval over
-        groups, `accuracy_ridge` likewise with the ridge head (all but `predicted_without_whitening`), and
-        `accuracy_self_training` with that of labelled and unlabelled images where the groups have some;
+        groups, `accuracy_ridge` and `accuracy_blend` likewise with these heads (all but `predicted_without_whitening`),
+        and `accuracy_self_training` with that of labelled and unlabelled images where the groups have some;
         `conditioning_gain`, `conditioning_gain_over_mean_sketch`, `conditioning_gain_over_other_domain` and
         `gain_over_<control>` of the differences in `accuracy` group by group. With one group the intervals are over
         its queries; `interval` says which.
@@ -183,7 +183,7 @@ def evaluate(
     arms = {name: arm for name, arm in arms.items() if name not in without}
 
     # Whether each query of each group is classified rightly, by head and score.
-    right: dict[str, dict[str, list[Tensor]]] = {'centroid': {}, 'ridge': {}, 'self_training': {}}
+    right: dict[str, dict[str, list[Tensor]]] = {'centroid': {}, 'ridge': {}, 'blend': {}, 'self_training': {}}
     support_images, n_way = 0, groups.query.shape[1]
     for number in tqdm(range(count), disable=not progress, unit='group'):
         support, query = images(number)
@@ -326,28 +326,29 @@ def _raw_pixels(support: GroupImages, query: GroupImages, rest: GroupImages) -> 
 def _read(
     features: Features, spaces: Mapping[str, Tensor | None], support: GroupImages, n_way: int
 ) -> dict[str, dict[str, Tensor]]:
-    """Guessed classes of the query by each head, for each reading of an arm; its first reading has a ridge head."""
+    """Guessed classes of the query by each head, for each reading of an arm; its first reading has more than eq. 7."""
     given, tested, rest = features
     first, space = next(iter(spaces.items()))
-    ridge = StreamingRidge(n_way)
-    if support.fits:
-        ((rows, labels),) = given
+    stream = StreamingBlend(n_way)
+    parts = []
+    for rows, labels in given:
+        stream.add(rows, labels)
+        parts = [(rows, labels)]
+    if support.fits:  # one part then
+        ((rows, labels),) = parts
         centroids = class_centroids(rows, labels.to(rows.device), n_way)
-        weight, bias = ridge_classifier(rows, labels, n_way, space)
-        if len(rest):
-            ridge.add(rows, labels)
+        ridge = ridge_classifier(rows, labels, n_way, space)
     else:
-        for rows, labels in given:
-            ridge.add(rows, labels)
-        centroids, (weight, bias) = ridge.centroids.result().to(tested.device), ridge.classifier(space)
+        centroids, ridge = stream.centroids.result().to(tested.device), stream.ridge(space)
     guesses = {
         name: {'centroid': centroid_logits(tested, centroids, 1.0, space).argmax(1).cpu()}
         for name, space in spaces.items()
     }
-    guesses[first]['ridge'] = (tested.cpu() @ weight.t() + bias).argmax(1)
+    heads = {'ridge': ridge, 'blend': stream.blended(ridge, space)}
     if len(rest):
-        weight, bias = self_training_classifier(ridge, rest, space)
-        guesses[first]['self_training'] = (tested.cpu() @ weight.t() + bias).argmax(1)
+        heads['self_training'] = self_training_classifier(stream, rest, space)
+    for head, (weight, bias) in heads.items():
+        guesses[first][head] = (tested.cpu() @ weight.t() + bias).argmax(1)
     return guesses
 
 
@@ -387,7 +388,7 @@ def format_table(result: dict[str, Any]) -> str:
     budget = f'{labels} labels' + (' a class' if result['n_shot'] != 'all' else '')
     if result.get('n_unlabelled'):
         budget += f', and {result["n_unlabelled"]} images without'
-    heads = [head for head in ('ridge', 'self_training') if f'accuracy_{head}' in result]
+    heads = [head for head in ('ridge', 'blend', 'self_training') if f'accuracy_{head}' in result]
     titles = ''.join(f'{head.replace("_", "-"):^16}' for head in ('centroid', *heads))
     lines = [
         f'{result["hypernet"]}: {result["groups"]} groups, {result["n_way"]}-way, {budget}',
