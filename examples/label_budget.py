@@ -3,7 +3,7 @@
     python examples/label_budget.py examples/fashion --out budget.json
 
 A part of the images is kept aside for the test. Of the others so many a class are drawn, several times, and give
-sketch, statistics and head; the table has the mean accuracy over the draws by both heads, and by the one that the rest
+sketch, statistics and head; the table has the mean accuracy over the draws by each head, and by the one that the rest
 teaches too, without its labels.
 """
 
@@ -44,7 +44,7 @@ def main(
                 members = (pool.labels == label).nonzero().flatten()
                 picks += members[torch.randperm(len(members), generator=generator)[:count]].tolist()
             rest = sorted({*range(len(pool))}.difference(picks))
-            ways = {'centroid': {'head': 'centroid'}, 'ridge': {'head': 'ridge'}}
+            ways = {head: {'head': head} for head in ('centroid', 'ridge', 'blend')}
             if rest:
                 ways['with the rest unlabelled'] = {'unlabelled': pool.subset(rest)}
             for way, asked in ways.items():

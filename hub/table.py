@@ -3,7 +3,7 @@
     python hub/table.py            # writes
     python hub/table.py --check    # exit code 1 where README.md is not what it would write
 
-What the machine had no time for stands in not_run.md and goes below the table.
+What was measured by hand about heads stands in heads.md, what the machine had no time for in not_run.md; both go below the table.
 """
 
 import json
@@ -224,8 +224,8 @@ def text() -> str:
             unlabelled.append(unlabelled_row(path.parent.name, protocol, result))
         else:
             lines.append(row(path.parent.name, protocol, result))
-    notes = HUB / 'not_run.md'
-    tail = f'\n{notes.read_text(encoding="utf-8")}' if notes.exists() else ''
+    notes = [HUB / name for name in ('heads.md', 'not_run.md')]
+    tail = ''.join(f'\n{path.read_text(encoding="utf-8")}' for path in notes if path.exists())
     further = f'{UNLABELLED}{chr(10).join(unlabelled)}\n' if unlabelled else ''
     return f'{HEAD}{chr(10).join(lines)}\n{further}{DENOISERS}{chr(10).join(denoisers)}\n{tail}'
 

@@ -443,7 +443,7 @@ def plain_blend(features, labels, num_classes, generative):
     x, y = features.double().numpy(), np.eye(num_classes)[labels.numpy()]
     means = (y.T @ x) / y.sum(0)[:, None]
     if generative == 'bayes':
-        seen = y.T @ x + 2 * means.mean()
+        seen = y.sum(0).min() * means + 2 * means.mean()
         rows = np.log(seen / seen.sum(1, keepdims=True))
     else:
         rows = means / np.linalg.norm(means, axis=1, keepdims=True)
@@ -460,8 +460,7 @@ def plain_blend(features, labels, num_classes, generative):
 def streamed_blend(features, labels, chunks=(), whitening=None):
     stream, start = StreamingBlend(4), 0
     for chunk in [*chunks, len(features)]:
-        if len(part := features[start : start + chunk]):
-            stream.add(part, labels[start : start + chunk])
+        stream.add(features[start : start + chunk], labels[start : start + chunk])
         start += chunk
     return stream.classifier(whitening)
 
@@ -502,10 +501,10 @@ def test_neither_order_nor_batches_change_the_blend(chunks, order):
     assert_close(found, streamed_blend(features, labels), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('sign', [True, False])
-def test_the_scale_of_features_does_not_change_the_answers_of_the_blend(sign):
+@pytest.mark.parametrize('counts', [True, False])
+def test_the_scale_of_features_does_not_change_the_answers_of_the_blend(counts):
     features, labels = labelled_features(40)
-    features, query = (value.relu() if sign else value for value in (features, torch.randn(50, 9)))
+    features, query = (value.relu() if counts else value for value in (features, torch.randn(50, 9)))
     answers = []
     for scale in (1e-3, 1.0, 1e4):
         weight, bias = streamed_blend(scale * features, labels)
@@ -534,10 +533,11 @@ def test_a_blend_of_features_without_spread_is_finite(value):
     assert torch.isfinite(bias).all()
 
 
-def test_the_blend_is_better_than_either_on_counts_with_few_and_many_labels():
-    """Poisson counts of classes that differ in rare channels: what naive Bayes is for, and its correlated noise not."""
+def test_the_blend_is_better_than_ridge_and_centroids_with_few_labels_and_as_good_with_many():
+    """On Poisson counts of classes that differ in rare channels, not in loud ones, which naive Bayes is made for."""
     torch.manual_seed(0)
     rates = torch.rand(4, 60).pow(4) * 3 + 0.02
+    rates[:, :10] = 10
 
     def draw(count):
         labels = torch.arange(count) % 4
@@ -548,8 +548,46 @@ def test_the_blend_is_better_than_either_on_counts_with_few_and_many_labels():
     for count in (8, 4000):
         features, labels = draw(count)
         heads = {'ridge': streamed_ridge(features, labels), 'blend': streamed_blend(features, labels)}
+        heads['centroid'] = centroid_classifier(class_centroids(features, labels, 4), torch.eye(60))
         for name, (weight, bias) in heads.items():
             found[name, count] = float(((query @ weight.t() + bias).argmax(1) == wanted).float().mean())
-    assert found['blend', 8] > found['ridge', 8] + 0.02
-    assert found['blend', 4000] > found['ridge', 4000] - 0.01
+    for other in ('ridge', 'centroid'):
+        assert found['blend', 8] > found[other, 8] + 0.01
+        assert found['blend', 4000] > found[other, 4000] - 0.01
     assert found['blend', 4000] > found['blend', 8]
+
+
+def test_the_blend_prefers_no_class_for_its_number_of_images():
+    """As the features are, the small class is guessed about as often as the others; the ridge forgets it."""
+    torch.manual_seed(0)
+    rates = torch.rand(4, 200).pow(4) * 3 + 0.02
+
+    def draw(counts):
+        labels = torch.arange(4).repeat_interleave(torch.tensor(counts))
+        return torch.poisson(rates[labels] * torch.rand(len(labels), 1).mul(0.2)), labels
+
+    query, wanted = draw([2000] * 4)
+    recalls = {}
+    for head in (StreamingRidge, StreamingBlend):
+        stream = head(4)
+        stream.add(*draw([40, 40, 40, 2]))
+        weight, bias = stream.classifier()
+        right = (query @ weight.t() + bias).argmax(1) == wanted
+        recalls[head] = right.view(4, -1).float().mean(1)
+    assert recalls[StreamingRidge][3] < 0.2
+    assert recalls[StreamingBlend][3] > 2 * recalls[StreamingRidge][3]
+    assert recalls[StreamingBlend].mean() > recalls[StreamingRidge].mean()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_a_blend_of_features_that_differ_by_rounding_alone_is_finite(seed):
+    torch.manual_seed(seed)
+    labels = (torch.arange(50) >= 45).long()
+    features = torch.rand(1, 64).expand(50, 64) * (1 + 1e-7 * (torch.rand(50, 1) > 0.5))
+    stream = StreamingBlend(2)
+    stream.add(features, labels)
+    weight, bias = stream.classifier()
+    assert torch.isfinite(weight).all()
+    assert weight.abs().max() < 1e4
+    assert torch.isfinite(bias).all()

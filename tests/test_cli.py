@@ -165,8 +165,8 @@ def test_images_without_labels_teach_the_head(images, work, predict, pictures, w
     page = (work / 'model' / 'report' / 'index.html').read_text()
     assert 'Unlabelled images' in page
     assert 'Head' in page
-    assert 'ridge' in page
-    alone = succeeds(*predict(images, '--head', 'ridge', out='alone')).stdout
+    assert 'blend' in page
+    alone = succeeds(*predict(images, '--head', 'blend', out='alone')).stdout
     weights = [load_file(work / name / 'model.safetensors')['fc.weight'] for name in ('model', 'alone')]
     assert (weights[0] - weights[1]).abs().max() > 1e-4
     assert 'unlabelled' not in alone
@@ -238,12 +238,13 @@ def test_without_a_holdout_all_images_give_the_weights(images, work, predict):
 
 def test_the_head_is_the_one_that_is_asked_for(images, work, predict):
     biases = {}
-    for head in ('centroid', 'ridge'):
+    for head in ('centroid', 'ridge', 'blend'):
         out = succeeds(*predict(images, '--head', head, out=head)).stdout
         assert float(re.search(r'Accuracy +([\d.]+)%', out)[1]) > 60
         biases[head] = timm.create_model(f'local-dir:{head}', pretrained=True).fc.bias.detach()
     assert not biases['centroid'].any()
     assert biases['ridge'].abs().max() > 0.01
+    assert 0 < biases['blend'].abs().max() < biases['ridge'].abs().max()
     out = succeeds(*predict(images, '--head', 'none', out='none')).stdout
     assert 'Accuracy' not in out
     assert 'Kept aside' not in out
@@ -298,7 +299,7 @@ def test_damaged_images_of_a_small_class_cost_the_test_and_not_the_model(what, i
 
 
 @pytest.mark.parametrize(
-    ('right_raw', 'head', 'told'), [(6, 'centroid', 'try --head ridge, or '), (6, 'ridge', ''), (5, 'ridge', None)]
+    ('right_raw', 'head', 'told'), [(6, 'centroid', 'try --head blend, or '), (6, 'ridge', ''), (5, 'ridge', None)]
 )
 def test_raw_pixels_that_do_as_well_are_told(right_raw, head, told, images, work, predict, monkeypatch):
     measure = timm_pudnet.evaluation.measure_held_out

@@ -12,8 +12,8 @@ import torch
 from torch.testing import assert_close
 
 from timm_pudnet.adapt import (
-    StreamingBlend,
     StreamingCentroids,
+    StreamingRidge,
     calibrate,
     ridge_classifier,
     self_training_classifier,
@@ -489,14 +489,15 @@ def test_a_large_support_is_calibrated_on_a_sample_and_its_heads_are_of_all(hype
             centroids.append((self.counts.tolist(), super().result()))
             return centroids[-1][1]
 
-    class Blend(StreamingBlend):
-        def ridge(self, whitening=None):
-            ridges.append(self.centroids.counts.tolist())
-            return super().ridge(whitening)
+    solve = StreamingRidge.classifier
+
+    def record_ridge(stream, whitening=None):
+        ridges.append(stream.centroids.counts.tolist())
+        return solve(stream, whitening)
 
     monkeypatch.setattr(measure, 'calibrate', record_calibrate)
     monkeypatch.setattr('timm_pudnet.adapt.StreamingCentroids', Centroids)
-    monkeypatch.setattr(measure, 'StreamingBlend', Blend)
+    monkeypatch.setattr(StreamingRidge, 'classifier', record_ridge)
     groups = TestGroups.draw(bank, count=1, n_way=4, n_shot='all', n_query=5, support_bank=support_bank)
     result = evaluate(hypernet, bank, groups, support_bank=support_bank, progress=False)
     assert [len(sample) for sample in samples] == [7, 7]  # predicted, random weights
@@ -870,20 +871,25 @@ def test_a_self_trained_head_is_that_of_predict_model(whole, bank, monkeypatch):
     )
     groups = TestGroups.draw(noisy, count=6, n_way=4, n_shot=1, n_query=3, n_unlabelled=6)
     result = evaluate(net, noisy, groups, progress=False)
-    right = 0
+    right = blended = 0
     for number in range(6):
         support, query = groups.images(number, noisy, None, net.config.input, torch.device('cpu'))
         rest = groups.unlabelled(number, noisy, None, net.config.input, torch.device('cpu'))
         given, others = noisy.images[support.places], noisy.images[rest.places]
         model = predict_model('test_resnet', given, support.labels, unlabelled=others, hypernet=net)
+        blend = predict_model('test_resnet', given, support.labels, head='blend', hypernet=net)
         with torch.inference_mode():
             images = torch.cat([part for part, _ in query.batches()])
             right += int((model(images).argmax(1) == query.labels).sum())
+            blended += int((blend(images).argmax(1) == query.labels).sum())
     found = result['accuracy_self_training']
     assert_close(found['predicted']['mean'], 100 * right / 72, rtol=1e-4, atol=1e-4)
+    assert_close(result['accuracy_blend']['predicted']['mean'], 100 * blended / 72, rtol=1e-4, atol=1e-4)
+    assert result['accuracy_blend']['predicted'] != result['accuracy_ridge']['predicted']
+    assert set(result['accuracy_blend']) == {*found} - {'raw_pixels'}
     assert set(found) == set(result['accuracy_ridge'])
     assert_close(
-        result['self_training_gain']['mean'], found['predicted']['mean'] - result['accuracy_ridge']['predicted']['mean']
+        result['self_training_gain']['mean'], found['predicted']['mean'] - result['accuracy_blend']['predicted']['mean']
     )
     assert_close(
         result['self_training_gain_over_raw_pixels']['mean'], found['predicted']['mean'] - found['raw_pixels']['mean']
@@ -892,7 +898,8 @@ def test_a_self_trained_head_is_that_of_predict_model(whole, bank, monkeypatch):
     assert 'self-training' in format_table(result)
     assert len({row['mean'] for row in found.values()}) > 1
     alone = evaluate(net, noisy, TestGroups(groups.support, groups.query), progress=False)
-    assert (alone['accuracy'], alone['accuracy_ridge']) == (result['accuracy'], result['accuracy_ridge'])
+    for name in ('accuracy', 'accuracy_ridge', 'accuracy_blend'):
+        assert alone[name] == result[name]
 
 
 def test_the_draw_of_unlabelled_images_stays_what_it_was(bank):

@@ -437,7 +437,7 @@ def test_a_card_says_how_many_images_had_no_labels(tiny_folder, tmp_path):
         'results.json': {'n_way': 5, 'n_shot': 10, 'groups': 3, 'accuracy': row},
         'results.unlabelled.json': {
             **{'n_way': 5, 'n_shot': 10, 'groups': 3, 'n_unlabelled': 75, 'accuracy': row},
-            **{'accuracy_ridge': row, 'accuracy_self_training': trained},
+            **{'accuracy_ridge': row, 'accuracy_blend': row, 'accuracy_self_training': trained},
         },
     }
     card = hypernet_card(tmp_path, load_hypernet(tiny_folder), results, 'org/name', 'mit')
@@ -445,9 +445,9 @@ def test_a_card_says_how_many_images_had_no_labels(tiny_folder, tmp_path):
     assert '| predicted | 67.00 ± 1.00 |' in card
     assert '| predicted | 61.00 ± 1.00 |' in card
     found = ModelCard(card).data.eval_results
-    heads = ['centroid', 'centroid', 'ridge', 'self-trained ridge']
+    heads = ['centroid', 'centroid', 'ridge', 'blend', 'self-trained ridge']
     assert [result.metric_name.split(', ')[1] for result in found] == [f'{head} head' for head in heads]
-    assert [result.metric_args.get('n_unlabelled') for result in found] == [None, 75, 75, 75]
+    assert [result.metric_args.get('n_unlabelled') for result in found] == [None, 75, 75, 75, 75]
 
 
 def test_a_published_sketch_tells_sets_apart(published):

@@ -42,7 +42,7 @@ from timm_pudnet import (
     save_model,
 )
 from timm_pudnet import predict as room
-from timm_pudnet.adapt import StreamingRidge, ridge_classifier, self_training_classifier
+from timm_pudnet.adapt import HEADS, StreamingBlend, ridge_classifier, self_training_classifier
 from timm_pudnet.hypernet import folder_written_whole, on_device, usable_device, written_whole
 from timm_pudnet.sketch import ImageSample
 from timm_pudnet.target import pretrained_cfg_of
@@ -405,18 +405,23 @@ def test_head_none_differs_from_a_classifier_in_nothing_but_the_head(net, suppor
 
 
 @pytest.mark.parametrize('two_passes', [False, True])
-def test_head_ridge_is_the_regression_on_the_features_of_all_images(
-    two_passes, net, support, model, query, monkeypatch
+@pytest.mark.parametrize('head', ['ridge', 'blend'])
+def test_a_head_with_a_bias_is_that_of_the_features_of_all_images(
+    two_passes, head, net, support, model, query, monkeypatch
 ):
     pixels, names = support
     if two_passes:
         monkeypatch.setattr(ImageSample, 'for_size', lambda size: ImageSample(7))
-    found = predict_model('test_resnet', pixels, names, hypernet=net, head='ridge', batch_size=4)
+    found = predict_model('test_resnet', pixels, names, hypernet=net, head=head, batch_size=4)
     images, labels = in_one_batch(net, pixels, numbers(names))
     with torch.inference_mode():
         features = found.forward_head(found.forward_features(images), pre_logits=True)
         right = (found(query[0]).argmax(1) == query[1]).float().mean()
     expected = ridge_classifier(features, labels, 3, net.whitening)
+    if head == 'blend':
+        stream = StreamingBlend(3)
+        stream.add(features, labels)
+        expected = stream.blended(expected, net.whitening)
     assert_close((found.fc.weight.detach(), found.fc.bias.detach()), expected, rtol=1e-3, atol=1e-4)
     assert found.fc.bias.abs().max() > 0.01
     assert right > 0.9
@@ -426,33 +431,34 @@ def test_head_ridge_is_the_regression_on_the_features_of_all_images(
 
 
 @pytest.mark.parametrize('order', [list(range(17, -1, -1)), [*range(0, 18, 2), *range(1, 18, 2)]])
-def test_order_changes_nothing_in_the_ridge(order, net, support, query):
+@pytest.mark.parametrize('head', ['ridge', 'blend'])
+def test_order_changes_nothing_in_a_head_with_a_bias(order, head, net, support, query):
     pixels, names = support
-    model = predict_model('test_resnet', pixels, names, hypernet=net, head='ridge')
+    model = predict_model('test_resnet', pixels, names, hypernet=net, head=head)
     found = predict_model(
-        'test_resnet', pixels[order], [names[k] for k in order], hypernet=net, head='ridge', batch_size=5
+        'test_resnet', pixels[order], [names[k] for k in order], hypernet=net, head=head, batch_size=5
     )
     with torch.inference_mode():
         assert_close(found(query[0]), model(query[0]), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize('two_passes', [False, True])
-def test_unlabelled_images_teach_the_head_alone(two_passes, net, support, query, pictures, monkeypatch):
+@pytest.mark.parametrize(('two_passes', 'head'), [(False, None), (True, None), (False, 'blend'), (False, 'ridge')])
+def test_unlabelled_images_teach_the_head_alone(two_passes, head, net, support, query, pictures, monkeypatch):
     pixels, names = support
     pixels, names, rest = pixels[:6], names[:6], pictures(30, seed=5)[0]
     if two_passes:
         monkeypatch.setattr(ImageSample, 'for_size', lambda size: ImageSample(4))
-    found = predict_model('test_resnet', pixels, names, unlabelled=rest, hypernet=net, batch_size=4)
-    alone = predict_model('test_resnet', pixels, names, hypernet=net, head='ridge', batch_size=4)
+    found = predict_model('test_resnet', pixels, names, unlabelled=rest, hypernet=net, head=head, batch_size=4)
+    alone = predict_model('test_resnet', pixels, names, hypernet=net, head=head or 'blend', batch_size=4)
     for key, value in alone.state_dict().items():
         assert torch.equal(found.state_dict()[key], value) != key.startswith('fc.'), key
     images, _ = in_one_batch(net, np.concatenate([pixels, rest]))
     with torch.inference_mode():
         features = found.forward_head(found.forward_features(images), pre_logits=True)
         right = (found(query[0]).argmax(1) == query[1]).float().mean()
-    ridge = StreamingRidge(3)
-    ridge.add(features[:6], torch.tensor(numbers(names)))
-    expected = self_training_classifier(ridge, features[6:], net.whitening)
+    stream = HEADS[head or 'blend'](3)
+    stream.add(features[:6], torch.tensor(numbers(names)))
+    expected = self_training_classifier(stream, features[6:], net.whitening)
     assert_close((found.fc.weight.detach(), found.fc.bias.detach()), expected, rtol=1e-3, atol=1e-4)
     assert right > 0.9
 

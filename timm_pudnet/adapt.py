@@ -1,6 +1,6 @@
 """What turns predicted weights into a usable model: norm calibration, and heads by class centroids and by ridge.
 
-Images without labels take part in the ridge head by self-training.
+Images without labels take part by self-training.
 
 Dimension letters: `n` images, `c h w` an image, `d` features, `k` classes.
 """
@@ -22,9 +22,10 @@ from timm_pudnet.target import batch_norms
 PRIOR_IMAGES = 8
 RIDGE_STRENGTH = 0.3
 # Of the blend; chosen by groups of CIFAR-10's training images and of 67 classes of Tiny-ImageNet that are left out.
-SMOOTHING = 2  # images of a class, in which all channels are alike, that naive Bayes takes for seen too
-EVEN_IMAGES = 2  # a feature, that both have the same say with
-# Of self-training; chosen by groups of CIFAR-10's training images and of the 40 unseen classes of Tiny-ImageNet.
+SMOOTHING = 2  # images, in which all channels are alike, that naive Bayes takes for seen of every class
+EVEN_IMAGES = 2  # so many images a feature, and naive Bayes and ridge weigh the same
+# Of self-training, beginning from the ridge; chosen by groups of CIFAR-10's training images and of the 40 unseen
+# classes of Tiny-ImageNet.
 SELF_TRAINING_STRENGTH = 1.0
 SELF_TRAINING_STEPS = 5
 FIRST_GUESS = 0.3  # share that the guess from the labels alone keeps in every later one
@@ -89,15 +90,17 @@ def calibrate(
 def _channel_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and (biased) variance of every channel of `[n, c, ...]`, each `[c]`, float32.
 
-    The maps of each image are summed up along memory, which is many times faster on a CPU than `var_mean` over
+    The maps of each image are summed up by themselves, which is many times faster on a CPU than `var_mean` over
     channels; and what is left is in float64, for a difference of squares.
     """
     maps = features.float().reshape(*features.shape[:2], -1)
-    means, norms = maps.mean(2), torch.linalg.vector_norm(maps, dim=2)
+    means = maps.mean(2)
+    # With channels last in memory the norm, which needs no memory for squares, is several times slower.
+    squares = torch.linalg.vector_norm(maps, dim=2).square() if maps.is_contiguous() else maps.square().sum(2)
     if maps.device.type == 'mps':  # which has no float64
-        means, norms = means.cpu(), norms.cpu()
+        means, squares = means.cpu(), squares.cpu()
     mean = means.double().mean(0)
-    square = norms.double().square().mean(0) / maps.shape[2]
+    square = squares.double().mean(0) / maps.shape[2]
     variance = (square - mean.square()).clamp(min=0)
     return mean.float().to(maps.device), variance.float().to(maps.device)
 
@@ -199,30 +202,39 @@ class StreamingRidge:
 class StreamingBlend(StreamingRidge):
     """As `StreamingRidge`, for a head that is good with few labels and with many: the scores of two, added.
 
-    With few labels multinomial naive Bayes is better than eq. 7: an image's features `f` are taken for counts, and
-    class `k` scores `sum_j f_j log p_kj`, `p_k` its mean feature as shares, smoothed (McCallum and Nigam 1998; like
-    counts, the activations behind a ReLU vary the more the larger they are). With many labels the ridge regression is;
-    it weighs half of the number of images a feature. The scores of naive Bayes are scaled to fit one-hot classes best.
-    Where a feature is below zero, or is read in a whitened space, the rows of eq. 7's classifier take their place.
+    One is multinomial naive Bayes, with few labels often better than eq. 7: an image's features `f` are taken for
+    counts, and class `k` scores `sum_j f_j log p_kj`, `p_k` its mean feature as shares (McCallum and Nigam 1998; like
+    counts, the activations behind a ReLU vary the more the larger they are). All classes are smoothed as the smallest
+    one needs it, so that none is preferred; and the scores are scaled to fit one-hot classes best. Where a feature is
+    below zero, or read in a whitened space, the rows of eq. 7's classifier take their place. The other is the ridge
+    regression, which needs many labels: it weighs `n / 2d` times as much, of `n` images in all.
     """
 
-    lowest = math.inf  # of all features
+    def __init__(
+        self, num_classes: int, class_names: Sequence[str] | None = None, strength: float = RIDGE_STRENGTH
+    ) -> None:
+        super().__init__(num_classes, class_names, strength)
+        self.lowest = math.inf  # of all features
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Takes in features `[n, d]` and labels `[n]` in `0..k-1`."""
         super().add(features, labels)
-        self.lowest = min(self.lowest, float(features.min()))
+        if len(features):
+            self.lowest = min(self.lowest, float(features.min()))
 
     def classifier(self, whitening: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Weight `[k, d]` and bias `[k]` of a Linear, float32 on the CPU; as that of `StreamingRidge`."""
-        return self.blended(self.ridge(whitening), whitening)
+        """Weight `[k, d]` and bias `[k]` of a Linear, float32 on the CPU; its outputs differ by about 1 at most.
 
-    def ridge(self, whitening: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The ridge regression's alone."""
-        return super().classifier(whitening)
+        Args:
+            whitening: As of `StreamingRidge`.
+
+        Raises:
+            InputError: A class has no image.
+        """
+        return self.blended(super().classifier(whitening), whitening)
 
     def blended(self, ridge: tuple[Tensor, Tensor], whitening: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The same, of the ridge classifier of the images that were taken in.
+        """The same, for a caller that has the ridge regression's weight and bias already.
 
         Example:
             >>> stream = StreamingBlend(2)
@@ -239,7 +251,7 @@ class StreamingBlend(StreamingRidge):
         identity = torch.eye(len(self.gram), dtype=torch.float64)
         whitening = identity if whitening is None else whitening.cpu().double()
         if self.lowest >= 0 and torch.equal(whitening, identity):
-            seen = sums + SMOOTHING * means.mean().clamp(min=1e-300)
+            seen = counts.min() * means + SMOOTHING * means.mean().clamp(min=1e-300)
             rows = (seen / seen.sum(1, keepdim=True)).log()
         else:
             rows = centroid_classifier(means, whitening)[0]
@@ -248,7 +260,8 @@ class StreamingBlend(StreamingRidge):
         mean = sums.sum(0) / total
         fit = (rows * (sums - counts[:, None] * mean)).sum()
         scatter = (rows @ (self.gram - total * mean.outer(mean)) * rows).sum()
-        scale = (fit / scatter.clamp(min=1e-300)).clamp(min=0)
+        least = 1e-12 * total * mean.square().sum() * rows.square().sum()  # less is rounding, of features all alike
+        scale = (fit / torch.maximum(scatter, least).clamp(min=1e-300)).clamp(min=0)
         share = total / (total + EVEN_IMAGES * weight.shape[1])
         return ((1 - share) * scale * rows + share * weight).float(), share * bias
 
@@ -294,13 +307,13 @@ def self_training_classifier(
 ) -> tuple[Tensor, Tensor]:
     """A ridge head from labelled images and from others without labels, by self-training with soft labels.
 
-    The ridge head of the labelled images gives every other image a probability of each class; with these as labels
-    the ridge is fitted on all images, and gives new ones; five times over (Yarowsky 1995; soft labels as in the EM of
+    The head of the labelled images gives every other image a probability of each class; with these as labels a ridge
+    is fitted on all images, and gives new ones; five times over (Yarowsky 1995; soft labels as in the EM of
     Nigam et al. 2000). The classes are taken for equally frequent among the images that will be classified, whatever
     their shares here.
 
     Args:
-        labelled: Has taken in the labelled images' features; its own strength is that of the first guess.
+        labelled: Has taken in the labelled images' features; its own head, ridge or blend, is the first guess.
         unlabelled: Features `[n, d]` of the others, at least one.
         whitening: Symmetric `[d, d]`; the regression is then one of the whitened features, mapped back.
 

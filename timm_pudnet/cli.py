@@ -103,8 +103,8 @@ def _check_data_dir(data_dir: str | None, *images: str | None) -> None:
 @click.option(
     '--head',
     type=click.Choice(['centroid', 'ridge', 'blend', 'none']),
-    help='Classifier: class centroids (default), ridge regression (default with --unlabelled), a blend of naive Bayes '
-    'and ridge (mostly the best), or none for a feature model.',
+    help='Classifier: class centroids (default), ridge regression, a blend of naive Bayes and ridge (mostly the best; '
+    'default with --unlabelled), or none for a feature model.',
 )
 @click.option(
     '--unlabelled',
@@ -137,7 +137,7 @@ def predict(
     split: str,
 ) -> None:
     """Predict MODEL_NAME's weights for IMAGES, a folder (one subfolder a class) or a timm dataset name."""
-    head = head or ('centroid' if unlabelled is None else 'ridge')
+    head = head or ('centroid' if unlabelled is None else 'blend')
     import torch
 
     from timm_pudnet import evaluation

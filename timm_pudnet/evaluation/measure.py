@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from timm_pudnet.adapt import (
     StreamingBlend,
+    StreamingRidge,
     calibrate,
     centroid_logits,
     class_centroids,
@@ -89,8 +90,9 @@ def evaluate(
 
     Returns:
         A mapping that JSON can hold: `accuracy` in percent, by eq. 7, with the half-width of the 95 % interval over
-        groups, `accuracy_ridge` and `accuracy_blend` likewise with these heads (all but `predicted_without_whitening`),
-        and `accuracy_self_training` with that of labelled and unlabelled images where the groups have some;
+        groups, `accuracy_ridge` and `accuracy_blend` likewise with these heads (neither of
+        `predicted_without_whitening`, no blend of `raw_pixels`), and `accuracy_self_training` with that of labelled and
+        unlabelled images where the groups have some, with its gain over the blend head and over the controls' own;
         `conditioning_gain`, `conditioning_gain_over_mean_sketch`, `conditioning_gain_over_other_domain` and
         `gain_over_<control>` of the differences in `accuracy` group by group. With one group the intervals are over
         its queries; `interval` says which.
@@ -240,7 +242,7 @@ def _scores(right: Mapping[str, Mapping[str, Sequence[Tensor]]], controls: Itera
             found[name] = {score: accuracy_interval(values) for score, values in scores.items()}
     trained = right['self_training']
     if trained:
-        found['self_training_gain'] = _gain(trained['predicted'], right['ridge']['predicted'])
+        found['self_training_gain'] = _gain(trained['predicted'], right['blend']['predicted'])
     for name in trained:
         if name != 'predicted':
             found[f'self_training_gain_over_{name}'] = _gain(trained['predicted'], trained[name])
@@ -326,25 +328,29 @@ def _raw_pixels(support: GroupImages, query: GroupImages, rest: GroupImages) -> 
 def _read(
     features: Features, spaces: Mapping[str, Tensor | None], support: GroupImages, n_way: int
 ) -> dict[str, dict[str, Tensor]]:
-    """Guessed classes of the query by each head, for each reading of an arm; its first reading has more than eq. 7."""
+    """Guessed classes of the query by each head, for each reading of an arm; its first reading has more than eq. 7.
+
+    That of raw pixels, in a basis of few of their directions, has no blend: how many features there are weighs in it.
+    """
     given, tested, rest = features
     first, space = next(iter(spaces.items()))
-    stream = StreamingBlend(n_way)
-    parts = []
+    stream = StreamingRidge(n_way) if 'raw_pixels' in spaces else StreamingBlend(n_way)
+    given = list(given) if support.fits else given
     for rows, labels in given:
         stream.add(rows, labels)
-        parts = [(rows, labels)]
-    if support.fits:  # one part then
-        ((rows, labels),) = parts
+    if support.fits:
+        ((rows, labels),) = given
         centroids = class_centroids(rows, labels.to(rows.device), n_way)
         ridge = ridge_classifier(rows, labels, n_way, space)
     else:
-        centroids, ridge = stream.centroids.result().to(tested.device), stream.ridge(space)
+        centroids, ridge = stream.centroids.result().to(tested.device), StreamingRidge.classifier(stream, space)
     guesses = {
         name: {'centroid': centroid_logits(tested, centroids, 1.0, space).argmax(1).cpu()}
         for name, space in spaces.items()
     }
-    heads = {'ridge': ridge, 'blend': stream.blended(ridge, space)}
+    heads = {'ridge': ridge}
+    if isinstance(stream, StreamingBlend):
+        heads['blend'] = stream.blended(ridge, space)
     if len(rest):
         heads['self_training'] = self_training_classifier(stream, rest, space)
     for head, (weight, bias) in heads.items():
