@@ -103,8 +103,8 @@ def _check_data_dir(data_dir: str | None, *images: str | None) -> None:
 @click.option(
     '--head',
     type=click.Choice(['centroid', 'ridge', 'blend', 'none']),
-    help='Classifier: class centroids (default), ridge regression, a blend of naive Bayes and ridge (mostly the best; '
-    'default with --unlabelled), or none for a feature model.',
+    help='Classifier: class centroids (default), ridge regression, a blend of naive Bayes and ridge (for any number of '
+    'labels; default with --unlabelled), or none for a feature model.',
 )
 @click.option(
     '--unlabelled',

@@ -79,7 +79,7 @@ def predict_model(
         hypernet: A `PudNet`, its folder, its name, or `org/name@revision` on the Hub; by default the one that serves
             the architecture.
         head: What is written into the classifier: `centroid` (eq. 7), `ridge` (a ridge regression to the classes, in
-            closed form, `adapt.StreamingRidge`), `blend` (naive Bayes and ridge, with most images the most accurate,
+            closed form, `adapt.StreamingRidge`), `blend` (naive Bayes and ridge, for any number of labels,
             `adapt.StreamingBlend`), or `none` for a feature model in spite of labels. By default `centroid`; with
             unlabelled images `blend`, which guesses their classes first, or `ridge` where it is asked for.
         device: Where to predict; by default CUDA where there is one. The model is returned there.
