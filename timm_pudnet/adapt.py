@@ -260,7 +260,7 @@ class StreamingBlend(StreamingRidge):
         mean = sums.sum(0) / total
         fit = (rows * (sums - counts[:, None] * mean)).sum()
         scatter = (rows @ (self.gram - total * mean.outer(mean)) * rows).sum()
-        least = 1e-12 * total * mean.square().sum() * rows.square().sum()  # less is rounding, of features all alike
+        least = 1e-9 * total * mean.square().sum() * rows.square().sum()  # less is rounding, of features all alike
         scale = (fit / torch.maximum(scatter, least).clamp(min=1e-300)).clamp(min=0)
         share = total / (total + EVEN_IMAGES * weight.shape[1])
         return ((1 - share) * scale * rows + share * weight).float(), share * bias
