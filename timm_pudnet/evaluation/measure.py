@@ -402,7 +402,9 @@ def format_table(result: dict[str, Any]) -> str:
     ]
     for name, row in result['accuracy'].items():
         others = [result[f'accuracy_{head}'].get(name) for head in heads]
-        lines.append(f'  {name:36}{_cell(row)}{"".join(_cell(other) for other in others if other)}'.rstrip())
+        lines.append(
+            f'  {name:36}{_cell(row)}{"".join(_cell(other) if other else " " * 16 for other in others)}'.rstrip()
+        )
     lines += [f'  {name:36}{_cell(row)}'.rstrip() for name, row in result.items() if 'gain' in name]
     if 'interval' in result:
         lines.append(f'  +- {result["interval"]}')
