@@ -207,7 +207,7 @@ def measure(
         know_noise(control, patches)
         add('plain, its own statistics', lambda image: denoise(control, image, turns=turns))
         for name, shown in (('plain, calibrated', patches), ('plain, calibrated for another sigma', other_patches)):
-            calibrate(control, shown, own, prior_images=network.config.prior_images)
+            calibrate(control, shown, own, **network.config.calibration)
             know_noise(control, shown)
             add(name, lambda image: denoise(control, image, turns=turns))
         control.load_state_dict(own)

@@ -146,7 +146,7 @@ def _held_out(
     support, query = drawn.images(0, bank, None, hypernet.config.input, hypernet.device)
     sketch, size = group_sketch(hypernet, support)
     features = torch.cat(
-        [f for f, _ in support_features(model, hypernet(sketch, size), support, hypernet.config.prior_images)]
+        [f for f, _ in support_features(model, hypernet(sketch, size), support, hypernet.config.calibration)]
     )
     tested = torch.cat([model(images) for images, _ in query.batches()])
     centroids = class_centroids(features, support.labels, n_way)

@@ -82,6 +82,24 @@ def test_blended_statistics_are_the_moments_of_the_mixture():
     assert_close(norm.running_var.double(), square - mean.square(), rtol=1e-5, atol=1e-5)
 
 
+def test_norms_after_the_first_take_no_more_than_their_share_from_the_images(model, random_images):
+    images, prior = random_images()[0], statistics(model)
+    calibrate(model, images, prior, prior_images=len(images), deep_share=0.1)
+    inputs, norms = {}, dict(batch_norms(model))
+    for name, norm in norms.items():
+        norm.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0]}))
+    with torch.no_grad():
+        model(images)
+    for number, (name, norm) in enumerate(norms.items()):
+        own, training = inputs[name].mean((0, 2, 3)), prior[f'{name}.running_mean']
+        assert_close(norm.running_mean, torch.lerp(training, own, 0.1 if number else 0.5), rtol=1e-4, atol=1e-4)
+    # It is the most that they count, not what they count.
+    calibrate(model, images[:1], prior, prior_images=len(images), deep_share=0.9)
+    capped = statistics(model)
+    calibrate(model, images[:1], prior, prior_images=len(images))
+    assert_close(statistics(model), capped, rtol=0, atol=0)
+
+
 def test_the_spread_of_a_channel_far_from_zero_is_kept():
     norm, images = nn.BatchNorm2d(2), torch.randn(6, 2, 40, 40) * torch.tensor([1.0, 0.01])[:, None, None] + 1
     prior = {'0.running_mean': torch.zeros(2), '0.running_var': torch.ones(2)}

@@ -340,9 +340,9 @@ def test_a_network_that_no_group_changes_sees_each_image_once_and_gives_the_same
     many = TestGroups.draw(bank, count=5, n_way=4, n_shot=5, n_query=4)  # 36 images a group, of 40
     seen, given = [], measure.support_features
 
-    def counting(model, weights, support, prior_images):
-        seen.append((prior_images is None, len(support)))
-        return given(model, weights, support, prior_images)
+    def counting(model, weights, support, calibration):
+        seen.append((calibration is None, len(support)))
+        return given(model, weights, support, calibration)
 
     monkeypatch.setattr(measure, 'support_features', counting)
     once = evaluate(hypernet, bank, many, controls=control, progress=False)
@@ -481,7 +481,7 @@ def test_a_large_support_is_calibrated_on_a_sample_and_its_heads_are_of_all(hype
 
     def record_calibrate(model, images, *args, **kwargs):
         samples.append(images)
-        assert kwargs == {'prior_images': hypernet.config.prior_images}
+        assert kwargs == hypernet.config.calibration
         return calibrate(model, images, *args, **kwargs)
 
     class Centroids(StreamingCentroids):

@@ -59,6 +59,7 @@ CONFIGS = {
     'a class that clears the screen': ({'class_names': ['cup', '\x1b[2J']}, ['class_names']),
     'classes that are a text': ({'class_names': 'cup'}, ['class_names', 'list']),
     'an eta that is a list': ({'eta': [0.5]}, ['eta', 'float']),
+    'a share above one': ({'deep_share': 1.5}, ['deep_share', '[0, 1]']),
     'a gain beyond floats': ({'gain': 10**400}, ['config.json']),
     'an input that is a number': ({'input': 3}, ['input']),
     'a flag that is a number': ({'context': 1}, ['context', 'bool']),

@@ -245,6 +245,7 @@ def test_everything_of_the_config_survives(tmp_path):
         eta=0.25,
         context=False,
         prior_images=3.5,
+        deep_share=0.125,
         sketch_limit=1.25,
         gain=1.5,
         predict_norm=True,

@@ -40,6 +40,7 @@ def calibrate(
     prior: Mapping[str, Tensor],
     *,
     prior_images: float = PRIOR_IMAGES,
+    deep_share: float = 1.0,
     forward: Callable[[Tensor], Any] | None = None,
 ) -> Any:
     """Sets the statistics of every BatchNorm to those of these images, in one forward pass in eval mode.
@@ -53,6 +54,7 @@ def calibrate(
         images: `[n, c, h, w]`, normalised, all at once.
         prior: `running_mean` and `running_var` of training by state-dict key.
         prior_images: Weight of the prior; 0 for none.
+        deep_share: Most that the images count in all norms but the first, in [0, 1].
         forward: What to run the images through, when not the whole model.
 
     Returns:
@@ -63,9 +65,12 @@ def calibrate(
     """
     if not len(images):
         raise InputError('no images to calibrate on: at least one is needed')
-    share = len(images) / (len(images) + prior_images)
+    first_share = len(images) / (len(images) + prior_images)
+    norms = list(batch_norms(model))
 
     def set_statistics(key: str):
+        share = first_share if key == norms[0][0] else min(first_share, deep_share)
+
         def hook(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             mean, variance = _channel_statistics(inputs[0])
             prior_mean = prior[f'{key}.running_mean'].to(mean.device)
@@ -79,7 +84,7 @@ def calibrate(
         return hook
 
     model.eval()
-    hooks = [norm.register_forward_pre_hook(set_statistics(name)) for name, norm in batch_norms(model)]
+    hooks = [norm.register_forward_pre_hook(set_statistics(name)) for name, norm in norms]
     try:
         return (forward or model)(images)
     finally:

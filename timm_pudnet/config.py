@@ -155,6 +155,9 @@ class PudNetConfig:
         min_predicted: Least share of the target's weights that must be predicted, in [0, 1].
         gain: Predicted kernels are scaled by `sqrt(gain / fan_in)`.
         prior_images: Weight, in images, of the norm statistics of training when a model is calibrated.
+        deep_share: Most that the images given count then in all norms but the first, in [0, 1], however many they are.
+            What was trained by the norm statistics of training works best by these, and its first norm alone sees what
+            sets differ in (brightness, contrast).
         sketch_limit: Longer sketches are shortened to this norm; 0 for none. Meta-training of classifiers sets it,
             where it is 0, to the longest norm of its own sketches: images of kinds that it never saw have sketches
             of any length.
@@ -188,6 +191,7 @@ class PudNetConfig:
     min_predicted: float = 0.5
     gain: float = 2.0
     prior_images: float = 8.0
+    deep_share: float = 1.0
     sketch_limit: float = 0.0
     sketch_gate: bool = False
     tag: str = ''
@@ -218,12 +222,19 @@ class PudNetConfig:
             raise InputError(f'min_predicted must be in [0, 1], got {self.min_predicted}')
         if not 0 <= self.prior_images < math.inf:
             raise InputError(f'prior_images must be at least 0, got {self.prior_images}')
+        if not 0 <= self.deep_share <= 1:
+            raise InputError(f'deep_share must be in [0, 1], got {self.deep_share}')
         if not 0 <= self.sketch_limit < math.inf:
             raise InputError(f'sketch_limit must be at least 0, got {self.sketch_limit}')
         if not 0 < self.gain < math.inf:
             raise InputError(f'gain must be above zero, got {self.gain}')
         object.__setattr__(self, 'sketch_channels', channels)
         object.__setattr__(self, 'class_names', tuple(self.class_names))
+
+    @property
+    def calibration(self) -> dict[str, float]:
+        """What `adapt.calibrate` is told of it."""
+        return {'prior_images': self.prior_images, 'deep_share': self.deep_share}
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON can hold it, with the version of the format."""

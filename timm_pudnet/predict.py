@@ -341,10 +341,10 @@ def _predict(
                 hook.remove()
         return [read[module] for module in classifiers]
 
-    images, labels, prior = sample.images, sample.labels, network.config.prior_images
+    images, labels = sample.images, sample.labels
     while True:
         try:
-            sampled = calibrate(model, images.to(device), weights, prior_images=prior, forward=features)
+            sampled = calibrate(model, images.to(device), weights, **network.config.calibration, forward=features)
             break
         except torch.OutOfMemoryError as error:
             images = images[: _fewer(len(images), error)]

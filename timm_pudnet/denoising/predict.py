@@ -87,7 +87,7 @@ def denoiser_of(network: PudNet, sketch: Tensor, patches: Tensor) -> nn.Module:
     with torch.inference_mode():
         weights = network(sketch)
     blind = build_model(network, network.target, weights, 0, None, {}).to(patches.device)
-    guesses = calibrate(blind, patches, weights, prior_images=network.config.prior_images)
+    guesses = calibrate(blind, patches, weights, **network.config.calibration)
     noise = {'noise': estimate_noise(patches, guesses)}
     return build_model(network, network.target, blind.state_dict(), 0, None, noise).to(patches.device).eval()
 

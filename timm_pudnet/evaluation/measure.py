@@ -140,7 +140,7 @@ def evaluate(
 
     def with_weights(weights: dict[str, Tensor], calibrated: bool = True) -> Extractor:
         def run(support: GroupImages, query: GroupImages, rest: GroupImages) -> Features:
-            features = support_features(model, weights, support, config.prior_images if calibrated else None)
+            features = support_features(model, weights, support, config.calibration if calibrated else None)
             return features, _rows(model, query), _rows(model, rest)
 
         return run
@@ -291,17 +291,17 @@ def group_sketch(hypernet: PudNet, support: GroupImages) -> tuple[Tensor, float]
 
 
 def support_features(
-    model: nn.Module, weights: dict[str, Tensor], support: GroupImages, prior_images: float | None
+    model: nn.Module, weights: dict[str, Tensor], support: GroupImages, calibration: Mapping[str, float] | None
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """Gives a model these weights, calibrated on the support unless `prior_images` is None.
+    """Gives a model these weights, calibrated on the support, as the config says, unless that is None.
 
     Returns:
         Features of the support with their labels, in batches. Those of a support that one batch does not hold are
         computed when they are asked for, so this must be before the model gets other weights.
     """
     model.load_state_dict(weights)
-    if prior_images is not None:
-        sampled = calibrate(model, support.sample, weights, prior_images=prior_images)
+    if calibration is not None:
+        sampled = calibrate(model, support.sample, weights, **calibration)
         if support.fits:
             return [(sampled, support.labels)]
     return ((model(images), labels) for images, labels in support.batches())

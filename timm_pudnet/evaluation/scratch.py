@@ -241,7 +241,7 @@ def _predicted(hypernet: PudNet, model: nn.Module, support: GroupImages, query: 
     started = time.perf_counter()
     weights = hypernet(*group_sketch(hypernet, support))
     centroids = StreamingCentroids(int(query.labels.max()) + 1)
-    for features, labels in support_features(model, weights, support, hypernet.config.prior_images):
+    for features, labels in support_features(model, weights, support, hypernet.config.calibration):
         centroids.add(features, labels)
     rows = centroids.result().to(hypernet.device)
     seconds = seconds_since(started, hypernet.device)

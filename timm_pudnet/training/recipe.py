@@ -149,8 +149,8 @@ class Schedule:
             seen classes are few.
         fixed_statistics: Whether the target's norm layers keep the statistics of `start` while the hypernetwork
             learns, in place of those of each group. For images of one kind: what is predicted then works by these
-            statistics, as what an ordinary training gives does; `prior_images` of the hypernetwork says how much they
-            count. The control *plain* has no use for it.
+            statistics, as what an ordinary training gives does; `prior_images` and `deep_share` of the hypernetwork
+            say how much they count. The control *plain* has no use for it.
         fixed_encoder: Whether the sketch encoder stays as it is in the hypernetwork of `start`.
         ema: Decay of the moving average of all weights that is kept in the end, 0.999 for instance; 0 for none.
     """
@@ -211,8 +211,8 @@ class Recipe:
             own pretrained weights (`resnet50.a1_in1k`): what the hypernetwork predicts at first, whatever the images,
             and what the control starts from. Or a hypernetwork that training goes on with, by its folder, the name of
             one that ships with the package, or `org/name@revision` on the Hub; `[hypernet]` must be as its own, but for
-            tag, `input_size`, `prior_images`, `sketch_limit` and `sketch_gate`. The control then starts from what it
-            predicts for the mean sketch of 64 groups.
+            tag, `input_size`, `prior_images`, `deep_share`, `sketch_limit` and `sketch_gate`. The control then starts
+            from what it predicts for the mean sketch of 64 groups.
         seed: Of everything random.
     """
 
