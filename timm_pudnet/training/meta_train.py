@@ -35,7 +35,8 @@ from timm_pudnet.training.run import Run, config_fields, go
 from timm_pudnet.training.undoing import ChannelUndoing
 
 # Fields of its config in which a hypernetwork may differ from the one that it starts from.
-_FREE = ('input', 'prior_images', 'deep_share', 'sketch_limit', 'sketch_gate', 'tag', 'class_names', 'training', 'library_versions')
+_FREE = ('input', 'prior_images', 'deep_share', 'sketch_limit', 'sketch_gate', 'tag', 'class_names')
+_FREE += ('training', 'library_versions')
 UNDOING_GROUPS = 4000  # of which the first layers learn to undo conditions, at most
 GATE_IMAGES = 64  # of each class, at most, that tell how sketches differ by chance
 START_GROUPS = 64  # whose mean sketch says what a hypernetwork that training starts from usually predicts
