@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 __version__ = '0.1.0'
 FORMAT_VERSION = 1
@@ -136,6 +136,13 @@ class InputConfig:
         object.__setattr__(self, 'input_size', size)
 
 
+class Calibration(TypedDict):
+    """Arguments of `adapt.calibrate` that a config has."""
+
+    prior_images: float
+    deep_share: float
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PudNetConfig:
     """Everything but the weights that a hypernetwork needs to be used; stored as `config.json` beside them.
@@ -232,7 +239,7 @@ class PudNetConfig:
         object.__setattr__(self, 'class_names', tuple(self.class_names))
 
     @property
-    def calibration(self) -> dict[str, float]:
+    def calibration(self) -> Calibration:
         """What `adapt.calibrate` is told of it."""
         return {'prior_images': self.prior_images, 'deep_share': self.deep_share}
 

@@ -24,7 +24,7 @@ from timm_pudnet.adapt import (
     ridge_classifier,
     self_training_classifier,
 )
-from timm_pudnet.config import InputError
+from timm_pudnet.config import Calibration, InputError
 from timm_pudnet.evaluation.holdout import raw_pixels
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
@@ -291,7 +291,7 @@ def group_sketch(hypernet: PudNet, support: GroupImages) -> tuple[Tensor, float]
 
 
 def support_features(
-    model: nn.Module, weights: dict[str, Tensor], support: GroupImages, calibration: Mapping[str, float] | None
+    model: nn.Module, weights: dict[str, Tensor], support: GroupImages, calibration: Calibration | None
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """Gives a model these weights, calibrated on the support, as the config says, unless that is None.
 
