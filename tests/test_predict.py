@@ -45,7 +45,7 @@ from timm_pudnet import predict as room
 from timm_pudnet.adapt import HEADS, StreamingBlend, ridge_classifier, self_training_classifier
 from timm_pudnet.hypernet import folder_written_whole, on_device, usable_device, written_whole
 from timm_pudnet.sketch import ImageSample
-from timm_pudnet.target import pretrained_cfg_of
+from timm_pudnet.target import batch_norms, pretrained_cfg_of
 
 NAMES = ('cup', 'jar', 'pan')
 
@@ -348,6 +348,18 @@ def test_the_hypernetwork_says_how_much_its_own_statistics_weigh(support):
         statistics[prior_images] = norm.running_mean.abs().max(), (norm.running_var - 1).abs().max()
     for own, some, none in zip(statistics[1e9], statistics[8.0], statistics[0.0], strict=True):
         assert own < 1e-4 < some < none
+
+
+def test_the_hypernetwork_says_how_much_images_count_after_the_first_norm(support):
+    hypernet = PudNet.for_target(
+        'test_resnet', sketch_width=16, input=InputConfig(input_size=(3, 32, 32)), deep_share=0.0
+    )
+    (_, first), *others = batch_norms(predict_model('test_resnet', *support, hypernet=hypernet))
+    assert first.running_mean.abs().max() > 1e-3
+    assert others
+    for _, norm in others:
+        assert_close(norm.running_mean, torch.zeros_like(norm.running_mean))
+        assert_close(norm.running_var, torch.ones_like(norm.running_var))
 
 
 def test_pretrained_cfg_says_what_timm_needs(net, model, support):

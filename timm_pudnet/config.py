@@ -163,8 +163,8 @@ class PudNetConfig:
         gain: Predicted kernels are scaled by `sqrt(gain / fan_in)`.
         prior_images: Weight, in images, of the norm statistics of training when a model is calibrated.
         deep_share: Most that the images given count then in all norms but the first, in [0, 1], however many they are.
-            What was trained by the norm statistics of training works best by these, and its first norm alone sees what
-            sets differ in (brightness, contrast).
+            What was trained by the norm statistics of training works best by these; most of what calibration is worth
+            is the first norm's, which sees brightness and contrast.
         sketch_limit: Longer sketches are shortened to this norm; 0 for none. Meta-training of classifiers sets it,
             where it is 0, to the longest norm of its own sketches: images of kinds that it never saw have sketches
             of any length.
