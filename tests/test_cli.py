@@ -314,6 +314,28 @@ def test_raw_pixels_that_do_as_well_are_told(right_raw, head, told, images, work
     assert (wanted in out, 'raw pixels do as well' in out) == ((False, False) if told is None else (True, True))
 
 
+@pytest.mark.parametrize(
+    ('count', 'labelled', 'line', 'told'),
+    [
+        (60, True, [], True),
+        (60, True, ['--head', 'centroid'], False),
+        (60, True, ['--head', 'none'], False),
+        (57, True, [], False),
+        (60, False, [], False),
+    ],
+)
+def test_the_blend_head_is_named_where_labels_are_many(
+    count, labelled, line, told, tmp_path, work, predict, pictures, write_folder
+):
+    write_folder(tmp_path / 'many', *pictures(count))  # three classes
+    if not labelled:
+        (tmp_path / 'flat').mkdir()
+        for path in (tmp_path / 'many').rglob('*.png'):
+            path.rename(tmp_path / 'flat' / f'{path.parent.name}-{path.name}')
+    out = succeeds(*predict(tmp_path / ('many' if labelled else 'flat'), '--holdout', '0', *line)).stdout
+    assert ('--head blend is usually better' in out) == told
+
+
 def test_names_that_the_terminal_cannot_write_are_written_otherwise(images, work, predict, monkeypatch, fresh_process):
     (images / 'cup').rename(images / '猫')
     monkeypatch.setenv('PYTHONIOENCODING', 'cp1252')
@@ -539,6 +561,11 @@ def test_a_bad_holdout_is_refused_before_any_work(holdout, images, work, predict
 def test_a_data_dir_of_no_timm_dataset_is_refused_before_any_work(images, work, predict, no_work_yet, nothing_written):
     with nothing_written(work.parent):
         fails(*predict(images, '--data-dir', 'there'), needles=['--data-dir', 'timm dataset'])
+
+
+def test_a_split_of_no_timm_dataset_is_refused_before_any_work(images, work, predict, no_work_yet, nothing_written):
+    with nothing_written(work.parent):
+        fails(*predict(images, '--split', 'train'), needles=['--split', 'timm dataset', 'torch/image_folder'])
 
 
 @pytest.mark.parametrize('device', ['gpu', 'cuda', 'cuda:99', 'meta'])
@@ -905,6 +932,13 @@ def test_support_from_another_split_conditions_another_domain_and_scratch(n_shot
 def test_the_root_of_no_other_set_is_refused(trained, shapes):
     line = evaluation(trained[0], shapes / 'my shapes')
     fails(*line, '--other-data-dir', shapes, needles=['--other-data-dir', 'add --other'])
+
+
+def test_the_split_of_another_set_is_no_split_of_a_folder(trained, shapes, splits):
+    line = (*evaluation(trained[0], shapes / 'my shapes'), '--split', 'train')
+    fails(*line, needles=['--split', str(shapes / 'my shapes')])
+    fails(*line, '--other', shapes / 'my shapes', needles=['--split', str(shapes / 'my shapes')])
+    assert 'Other      ' in succeeds(*line, '--other', 'torch/image_folder', '--other-data-dir', splits).stdout
 
 
 @pytest.mark.parametrize('command', ['predict', 'evaluate', 'finetune', 'compare', 'train'])

@@ -72,6 +72,7 @@ class _Folder(click.Path):
 
 _FOLDER = _Folder()
 _SEED = click.IntRange(0, 2**31 - 1)
+_MANY = 20  # labelled images a class, from which on the blend head is measurably ahead of class centroids
 
 
 def _data_options(split: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -83,13 +84,26 @@ def _data_options(split: str) -> Callable[[Callable[..., None]], Callable[..., N
 
 
 def _check_data_dir(data_dir: str | None, *images: str | None) -> None:
-    from timm_pudnet.images import is_timm_name
-
-    if data_dir is not None and not any(name is not None and is_timm_name(name) for name in images):
+    if data_dir is not None and not _any_timm_name(images):
         raise InputError(
             f'--data-dir is the root of a timm dataset, and {images[0]} is not the name of one: leave it out, '
             'or name one, torch/image_folder for instance'
         )
+
+
+def _check_split(*images: str | None) -> None:
+    given = click.get_current_context().get_parameter_source('split') == click.core.ParameterSource.COMMANDLINE
+    if given and not _any_timm_name(images):
+        raise InputError(
+            f'--split is that of a timm dataset, and {images[0]} is not the name of one: name the folder of the split, '
+            'or use torch/image_folder with --data-dir for a folder of splits'
+        )
+
+
+def _any_timm_name(images: Sequence[str | None]) -> bool:
+    from timm_pudnet.images import is_timm_name
+
+    return any(name is not None and is_timm_name(name) for name in images)
 
 
 @main.command()
@@ -137,6 +151,7 @@ def predict(
     split: str,
 ) -> None:
     """Predict MODEL_NAME's weights for IMAGES, a folder (one subfolder a class) or a timm dataset name."""
+    by_default = head is None
     head = head or ('centroid' if unlabelled is None else 'blend')
     import torch
 
@@ -152,6 +167,7 @@ def predict(
     if out is not None:
         room.check_output(out)
     _check_data_dir(data_dir, images, unlabelled)
+    _check_split(images, unlabelled)
     network = resolve_hypernet(model_name, hypernet)
     config = network.config.input
     expectation = _expectation_of(network)
@@ -208,6 +224,8 @@ def predict(
     if test is not None and test.right_raw >= test.right:
         remedy = 'try --head blend, or ' if head == 'centroid' else ''
         click.echo(f'Note       raw pixels do as well: {remedy}train a hypernetwork for images of this family')
+    elif by_default and head == 'centroid' and model.num_classes and len(kept) >= _MANY * model.num_classes:
+        click.echo('Note       with so many labels a class --head blend is usually better than class centroids')
     if not source.labelled:
         click.echo(
             'No labels  the model gives features; put the images of each class into a subfolder for a classifier'
@@ -513,6 +531,7 @@ def evaluate(
     if groups < 1:
         raise InputError(f'--groups must be at least 1, got {groups}')
     _check_data_dir(data_dir, images)
+    _check_split(images, other)
     if support_split == split:
         raise InputError(f'--support-split {split} is the tested split too: choose another one')
     if support_split is not None and Path(images).exists():
@@ -706,6 +725,7 @@ def finetune(
 
     room.check_output(out)
     _check_data_dir(data_dir, images)
+    _check_split(images)
     run = FineTuning(
         model,
         images,
@@ -819,6 +839,7 @@ def compare(
     if out is not None:
         room.check_output(out)
     _check_data_dir(data_dir, images)
+    _check_split(images)
     where = usable_device(device)
     click.echo(f'Comparing  {model_name} on {where}')
 
