@@ -26,6 +26,7 @@ from timm_pudnet.adapt import centroid_logits, class_centroids
 from timm_pudnet.evaluation import TestGroups, weights_digest
 from timm_pudnet.evaluation.expectation import Expectation, HeldOutSet, fit_expectation, measure_traits, sketch_distance
 from timm_pudnet.evaluation.measure import group_sketch, support_features
+from timm_pudnet.files import config_sha256
 from timm_pudnet.images import ImageSource
 from timm_pudnet.target import create_feature_model
 from timm_pudnet.training import Recipe
@@ -70,7 +71,12 @@ def main() -> None:
         mean = sum(one.right / one.total for one in sets[-options.sets :]) / options.sets
         print(f'{name}: {options.sets} sets of {len(bank.class_names)} classes, mean accuracy {mean:.1%}', flush=True)
     found = fit_expectation(
-        sets, weights_digest=weights_digest(hypernet), references=references, sizes=sizes, familiar=familiar
+        sets,
+        weights_digest=weights_digest(hypernet),
+        config_sha256=config_sha256(options.folder),
+        references=references,
+        sizes=sizes,
+        familiar=familiar,
     )
     path = found.save(options.folder)
     for name, row in [('all', found.check), *found.check['domains'].items()]:

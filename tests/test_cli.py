@@ -739,6 +739,17 @@ def test_a_set_whose_classes_are_numbers_is_trained_on_and_evaluated(shapes, tra
     fails('evaluate', named, *source, *small, needles=['no names', 'test_resnet.shapes'])
 
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning', 'ignore::ResourceWarning')
+def test_a_set_that_is_a_stream_is_predicted_for(tmp_path, work, tiny_folder, pictures, write_web_dataset):
+    pytest.importorskip('webdataset')
+    pixels, labels = pictures(60)
+    write_web_dataset(tmp_path, pixels, np.unique(labels, return_inverse=True)[1])
+    line = ('test_resnet', 'wds/mine', '--data-dir', tmp_path, '--hypernet', tiny_folder)
+    out = succeeds('predict', *line, '--out', 'model').stdout
+    assert '--head blend' not in out
+    assert timm.create_model('local-dir:model', pretrained=True).num_classes == 3
+
+
 def test_a_class_that_one_set_trains_on_and_another_keeps_for_the_test_is_refused(shapes, tmp_path, monkeypatch):
     images = json.dumps(str(shapes / 'my shapes'))
     unseen = f'[[data]]\nimages = {images}\nunseen = ["cup", "mug"]\n\n[groups]'

@@ -367,6 +367,20 @@ def test_a_network_that_no_group_changes_sees_each_image_once_and_gives_the_same
     assert few['accuracy'][name]['mean'] == pytest.approx(right[0])
 
 
+def test_random_weights_are_calibrated_by_the_images_for_their_own_statistics_say_nothing(bank, groups, monkeypatch):
+    found, calibrate = [], measure.calibrate
+
+    def recording(*args, **kwargs):
+        found.append(kwargs)
+        return calibrate(*args, **kwargs)
+
+    monkeypatch.setattr(measure, 'calibrate', recording)
+    config = InputConfig(input_size=(3, 16, 16))
+    network = PudNet.for_target('test_resnet', sketch_width=8, input=config, prior_images=400.0, deep_share=0.1)
+    evaluate(network, bank, groups.first(1), without=['raw_pixels'], progress=False)
+    assert found == [{'prior_images': 400.0, 'deep_share': 0.1}, {'prior_images': 8.0, 'deep_share': 1.0}]
+
+
 def test_each_arm_is_read_in_its_own_whitened_space(hypernet, bank, groups, recorded):
     plain = timm.create_model('test_resnet', num_classes=0)
     learned = 2 * torch.eye(plain.num_features)

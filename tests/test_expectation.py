@@ -108,6 +108,13 @@ def test_where_nothing_tells_the_accuracy_the_check_says_so(held_out):
     assert abs(fit_expectation(shuffled, **FIXED).check['rank_correlation']) < 0.3
 
 
+def test_sets_that_are_all_as_accurate_rank_nothing_and_are_saved(held_out, tmp_path):
+    found = fit_expectation([dataclasses.replace(one, right=300) for one in held_out()], **FIXED)
+    assert found.check['rank_correlation'] == found.check['rank_correlation_at_equal_classes'] == 0
+    found.save(tmp_path)
+    assert Expectation.load(tmp_path) == found
+
+
 def test_a_domain_is_expected_by_a_fit_that_did_not_see_it(held_out):
     sets = held_out()
     changed = [dataclasses.replace(one, right=0) if one.domain == 'd2' else one for one in sets]

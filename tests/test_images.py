@@ -371,6 +371,12 @@ def test_wrong_labels(labels):
         open_images(noise(4, 8, 8), labels, input=RGB)
 
 
+@pytest.mark.parametrize('labels', [torch.zeros(4, 1), np.eye(4, dtype=int)])
+def test_labels_of_another_shape_are_told_theirs(labels):
+    with pytest.raises(InputError, match=re.escape(f'shape {list(labels.shape)}: pass one int or string for each')):
+        open_images(noise(4, 8, 8), labels, input=RGB)
+
+
 def test_the_number_of_labels_must_fit(folder):
     with pytest.raises(InputError, match='2 labels for 5 images'):
         open_images(folder, [0, 1], input=RGB)

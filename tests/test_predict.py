@@ -834,7 +834,7 @@ class Double:
     ],
 )
 def test_torch_s_defaults_as_the_caller_has_them_change_nothing_and_stay(
-    surroundings, what, tiny_folder, support, model, query
+    surroundings, what, tiny_folder, support, model, query, tmp_path
 ):
     with surroundings():
         before = what()
@@ -842,7 +842,12 @@ def test_torch_s_defaults_as_the_caller_has_them_change_nothing_and_stay(
         sketch = load_hypernet(tiny_folder).sketch(support[0])
         assert what() == before
         tuned = finetune(found, *support, epochs=1, progress=False)
+        opened = open_images(*support, input=load_hypernet(tiny_folder).config.input)
+        same_model(predict_model('test_resnet', opened, hypernet=tiny_folder), model, query[0])
+        new = PudNet.for_target('test_resnet', sketch_width=8)
+        new.save_pretrained(tmp_path / 'new')
         assert what() == before
+    PudNet.from_pretrained(tmp_path / 'new')
     same_model(found, model, query[0])
     for one in (found, tuned):
         assert {value.device.type for value in one.state_dict().values()} == {'cpu'}

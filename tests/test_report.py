@@ -31,6 +31,7 @@ from timm_pudnet.evaluation import (
 from timm_pudnet.evaluation.expectation import HeldOutSet, Traits
 from timm_pudnet.evaluation.holdout import raw_pixels
 from timm_pudnet.evaluation.report import feature_map, first_images, sample_features
+from timm_pudnet.files import config_sha256
 from timm_pudnet.images import open_images
 from timm_pudnet.predict import predict_model
 
@@ -312,6 +313,16 @@ def test_images_of_any_number_are_tested_and_evenly_chosen_for_the_map(count, mo
     assert len(test.labels) == count
 
 
+def test_classes_that_are_numbers_are_named_though_the_map_has_none_of_the_last(model, tiny, monkeypatch):
+    monkeypatch.setattr('timm_pudnet.evaluation.report.MOST_ON_A_MAP', 3)
+    pixels = torch.randint(0, 256, (9, 3, 32, 32), dtype=torch.uint8)
+    used = open_images(pixels, torch.tensor([0, 1, 1, 0, 1, 2, 0, 1, 1]), input=tiny.config.input)
+    report = make_report(model, used, None, title='t', tiles=[])
+    assert report.point_labels.tolist() == [0, 0, 0]
+    assert report.class_names == ('0', '1', '2')
+    assert report.page()
+
+
 @pytest.mark.filterwarnings('ignore::timm_pudnet.PudNetWarning')
 def test_copies_across_the_parts_are_counted(source, model):
     used = source.subset([1, 2, 3, 8, 9, 10, 11, 16, 17])
@@ -515,11 +526,16 @@ def test_what_to_expect_is_said_where_a_fit_is_there_and_not_where_it_is_of_othe
     assert 'unlike anything' in result.stdout
     assert 'Expected' not in result.stdout
     shutil.rmtree(tmp_path / 'model')
-    fit_expectation(sets, weights_digest='others', **fixed).save(tmp_path / 'hypernet')
-    result, _ = predict(images, hypernet=tmp_path / 'hypernet')
-    assert 'Warning' in result.stderr
-    assert 'expectation.json is of other weights' in result.stderr
-    assert 'Expected' not in result.stdout
+    digest, config = weights_digest(PudNet.from_pretrained(tiny_folder)), config_sha256(tiny_folder)
+    fit_expectation(sets, weights_digest=digest, config_sha256=config, **fixed).save(tmp_path / 'hypernet')
+    assert 'Expected' in predict(images, hypernet=tmp_path / 'hypernet')[0].stdout
+    for wrong in ({'weights_digest': 'others'}, {'weights_digest': digest, 'config_sha256': 'others'}):
+        shutil.rmtree(tmp_path / 'model')
+        fit_expectation(sets, **wrong, **fixed).save(tmp_path / 'hypernet')
+        result, _ = predict(images, hypernet=tmp_path / 'hypernet')
+        assert 'Warning' in result.stderr
+        assert 'expectation.json is of other weights, or of another config' in result.stderr
+        assert 'Expected' not in result.stdout
 
 
 # In a browser

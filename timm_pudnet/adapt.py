@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_pudnet.config import InputError
+from timm_pudnet.config import PRIOR_IMAGES, InputError
 from timm_pudnet.target import batch_norms
 
-# Statistics of so many images' weight are taken from training, so that a handful of images calibrates a network too.
-PRIOR_IMAGES = 8
 RIDGE_STRENGTH = 0.3
 # Of the blend; chosen by groups of CIFAR-10's training images and of 67 classes of Tiny-ImageNet that are left out.
 SMOOTHING = 2  # images, in which all channels are alike, that naive Bayes takes for seen of every class

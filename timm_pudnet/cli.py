@@ -224,7 +224,7 @@ def predict(
     if test is not None and test.right_raw >= test.right:
         remedy = 'try --head blend, or ' if head == 'centroid' else ''
         click.echo(f'Note       raw pixels do as well: {remedy}train a hypernetwork for images of this family')
-    elif by_default and head == 'centroid' and model.num_classes and len(kept) >= _MANY * model.num_classes:
+    elif by_default and head == 'centroid' and _has_many_labels(kept, model.num_classes):
         click.echo('Note       with so many labels a class --head blend is usually better than class centroids')
     if not source.labelled:
         click.echo(
@@ -289,6 +289,10 @@ def predict(
             click.echo('           Its plots are not there as PNG files: pip install matplotlib')
 
 
+def _has_many_labels(source: Any, num_classes: int) -> bool:
+    return source.labels is not None and len(source.labels) >= _MANY * num_classes
+
+
 def _said_by_sketch(network: Any, model: Any) -> str:
     """What came of the sketch of a hypernetwork with a gate, in words; nothing of one without."""
     import torch
@@ -314,15 +318,17 @@ def _a_class_is_unread(source: Any) -> bool:
 def _expectation_of(network: Any) -> Any:
     """The fitted expectation of a hypernetwork; None where it has none, or one of other weights."""
     from timm_pudnet import evaluation
+    from timm_pudnet.files import config_sha256
 
     found = None if network.folder is None else evaluation.Expectation.load(network.folder)
     if found is not None and (
         found.weights_digest != evaluation.weights_digest(network)
+        or found.config_sha256 not in ('', config_sha256(network.folder))
         or len(found.references[0]) != network.config.sketch_width
     ):
         warnings.warn(
-            f'{network.folder}: its expectation.json is of other weights and is not used; fit it again '
-            '(hub/expectation.py)',
+            f'{network.folder}: its expectation.json is of other weights, or of another config, and is not used; fit '
+            'it again (hub/expectation.py)',
             PudNetWarning,
             stacklevel=2,
         )

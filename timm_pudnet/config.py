@@ -12,6 +12,8 @@ from typing import Any, TypedDict
 
 __version__ = '0.1.0'
 FORMAT_VERSION = 1
+# Statistics of so many images' weight are taken from training, so that a handful of images calibrates a network too.
+PRIOR_IMAGES = 8.0
 _CONTROL = re.compile(r'[\x00-\x1f\x7f-\x9f]')
 
 
@@ -197,7 +199,7 @@ class PudNetConfig:
     predict_linear: bool = False
     min_predicted: float = 0.5
     gain: float = 2.0
-    prior_images: float = 8.0
+    prior_images: float = PRIOR_IMAGES
     deep_share: float = 1.0
     sketch_limit: float = 0.0
     sketch_gate: bool = False

@@ -152,6 +152,7 @@ class PudNet(nn.Module):
         self._places += [(key, self.norm_statistics._buffers, _slashed(key)) for key in self.target.keys('calibrated')]
 
     @classmethod
+    @own_defaults()
     def for_target(
         cls, model_name: str, *, generator: str = 'auto', pretrained: bool | str = False, **config: Any
     ) -> PudNet:

@@ -87,6 +87,7 @@ class ImageSource:
         skipped: `(name, reason)` of the images that the latest pass could not read.
         labels: int64 `[n]` where known before reading, else None.
         labelled: Whether batches carry labels.
+        is_stream: Whether images can only be read in order, so that there are no subsets.
         progress: Whether a bar shows passes over the images that take longer than two seconds.
     """
 
@@ -119,16 +120,16 @@ class ImageSource:
         self._started: tuple[Any, Iterator[Any]] | None = None  # a stream's first item and the rest of that pass
         self._kept: _KeptImages | None = None  # what a full pass decoded
         self._batched = _is_batched(data)
-        self._is_stream = isinstance(data, (DataLoader, IterableDataset))
-        self._positions = np.arange(0 if self._is_stream else len(data))
-        if not self._is_stream and not len(data):
+        self.is_stream = isinstance(data, (DataLoader, IterableDataset))
+        self._positions = np.arange(0 if self.is_stream else len(data))
+        if not self.is_stream and not len(data):
             raise InputError(f'no images: {where} is empty')
         self._without = False  # whether the first item has the label -1, of none
         self.labelled = self._peek(with_labels)
         self.description = self._describe()
 
     def __len__(self) -> int:
-        if not self._is_stream:
+        if not self.is_stream:
             return len(self._positions)
         if self._batched and self._data.batch_size is not None:
             count = len(self._data.sampler)  # TypeError where it wraps an IterableDataset
@@ -196,7 +197,7 @@ class ImageSource:
         Raises:
             InputError: The images are a stream, or an index is out of range.
         """
-        if self._is_stream:
+        if self.is_stream:
             raise InputError(f'{self._where} can only be read in order: pass a list, folder or Dataset for a subset')
         chosen = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
         if chosen.ndim != 1 or not chosen.size or chosen.dtype.kind not in 'iu':
@@ -229,7 +230,7 @@ class ImageSource:
 
     def _peek(self, with_labels: bool) -> bool:
         """Whether there are labels to take; looks at the first item only, and keeps it for the first pass."""
-        if self._is_stream:
+        if self.is_stream:
             stream = iter(self._data)
             first = next(stream, None)
             if first is None:
@@ -237,7 +238,7 @@ class ImageSource:
             self._started = (first, stream)
         if self.labels is not None:
             return True
-        if self._is_stream:
+        if self.is_stream:
             _, labels = _split_item(first, self._where, self._batched)
         elif isinstance(self._data, Dataset):
             labels = None
@@ -256,7 +257,7 @@ class ImageSource:
 
     def name(self, row: int) -> str:
         """Name of an image by its row: its path in the folder, or its number."""
-        position = row if self._is_stream else self._positions[row]
+        position = row if self.is_stream else self._positions[row]
         if self._names is not None:
             return self._names[position]
         path = self._data[position] if isinstance(self._data, (list, tuple)) else None
@@ -268,7 +269,7 @@ class ImageSource:
         Images are a list of single ones, or one array or tensor that holds all of them.
         """
         data = self._data
-        if not self._is_stream:
+        if not self.is_stream:
             for start in range(0, len(self._positions), batch_size):
                 positions = self._positions[start : start + batch_size]
                 if isinstance(data, np.ndarray):
@@ -366,7 +367,7 @@ class ImageSource:
             if not skipped:
                 raise InputError(f'{self._where} gave no images on this pass; it must be possible to read it again')
             raise InputError(f'none of the {total:,} images of {self._where} could be read: {_name_some(skipped)}')
-        if self._is_stream and self.labels is not None and len(self.labels) != total:
+        if self.is_stream and self.labels is not None and len(self.labels) != total:
             raise InputError(f'{len(self.labels)} labels for {total} images of {self._where}')
         fresh = [entry for entry in skipped if entry not in self._reported]
         if fresh:
@@ -540,13 +541,18 @@ def open_images(
     )
 
 
+def channel_statistics(input: InputConfig) -> tuple[Tensor, Tensor]:
+    """Mean and std of pixels that a network is to see as 0 and 1, each `[c, 1, 1]`, whatever torch's defaults are."""
+    mean, std = (torch.tensor(values, dtype=torch.float32, device='cpu') for values in (input.mean, input.std))
+    return mean[:, None, None], std[:, None, None]
+
+
 class _Preprocess:
     """timm's eval transform, split so that normalising is done for a whole batch at once."""
 
     def __init__(self, input: InputConfig) -> None:
         self.channels, *self.size = input.input_size
-        self.mean = torch.tensor(input.mean).view(-1, 1, 1)
-        self.std = torch.tensor(input.std).view(-1, 1, 1)
+        self.mean, self.std = channel_statistics(input)
         self.crop_mode = input.crop_mode
         self.crop_pct = input.crop_pct
         self.transform: Any = create_transform(
@@ -815,8 +821,10 @@ def _index_labels(values: Any, names: Sequence[str] | None = None) -> tuple[Tens
     """Labels as 0 to k - 1, int64 `[n]`, and class names; `names` are those of the numbers, where known."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
-    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable) or getattr(values, 'ndim', 1) != 1:
+    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
         raise InputError(f'labels: a {type(values).__name__}; pass one int or string for each image')
+    if getattr(values, 'ndim', 1) != 1:
+        raise InputError(f'labels of shape {list(values.shape)}: pass one int or string for each image, shape [n]')
     values = values if isinstance(values, np.ndarray) else list(values)
     if all(isinstance(value, str) for value in values):
         class_names, numbers = np.unique(np.array(values, dtype=np.str_), return_inverse=True)

@@ -100,6 +100,8 @@ class Expectation:
         noise: `a` and `b` of the variance `a + b / n` of what is wrong with the expectation, in log odds.
         width: Half the interval in standard deviations of that.
         check: How well it held on domains that it was not fitted on (`fit_expectation`).
+        config_sha256: Of the hypernetwork's `config.json` (`files.config_sha256`), whose calibration accuracy depends
+            on; empty where it is not known.
 
     Raises:
         InputError: The parts do not fit each other.
@@ -114,6 +116,7 @@ class Expectation:
     noise: tuple[float, float]
     width: float
     check: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config_sha256: str = ''
 
     def __post_init__(self) -> None:
         for name in ('references', 'familiar'):
@@ -175,7 +178,7 @@ class Expectation:
         """Writes `expectation.json` into a hypernetwork's folder, in place of an earlier one."""
         path = Path(folder) / EXPECTATION_NAME
         with written_whole(path) as beside:
-            beside.write_text(json.dumps(dataclasses.asdict(self)) + '\n', encoding='utf-8')
+            beside.write_text(json.dumps(dataclasses.asdict(self), allow_nan=False) + '\n', encoding='utf-8')
         return path
 
     @classmethod
@@ -280,7 +283,7 @@ def read_traits(hypernet: PudNet, model: nn.Module, source: ImageSource, expecta
     Returns:
         None where there are no labels, or no class has two images.
     """
-    if source.labels is None:
+    if source.labels is None or source.is_stream:
         return None
     classes, labels = source.labels.unique(return_inverse=True)
     each = max(20, MOST_IMAGES // len(classes))
@@ -309,6 +312,7 @@ def fit_expectation(
     references: Tensor,
     sizes: Sequence[int],
     familiar: Sequence[tuple[float, float]],
+    config_sha256: str = '',
 ) -> Expectation:
     """Fits the expectation on all sets, and checks it domain by domain.
 
@@ -321,13 +325,14 @@ def fit_expectation(
         references: Sketches `[r, m]` that the traits' distances are from.
         sizes: See `Expectation`.
         familiar: See `Expectation`.
+        config_sha256: See `Expectation`.
 
     Returns:
         The expectation. Its `check` has `rank_correlation` of expected and true accuracy over all sets, each expected
         by a fit without its domain, `rank_correlation_at_equal_classes` (the mean of that over sets of as many classes,
         since their number alone ranks much), `rank_correlation_of_sketch` (of the first guess alone, likewise) and
         `rank_correlation_of_leave_one_out` (of that trait alone), `mean_error`, `coverage` of the interval, and the
-        same by domain under `domains`.
+        same by domain under `domains`. Where all sets are as accurate as each other none is ranked: 0.
 
     Raises:
         InputError: There are fewer than four domains.
@@ -340,6 +345,7 @@ def fit_expectation(
         'references': [[round(value, 4) for value in row] for row in references.tolist()],
         'sizes': sizes,
         'familiar': familiar,
+        'config_sha256': config_sha256,
     }
     found: dict[str, list[tuple[HeldOutSet, tuple[float, float, float]]]] = {}
     for domain in domains:
@@ -352,8 +358,8 @@ def fit_expectation(
         'sets': len(sets),
         **_scores(pooled),
         'rank_correlation_at_equal_classes': _at_equal_classes(pooled),
-        'rank_correlation_of_sketch': rank_correlation(guesses, truth),
-        'rank_correlation_of_leave_one_out': rank_correlation([one.traits.leave_one_out for one, _ in pooled], truth),
+        'rank_correlation_of_sketch': _ranked(guesses, truth),
+        'rank_correlation_of_leave_one_out': _ranked([one.traits.leave_one_out for one, _ in pooled], truth),
         'domains': {domain: {'sets': len(rows), **_scores(rows)} for domain, rows in found.items()},
     }
     return Expectation(**fixed, **_regress(sets), check=check)
@@ -363,7 +369,7 @@ def _scores(rows: Sequence[tuple[HeldOutSet, tuple[float, float, float]]]) -> di
     truth = [one.right / one.total for one, _ in rows]
     return {
         'mean_accuracy': sum(truth) / len(truth),
-        'rank_correlation': rank_correlation([expected[0] for _, expected in rows], truth),
+        'rank_correlation': _ranked([expected[0] for _, expected in rows], truth),
         'mean_error': sum(abs(expected[0] - true) for (_, expected), true in zip(rows, truth, strict=True)) / len(rows),
         'coverage': sum(low <= true <= high for (_, (_, low, high)), true in zip(rows, truth, strict=True)) / len(rows),
     }
@@ -375,8 +381,14 @@ def _at_equal_classes(rows: Sequence[tuple[HeldOutSet, tuple[float, float, float
     for k in {one.traits.num_classes for one, _ in rows}:
         inside = [(expected[0], one.right / one.total) for one, expected in rows if one.traits.num_classes == k]
         if len(inside) > 1:
-            found += len(inside) * [rank_correlation(*zip(*inside, strict=True))]
+            found += len(inside) * [_ranked(*zip(*inside, strict=True))]
     return sum(found) / max(1, len(found))
+
+
+def _ranked(guesses: Sequence[float], truth: Sequence[float]) -> float:
+    """Rank correlation; 0 where one of the two is all equal."""
+    found = rank_correlation(guesses, truth)
+    return 0.0 if math.isnan(found) else found
 
 
 def _regress(sets: Sequence[HeldOutSet]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from timm_pudnet.adapt import StreamingCentroids, centroid_logits, ridge_classifier
 from timm_pudnet.evaluation.metrics import share_interval
-from timm_pudnet.images import ImageSource
+from timm_pudnet.images import ImageSource, channel_statistics
 from timm_pudnet.predict import in_memory
 from timm_pudnet.sketch import content_keys
 
@@ -33,7 +33,7 @@ def split_held_out(source: ImageSource, share: float, seed: int = 0) -> tuple[Im
     Returns:
         The two parts; the second is None where nothing is kept aside: no labels, a stream, or a share of 0.
     """
-    if source.labels is None or share == 0:
+    if source.labels is None or source.is_stream or share == 0:
         return source, None
     generator = torch.Generator().manual_seed(seed)
     used, tested = [], []
@@ -199,5 +199,5 @@ def raw_pixels(images: Tensor, most: int = MOST_RAW_PIXELS) -> Tensor:
 
 def as_pixels(image: Tensor, source: ImageSource) -> Tensor:
     """A normalised image `[c, h, w]` of a source as uint8, to be looked at."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (source.input.mean, source.input.std))
+    mean, std = channel_statistics(source.input)
     return ((image.cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)

@@ -24,7 +24,7 @@ from timm_pudnet.adapt import (
     ridge_classifier,
     self_training_classifier,
 )
-from timm_pudnet.config import Calibration, InputError
+from timm_pudnet.config import PRIOR_IMAGES, Calibration, InputError
 from timm_pudnet.evaluation.holdout import raw_pixels
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
@@ -58,9 +58,9 @@ def evaluate(
 
     For every group the support images give the sketch, the norm statistics and the class centroids; the query images
     are classified by eq. 7 in eval mode, so no query image touches anything that classifies it. Images without labels
-    teach the self-trained head, and nothing else. Every network below gets the same support and head; predicted
-    networks and controls get their whitening, and all but the controls' `..._own_statistics` are calibrated on the
-    support:
+    teach the self-trained head, and nothing else (it begins from the blend head, that of raw pixels from the ridge).
+    Every network below gets the same support and head; predicted networks and controls get their whitening, and all but
+    the controls' `..._own_statistics` are calibrated on the support:
 
     - `predicted`: the hypernetwork with the group's own sketch;
     - `predicted_without_whitening`: the same network, eq. 7 of its features as they are, as in the paper;
@@ -70,7 +70,7 @@ def evaluate(
       sketches passes the hypernetwork's gate, where it has one;
     - each of `controls` by its name, the same architecture trained without a hypernetwork, and `..._own_statistics`:
       the same with its own norm statistics instead of calibrated ones;
-    - `random_weights`: timm's random init;
+    - `random_weights`: timm's random init, calibrated as by a new hypernetwork, whose training says less;
     - `raw_pixels`: no network, the normalised pixels as features.
 
     Args:
@@ -130,7 +130,7 @@ def evaluate(
 
     sketches = [group_sketch(hypernet, images(number)[0]) for number in range(count)]
     average = (
-        torch.stack([sketch for sketch, _ in sketches]).double().mean(0).float(),
+        torch.stack([sketch.cpu() for sketch, _ in sketches]).double().mean(0).float().to(device),
         sum(size for _, size in sketches),
     )
     with forked_rng(device):
@@ -138,9 +138,9 @@ def evaluate(
         model = channels_last(create_feature_model(hypernet.target).to(device).eval())
     initial = {key: value.clone() for key, value in model.state_dict().items()}
 
-    def with_weights(weights: dict[str, Tensor], calibrated: bool = True) -> Extractor:
+    def with_weights(weights: dict[str, Tensor], how: Calibration | None = config.calibration) -> Extractor:
         def run(support: GroupImages, query: GroupImages, rest: GroupImages) -> Features:
-            features = support_features(model, weights, support, config.calibration if calibrated else None)
+            features = support_features(model, weights, support, how)
             return features, _rows(model, query), _rows(model, rest)
 
         return run
@@ -169,7 +169,8 @@ def evaluate(
         given['mean_sketch'] = lambda number: average
     if other is not None:
         given['other_domain_sketch'] = other_sketch
-    arms: dict[str, Extractor] = {'random_weights': with_weights(initial), 'raw_pixels': _raw_pixels}
+    untrained = Calibration(prior_images=PRIOR_IMAGES, deep_share=1.0)  # whose own statistics say nothing
+    arms: dict[str, Extractor] = {'random_weights': with_weights(initial, untrained), 'raw_pixels': _raw_pixels}
     bases: dict[str, dict[str, Tensor]] = {}
     looks = groups.query.numel() + (0 if groups.support is None else groups.support.numel())
     once = groups.conditions is None and support_bank is None and len(bank.labels) < looks
@@ -178,7 +179,7 @@ def evaluate(
         arms[name] = with_weights(own)
         if torch.equal(learned.to(device), whitening):
             bases[name] = own  # perhaps what is predicted behind a closed gate
-        arms[f'{name}_own_statistics'] = looked_up(own) if once else with_weights(own, calibrated=False)
+        arms[f'{name}_own_statistics'] = looked_up(own) if once else with_weights(own, None)
         for arm in (name, f'{name}_own_statistics'):
             readings[arm] = {arm: learned.to(device)}
     given = {name: sketch for name, sketch in given.items() if name not in without}

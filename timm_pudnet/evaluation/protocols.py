@@ -21,6 +21,7 @@ from torch import Tensor
 from timm_pudnet.adapt import MOST_UNLABELLED
 from timm_pudnet.config import DamagedFileError, InputConfig, InputError, PudNetWarning
 from timm_pudnet.hypernet import written_whole
+from timm_pudnet.images import channel_statistics
 from timm_pudnet.sketch import ImageSample
 from timm_pudnet.training.conditions import Condition
 from timm_pudnet.training.episodes import ImageBank
@@ -299,7 +300,7 @@ class GroupImages:
         return torch.cat(list(self._parts()))
 
     def _parts(self) -> Iterator[Tensor]:
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.config.mean, self.config.std))
+        mean, std = (values.to(self.bank.images.device) for values in channel_statistics(self.config))
         generator = torch.Generator().manual_seed(self.seed)
         for places in self.places.split(self.size):
             images = self.bank.images[places].float() / 255

@@ -388,7 +388,9 @@ def make_report(model: nn.Module, used: ImageSource, test: HeldOutTest | None, *
         right = test.guesses[test.places] == labels
     names = used.class_names or ()
     if labels is not None and not names:
-        names = tuple(str(label) for label in range(int(labels.max()) + 1 if test is None else test.num_classes))
+        known = labels if used.labels is None else torch.cat([labels, used.labels])  # those on the map are a sample
+        count = max(int(known.max()) + 1, 0 if test is None else test.num_classes)
+        names = tuple(str(label) for label in range(count))
     return Report(
         class_names=names,
         samples=sample_images(used),
@@ -409,7 +411,7 @@ def _class_rows(model: nn.Module) -> Tensor | None:
 @torch.inference_mode()
 def sample_images(source: ImageSource) -> list[tuple[int | None, Tensor]]:
     """Some images of a source with their classes, class by class, as uint8 `[c, h, w]`."""
-    if source.labels is None:
+    if source.labels is None or source.is_stream:
         images, _ = next(source.batches(24))
         return [(None, as_pixels(image, source)) for image in images]
     classes = source.labels.unique()[:MOST_SAMPLE_CLASSES]

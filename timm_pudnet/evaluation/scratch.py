@@ -20,7 +20,7 @@ from timm_pudnet.config import InputError
 from timm_pudnet.evaluation.measure import accuracy_interval, group_sketch, support_features
 from timm_pudnet.evaluation.metrics import mean_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
-from timm_pudnet.hypernet import PudNet, forked_rng
+from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults
 from timm_pudnet.target import create_feature_model
 from timm_pudnet.training.episodes import ImageBank
 from timm_pudnet.training.finetune import seconds_since
@@ -122,6 +122,7 @@ def _flipped_and_shifted(images: Tensor) -> Tensor:
     return padded[number, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+@own_defaults()
 def compare_scratch(
     hypernet: PudNet,
     bank: ImageBank,

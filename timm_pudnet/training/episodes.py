@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
 
 from timm_pudnet.config import InputConfig, InputError
-from timm_pudnet.images import ImageSource, open_images
+from timm_pudnet.images import ImageSource, channel_statistics, open_images
 from timm_pudnet.sketch import content_keys
 from timm_pudnet.training.conditions import Condition
 
@@ -340,8 +340,7 @@ class GroupSampler:
             for name, members in zip(bank.class_names, bank.members, strict=True):
                 if len(members) < each:
                     raise InputError(f'class {name!r} has {len(members)} images, a group needs {each}')
-        self.mean = torch.tensor(config.mean)[:, None, None]
-        self.std = torch.tensor(config.std)[:, None, None]
+        self.mean, self.std = channel_statistics(config)
 
     def generator(self, what: str, number: int) -> torch.Generator:
         """The generator of one draw."""

@@ -29,7 +29,7 @@ from timm_pudnet.config import InputConfig, InputError, PudNetWarning
 from timm_pudnet.files import local_path
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults, pretrained_model, usable_device
-from timm_pudnet.images import open_images
+from timm_pudnet.images import channel_statistics, open_images
 from timm_pudnet.predict import predict_model
 from timm_pudnet.target import batch_norms, input_of
 from timm_pudnet.training.episodes import ImageBank, bank_input, timm_augmented
@@ -197,6 +197,7 @@ class FineTuning:
         best_epoch: The one whose model is kept; 0 where none was better than before.
     """
 
+    @own_defaults()
     def __init__(
         self,
         model: nn.Module | str | os.PathLike[str],
@@ -253,6 +254,7 @@ class FineTuning:
             self.before = measured(self.model, self.held)
         self._kept: dict[str, Tensor] = {}
 
+    @own_defaults()
     def run(self, progress: bool = True) -> None:
         """Trains until nothing gets better, or to the last epoch. When interrupted, `result` has the best so far."""
         best = _rank(self.before) if self.before else None
@@ -446,7 +448,7 @@ def _batches(bank: ImageBank, config: InputConfig, device: torch.device, size: i
 
 def normalised(images: Tensor, config: InputConfig) -> Tensor:
     """Images `[n, c, h, w]` in 0-1 as a model sees them."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
+    mean, std = channel_statistics(config)
     return (images - mean) / std
 
 
