@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import struct
 import time
 import warnings
