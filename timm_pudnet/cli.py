@@ -224,7 +224,7 @@ def predict(
     if test is not None and test.right_raw >= test.right:
         remedy = 'try --head blend, or ' if head == 'centroid' else ''
         click.echo(f'Note       raw pixels do as well: {remedy}train a hypernetwork for images of this family')
-    elif by_default and head == 'centroid' and _has_many_labels(kept, model.num_classes):
+    elif by_default and head == 'centroid' and _has_many_labels(kept, model):
         click.echo('Note       with so many labels a class --head blend is usually better than class centroids')
     if not source.labelled:
         click.echo(
@@ -289,8 +289,8 @@ def predict(
             click.echo('           Its plots are not there as PNG files: pip install matplotlib')
 
 
-def _has_many_labels(source: Any, num_classes: int) -> bool:
-    return source.labels is not None and len(source.labels) >= _MANY * num_classes
+def _has_many_labels(source: Any, model: Any) -> bool:
+    return source.labels is not None and len(source.labels) >= _MANY * model.num_classes
 
 
 def _said_by_sketch(network: Any, model: Any) -> str:
@@ -320,7 +320,9 @@ def _expectation_of(network: Any) -> Any:
     from timm_pudnet import evaluation
     from timm_pudnet.files import config_sha256
 
-    found = None if network.folder is None else evaluation.Expectation.load(network.folder)
+    if network.folder is None:
+        return None
+    found = evaluation.Expectation.load(network.folder)
     if found is not None and (
         found.weights_digest != evaluation.weights_digest(network)
         or found.config_sha256 not in ('', config_sha256(network.folder))

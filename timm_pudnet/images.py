@@ -824,7 +824,8 @@ def _index_labels(values: Any, names: Sequence[str] | None = None) -> tuple[Tens
     if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
         raise InputError(f'labels: a {type(values).__name__}; pass one int or string for each image')
     if getattr(values, 'ndim', 1) != 1:
-        raise InputError(f'labels of shape {list(values.shape)}: pass one int or string for each image, shape [n]')
+        shape = list(getattr(values, 'shape', ()))
+        raise InputError(f'labels of shape {shape}: pass one int or string for each image, shape [n]')
     values = values if isinstance(values, np.ndarray) else list(values)
     if all(isinstance(value, str) for value in values):
         class_names, numbers = np.unique(np.array(values, dtype=np.str_), return_inverse=True)
