@@ -542,7 +542,7 @@ def open_images(
 
 
 def channel_statistics(input: InputConfig) -> tuple[Tensor, Tensor]:
-    """Mean and std of pixels that a network is to see as 0 and 1, each `[c, 1, 1]`, whatever torch's defaults are."""
+    """Mean and std that pixels are normalised by, each `[c, 1, 1]`; float32 on the CPU, whatever torch's defaults."""
     mean, std = (torch.tensor(values, dtype=torch.float32, device='cpu') for values in (input.mean, input.std))
     return mean[:, None, None], std[:, None, None]
 

@@ -437,12 +437,11 @@ def first_images(source: ImageSource, most: int) -> Iterator[tuple[Tensor, Tenso
 @torch.inference_mode()
 def sample_features(model: nn.Module, source: ImageSource) -> tuple[Tensor, Tensor | None]:
     """Features `[p, d]` of at most 1,000 images, and their classes where they have any."""
-    try:
-        count = len(source)
-        source = source.subset(torch.arange(0, count, -(-count // MOST_ON_A_MAP)))
-        batches = source.batches()
-    except (TypeError, ValueError):  # a stream
+    if source.is_stream:
         batches = first_images(source, MOST_ON_A_MAP)
+    else:
+        count = len(source)
+        batches = source.subset(torch.arange(0, count, -(-count // MOST_ON_A_MAP))).batches()
     rows, found = [], []
     for images, labels in batches:
         rows.append(pre_logits(model, images))
