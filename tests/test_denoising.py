@@ -451,7 +451,8 @@ class TestPublishing:
         (tmp_path / 'recipe.toml').write_text('seed = 0')
         rows = {'noisy': {'mean': 12.0, 'interval': 0.1}, 'predicted': {'mean': 24.5, 'interval': 0.2}}
         one = {'sigma': 0.25, 'reading': 'unit', 'psnr': rows}
-        found = {'protocol': 'birds', 'images': 9, 'noises': [one], 'weights_sha256': weights_sha256(tmp_path)}
+        more = {'sigma': 0.5, 'reading': 'unit', 'psnr': {**rows, 'predicted': {'mean': 21.5, 'interval': 0.2}}}
+        found = {'protocol': 'birds', 'images': 9, 'noises': [one, more], 'weights_sha256': weights_sha256(tmp_path)}
         (tmp_path / 'results.birds.json').write_text(json.dumps(found))
         return tmp_path
 
@@ -461,14 +462,16 @@ class TestPublishing:
         card = files['README.md'].decode()
         assert '| 0.25 (unit) | 12.00 ± 0.10 | 24.50 ± 0.20 |' in card
         assert "predict_denoiser('noisy/', hypernet='org/net')" in card
-        (result,) = ModelCard(card).data.eval_results
-        assert (result.metric_type, result.metric_value, result.task_type) == ('psnr', 24.5, 'image-to-image')
+        results = ModelCard(card).data.eval_results
+        found = [(result.metric_type, result.metric_value, result.task_type) for result in results]
+        assert found == [('psnr', 24.5, 'image-to-image'), ('psnr', 21.5, 'image-to-image')]
+        assert ['sigma 0.25' in result.dataset_name for result in results] == [True, False], 'each under its own noise'
 
     def test_results_of_other_weights_are_refused(self, folder):
         text = (folder / 'results.birds.json').read_text()
         digest = json.loads(text)['weights_sha256']['model.safetensors']
         (folder / 'results.birds.json').write_text(text.replace(digest, '0' * 64))
-        with pytest.raises(InputError, match='other weights'):
+        with pytest.raises(InputError, match=r'other weights .* run hub/denoising\.py'):
             hypernet_files(folder, 'org/net', 'mit')
 
     def test_results_without_a_psnr_are_refused(self, folder):

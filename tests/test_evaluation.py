@@ -150,6 +150,13 @@ def test_share_interval_is_wilson_s(right, total, low, high):
     assert_close(share_interval(right, total), (low, high), rtol=0, atol=1e-4)
 
 
+def test_share_interval_holds_the_share_itself():
+    for total in range(1, 500):
+        for right in (0, total // 3, total):
+            low, high = share_interval(right, total)
+            assert 0 <= low <= right / total <= high <= 1
+
+
 def test_share_interval_narrows_with_the_count():
     low, high = share_interval(7000, 10_000)
     assert 0.69 < low < 0.7 < high < 0.71

@@ -66,6 +66,52 @@ def test_a_tuned_model_is_timm_s_and_the_given_one_stays(model, pictures, tmp_pa
     assert measured(loaded, fresh)['accuracy'] > 80
 
 
+def test_a_folder_may_be_named_as_timm_names_it(model, pictures, tmp_path):
+    folder = timm_pudnet.save_model(model, tmp_path / 'model')
+    found = state(FineTuning(f'local-dir:{folder}', *pictures(24), epochs=1).model)
+    wanted = state(FineTuning(folder, *pictures(24), epochs=1).model)
+    assert_close(found, wanted, rtol=0, atol=0)
+    with pytest.raises(NotFoundError, match='nowhere: no such folder of a timm model'):
+        finetune('local-dir:nowhere', *pictures(24))
+
+
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_gradients_are_there_whatever_the_caller_has_set(mode, model, pictures):
+    wanted = state(finetune(model, *pictures(24), epochs=2, progress=False))
+    with mode():
+        found = finetune(model, *pictures(24), epochs=2, progress=False)
+    assert_close(state(found), wanted, rtol=0, atol=0)
+
+
+class Labelled(torch.utils.data.TensorDataset):
+    """Images whose labels are known only by reading them."""
+
+
+class Named(Labelled):
+    classes = ('a', 'b')
+
+
+@pytest.mark.parametrize(
+    ('kind', 'labels', 'reason'),
+    [
+        (Named, [5, 6, 7, 5], 'label 7 where there are names of 2 classes'),
+        (Labelled, [1, 2, 3, 1], 'labels up to 3, but only 3 different ones: make them 0 to 2'),
+        (Labelled, [3, 10**9 + 3, 3, 3], 'labels up to 1000000003, but only 2 different ones'),
+    ],
+)
+def test_labels_that_are_no_numbers_of_classes_are_told(kind, labels, reason, model):
+    with pytest.raises(InputError, match=reason):
+        finetune(model, kind(torch.rand(4, 3, 32, 32), torch.tensor(labels)))
+
+
+def test_two_classes_of_one_name_stay_two():
+    twins = Named(torch.arange(4.0)[:, None, None, None].expand(4, 3, 8, 8) / 4, torch.tensor([0, 1, 0, 1]))
+    twins.classes = ('crane', 'crane')
+    input = InputConfig(input_size=(3, 8, 8), mean=(0.0,) * 3, std=(1.0,) * 3)
+    bank = ImageBank.from_source(timm_pudnet.open_images(twins, input=input))
+    assert (bank.labels.tolist(), [len(rows) for rows in bank.members]) == ([0, 1, 0, 1], [2, 2])
+
+
 def normalised_pixels(bank, net):
     mean, std = (torch.tensor(values)[:, None, None] for values in (net.config.input.mean, net.config.input.std))
     return (bank.images.float() / 255 - mean) / std

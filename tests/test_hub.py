@@ -181,6 +181,13 @@ def test_accuracy_and_licence_are_those_of_the_files(shelf):
     (folder / 'results.json').write_text(json.dumps(results))
     assert describe_hypernet('test_resnet.tiny').accuracy['n_way'] == '5', 'results.json goes first'
     assert '61.25 ± 1.50 % (5-way, 10 labels)' in str(describe_hypernet(folder))
+    for header in (
+        '\ufeff---\nlicense: mit\n---\n',
+        '---\r\nlicense: mit\r\n---\r\n',
+        '---\nlicense: "mit"  # ours\n---\n',
+    ):
+        (folder / 'README.md').write_bytes(header.encode())
+        assert describe_hypernet(folder).license == 'mit'
 
 
 @pytest.mark.parametrize(
@@ -244,6 +251,9 @@ def change_config(folder, **changes):
     (folder / 'config.json').write_text(json.dumps({**found, **changes}))
 
 
+HUB = Path(timm_pudnet.__file__).parents[1] / 'hub'
+HUB_FOLDERS = sorted(path.parent for path in HUB.glob('*/config.json'))
+
 INCOMPLETE = {
     'no recipe': (lambda folder: (folder / 'recipe.toml').unlink(), ['recipe.toml']),
     'no results': (lambda folder: (folder / 'results.json').unlink(), ['no results', 'evaluate']),
@@ -258,6 +268,10 @@ INCOMPLETE = {
     ),
     'results on a seen class': (lambda folder: change_results(folder, classes=['mug', 'hat']), ['hat', 'seen']),
     'no accuracy': (lambda folder: change_results(folder, accuracy={}), ['results.json', 'evaluate']),
+    'results that are not published': (
+        lambda folder: shutil.copy(folder / 'results.json', folder / 'results.v1.2.json'),
+        ['results.v1.2.json', 'results.NAME.json'],
+    ),
     'no licence': (lambda folder: None, ['--license']),
     'no config': (lambda folder: (folder / 'config.json').unlink(), ['config.json']),
 }
@@ -272,6 +286,17 @@ def test_a_folder_that_is_not_complete_is_not_published(case, complete, one_line
     one_line(error, complete, *needles)
 
 
+@pytest.mark.parametrize('folder', HUB_FOLDERS, ids=lambda folder: folder.name)
+def test_every_hypernetwork_of_ours_may_be_published(folder):
+    files = hypernet_files(folder, f'org/{folder.name}')
+    recipes = {path.name for path in folder.glob('*.toml')}
+    assert {'config.json', 'model.safetensors', 'recipe.toml', 'README.md'} | recipes < files.keys()
+    found = ModelCard(files['README.md'].decode()).data.eval_results
+    measured = {name for name in files if name.startswith('results')}
+    named = [next(name for name in measured if f'({name})' in result.dataset_name) for result in found]
+    assert set(named) == measured, 'no file stands under the name of another'
+
+
 def test_a_licence_is_asked_for_where_the_card_says_none_and_never_changed(complete, tmp_path, one_line):
     assert b'license: mit' in hypernet_files(complete, 'org/name', 'mit')['README.md']
     (complete / 'README.md').write_text('---\nlicense: apache-2.0\n---\nOurs.\n')
@@ -279,6 +304,12 @@ def test_a_licence_is_asked_for_where_the_card_says_none_and_never_changed(compl
     with pytest.raises(InputError) as error:
         hypernet_files(complete, 'org/name', 'mit')
     one_line(error, complete, 'apache-2.0', 'mit', '--license')
+    (complete / 'README.md').write_text(
+        '\ufeff---\nlicense: apache-2.0\nmodel_name: shop\n---\nOurs.\n', encoding='utf-8'
+    )
+    card = hypernet_files(complete, 'org/name')['README.md'].decode()
+    assert card.count('license: apache-2.0') == 1
+    assert 'shop' not in card, 'its name is that of the hypernetwork'
 
     model = timm_pudnet.save_model(timm.create_model('test_resnet', num_classes=2), tmp_path / 'model')
     (model / 'README.md').write_text('# Mine\n')
@@ -336,7 +367,6 @@ def test_release_publishes_nothing_unless_all_are_complete(complete, tiny_folder
 
 # Those in hub/
 
-HUB = Path(timm_pudnet.__file__).parents[1] / 'hub'
 CLASSIFIERS = [
     'resnet18.fashion_set',
     'resnet18.mixed',

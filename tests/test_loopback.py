@@ -40,6 +40,10 @@ def served(name):
 def pull(name):
     return str(hub.pull(name))
 
+def pull_beside(repo):
+    os.makedirs(repo)
+    return pull(repo)
+
 def fetch(repo):
     return str(remote.fetch(repo))
 
@@ -226,7 +230,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         'gone',
     ]
     names += ['cli dry', 'cli', 'cli again', 'cli conflict', 'release dry', 'release', 'release again']
-    names += ['hidden', 'hidden again', 'public']
+    names += ['hidden', 'hidden again', 'public', 'public, nothing new', 'public, dry']
     outcomes = client(
         home,
         ['push', str(whole), 'org/test_resnet.tiny', {**license, 'dry_run': True}],
@@ -251,6 +255,8 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         ['push', str(whole), 'org/hidden', {**license, 'private': True}],
         ['push', str(shards), 'org/hidden', {**license, 'private': True}],
         ['push', str(shards), 'org/cli', {**license, 'private': True}],
+        ['push', str(whole), 'org/cli', {'license': 'mit', 'private': True}],
+        ['push', str(shards), 'org/cli', {**license, 'private': True, 'dry_run': True}],
     )
     return dict(zip(names, outcomes, strict=True)), whole
 
@@ -281,7 +287,8 @@ def test_what_is_to_be_private_is_never_sent_to_a_public_repository(pushed, serv
     assert outcomes['hidden']['value'][1]
     assert outcomes['hidden again']['value'][1], 'one that is private already takes more'
     assert server.private == {'org/hidden'}, 'and none is private, or public, unless that is asked for'
-    assert outcomes['public']['error'].startswith('InputError: org/cli is there and public')
+    for case in ('public', 'public, nothing new', 'public, dry'):
+        assert outcomes[case]['error'].startswith('InputError: org/cli is there and public')
     assert server.files('org/cli')['model.safetensors'] == (whole / 'model.safetensors').read_bytes()
 
 
@@ -426,7 +433,12 @@ def pulled(pushed, server, client, tiny_files, tmp_path_factory):
         'cli pull': ['cli', 'pull', 'org/test_resnet.tiny'],
         'cli list': ['cli', 'list', '--hub'],
         'cli fault': ['cli', 'pull', 'org/missing'],
+        'without org': ['pull', 'test_resnet.tiny'],
+        'beside a folder': ['pull_beside', 'org/test_resnet.tiny'],
         **{repo: ['pull', repo] for repo in FAULTS},
+        'down': ['digest', 'org/down'],
+        'down, served': ['served', 'org/down'],
+        'down, by prefix': ['digest', 'hf-hub:org/down'],
         'newer 0': ['fetch', 'org/newer'],
         'newer 1': ['control', 'commit'],
         'newer 2': ['fetch', 'org/newer'],
@@ -470,6 +482,18 @@ def test_a_fault_is_one_line_that_names_the_repository(repo, pulled):
     assert '\n' not in outcome['error']
     for needle in needles:
         assert needle in outcome['error']
+
+
+def test_who_may_have_meant_a_folder_is_told_that_there_is_none(pulled):
+    for name in ('down', 'down, served'):
+        assert pulled[1][name]['error'].endswith('; nor is there a folder org/down')
+    assert 'folder' not in pulled[1]['down, by prefix']['error']
+
+
+def test_a_pull_goes_to_the_hub_whatever_lies_in_the_current_folder(pulled, server):
+    newest = server.refs['org/test_resnet.tiny']['main']
+    for name in ('without org', 'beside a folder'):
+        assert pulled[1][name].get('value', '').endswith(newest), pulled[1][name]
 
 
 def test_nothing_but_our_files_is_fetched(pulled, server):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from timm_pudnet.config import InputError, UnsupportedTargetError
-from timm_pudnet.target import batch_norms, create_feature_model, describe_target
+from timm_pudnet.target import batch_norms, create_feature_model, describe_target, keep_arguments
 
 ARCHITECTURES = [
     *('test_resnet', 'test_efficientnet', 'resnet18', 'resnet50', 'seresnet18', 'regnetx_002', 'densenet121'),
@@ -238,3 +238,13 @@ def test_describing_draws_no_random_numbers():
     before = torch.get_rng_state()
     describe_target('resnet18', drop_rate=0.125)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_an_earlier_timm_forgets_of_a_model_is_kept_for_its_file():
+    model = timm.create_model('test_resnet', in_chans=1)
+    known = vars(model).pop('_model_args', None)
+    keep_arguments(model, {'in_chans': 1, 'num_classes': 3, 'drop_path_rate': 0.1, 'act_layer': nn.ReLU})
+    assert model._model_args == {'in_chans': 1}
+    keep_arguments(model, {'in_chans': 4})
+    assert model._model_args == {'in_chans': 1}
+    assert known in (None, {'in_chans': 1}), 'what a later timm keeps by itself'

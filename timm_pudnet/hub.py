@@ -47,7 +47,7 @@ DEFAULTS = {'resnet18': 'resnet18.mixed56'}
 HUB_ORG = 'timm-pudnet'
 # What a folder publishes; anything else in it stays where it is.
 PUBLISHED = re.compile(
-    rf'README\.md|[\w-]+\.toml|(results|groups|scratch)(\.[\w-]+)?\.json|(choices|classes|expectation)\.json|{re.escape(HASHES_NAME)}'
+    rf'README\.md|[\w-]+(\.[\w-]+)*\.toml|(results|groups|scratch)(\.[\w-]+)?\.json|(choices|classes|expectation)\.json|{re.escape(HASHES_NAME)}'
     rf'|{re.escape(CONFIG_NAME)}|{re.escape(WEIGHTS_NAME)}|{re.escape(INDEX_NAME)}|{SHARD.pattern}'
 )
 
@@ -215,9 +215,10 @@ def _license(card: Path) -> str | None:
     if not card.is_file():
         return None
     with card.open('rb') as file:
-        head = file.read(20_000).decode('utf-8', 'replace')
-    found = re.match(r'---\n(?:.*\n)*?license:[ ]*([\w.-]{1,60})[ ]*\n', head.partition('\n---')[0] + '\n')
-    return found[1] if found else None
+        head = file.read(20_000).decode('utf-8-sig', 'replace').replace('\r\n', '\n')
+    said = r'---\n(?:.*\n)*?license:[ ]*(["\']?)([\w.-]{1,60})\1[ ]*(?:#.*)?\n'
+    found = re.match(said, head.partition('\n---')[0] + '\n')
+    return found[2] if found else None
 
 
 def _of_card(row: Mapping[str, Any]) -> HypernetInfo:
@@ -270,61 +271,66 @@ def pull(name: str) -> Path:
     """Brings a hypernetwork from the Hub up to date in the cache; gives its folder.
 
     Args:
-        name: `org/name` or `org/name@revision`, or a name without an organisation as in `load_hypernet`.
+        name: `org/name` or `org/name@revision`, or a name without an organisation as in `load_hypernet`; of one that
+            ships with the package nothing is fetched. Never a folder, be there one of that name or not.
 
     Raises:
+        InputError: It is no name on the Hub.
         NotFoundError: As `load_hypernet`, and so are the others.
     """
-    return _folder(name, refresh=True)
+    if '/' in name:
+        repo = remote.split_repo(f'hf-hub:{re.sub("^hf[-_]hub:", "", name)}')
+        assert repo is not None
+        return remote.fetch(*repo, refresh=True)
+    return _shipped(name) or _without_org(name, refresh=True)
 
 
-def _folder(name: str | os.PathLike[str], refresh: bool = False) -> Path:
-    if not isinstance(name, (str, os.PathLike)):
-        raise InputError(f'hypernet must be a PudNet, a folder or a name, not a {type(name).__name__}')
-    text, at_hand = os.fspath(name), embedded()
-    path, known = local_path(text), f'At hand: {", ".join(at_hand) or "none"}'
-    absent = NotFoundError(f'{shown(text, 200)}: no such folder of a hypernetwork. {known}')
-    if not isinstance(name, str):  # a Path is a folder
-        if path.is_dir():
-            return path
-        raise absent
-    # A name of ours goes before a folder of the same name, which ./NAME or a Path still reaches.
+def _shipped(text: str) -> Path | None:
+    """The folder of the hypernetwork that ships with the package under a name, or for an architecture."""
+    at_hand = embedded()
     if text in at_hand or DEFAULTS.get(text) in at_hand:
         return at_hand[text if text in at_hand else DEFAULTS[text]]
-    serving = [folder for key, folder in at_hand.items() if text == key.split('.')[0]]
-    if serving:
-        return serving[0]
+    return next((folder for key, folder in at_hand.items() if text == key.split('.')[0]), None)
+
+
+def _known() -> str:
+    return f'At hand: {", ".join(embedded()) or "none"}'
+
+
+def _folder(name: str | os.PathLike[str]) -> Path:
+    if not isinstance(name, (str, os.PathLike)):
+        raise InputError(f'hypernet must be a PudNet, a folder or a name, not a {type(name).__name__}')
+    text = os.fspath(name)
+    path = local_path(text)
+    # A name of ours goes before a folder of the same name, which ./NAME or a Path still reaches.
+    if isinstance(name, str) and (found := _shipped(text)):
+        return found
     if path.is_dir():
         return path
-    if text.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
-        repo = remote.split_repo(text)
-        return remote.fetch(*repo, refresh=refresh) if repo else remote.local_folder(text)
-    if repo := remote.split_repo(text):
-        try:
-            return remote.fetch(*repo, refresh=refresh)
-        except NotFoundError as error:
-            raise NotFoundError(f'{error}; nor is there a folder {text}. {known}') from error
-    if os.sep in text:
-        raise absent
-    return _without_org(text, at_hand, known, refresh)
+    if isinstance(name, str):
+        if text.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')) or remote.split_repo(text):
+            return remote.local_folder(text)
+        if os.sep not in text:
+            return _without_org(text)
+    raise NotFoundError(f'{shown(text, 200)}: no such folder of a hypernetwork. {_known()}')
 
 
-def _without_org(text: str, at_hand: Mapping[str, Path], known: str, refresh: bool) -> Path:
+def _without_org(text: str, refresh: bool = False) -> Path:
     """The folder of `architecture` or `architecture.tag`, which does not ship: from the cache, else from the Hub."""
     plain, at, revision = text.partition('@')
-    if not at and not refresh:
+    if not at:
         for repo, (_, model_name) in _cached().items():
             if text in (repo.partition('/')[2], model_name):
-                return remote.fetch(repo)
+                return remote.fetch(repo, refresh=refresh)
     if '.' in plain:
         try:
             repo = remote.split_repo(f'hf-hub:{HUB_ORG}/{text}')
             assert repo is not None
             return remote.fetch(*repo, refresh=refresh)
         except (NotFoundError, HubError, InputError) as error:
-            close = close_names(text, at_hand)
+            close = close_names(text, embedded())
             raise NotFoundError(
-                f'no hypernetwork {text!r}.{close} {known}; a folder will do too. On the Hub: {error}'
+                f'no hypernetwork {text!r}.{close} {_known()}; a folder will do too. On the Hub: {error}'
             ) from error
     describe_target(plain)  # says what is wrong with the architecture, if anything
     try:
@@ -336,7 +342,7 @@ def _without_org(text: str, at_hand: Mapping[str, Path], known: str, refresh: bo
         if repo.partition('/')[2].partition('.')[0] == plain:
             return remote.fetch(repo, revision or None, refresh=refresh)
     raise UnsupportedTargetError(
-        f'no hypernetwork predicts {text}. {known}; {reason}. Train one (timm-pudnet train) or name its folder'
+        f'no hypernetwork predicts {text}. {_known()}; {reason}. Train one (timm-pudnet train) or name its folder'
     )
 
 
@@ -405,6 +411,8 @@ def push(
     repo = found[0]
     if not (folder / CONFIG_NAME).is_file():
         raise NotFoundError(f'{folder} is neither a hypernetwork nor a timm model: it has no {CONFIG_NAME}')
+    if private and remote.is_public(repo):
+        raise InputError(f'{repo} is there and public: make it private on the Hub, or push without --private')
     config = read_json(folder / CONFIG_NAME)
     is_model = isinstance(config, dict) and 'architecture' in config
     files = model_files(folder, repo, license) if is_model else hypernet_files(folder, repo, license)
@@ -425,11 +433,17 @@ def hypernet_files(folder: Path, repo: str, license: str | None = None) -> dict[
     """
     hypernet = PudNet.from_pretrained(folder)
     again = f'run timm-pudnet evaluate {folder} IMAGES --save'
+    if not hypernet.target.classifiers:
+        again = f'run hub/denoising.py {folder} IMAGES --protocol NAME'
     if not (folder / 'recipe.toml').is_file():
         raise InputError(f'{folder} has no recipe.toml: put the recipe there that it was trained by')
     results: dict[str, dict[str, Any]] = {}
     hashes, settings = weights_sha256(folder), config_sha256(folder)
     for path in _results_of(folder):
+        if not PUBLISHED.fullmatch(path.name):
+            raise InputError(
+                f'{path}: name it results.json or results.NAME.json, where NAME has no dot, or take it away'
+            )
         found = read_json(path)
         if not isinstance(found, dict) or not _measured(found):
             raise InputError(f'{path} is no results file of timm-pudnet evaluate: {again} again')
@@ -499,7 +513,8 @@ def hypernet_card(
     own = folder / 'README.md'
     card = _own_card(own) if own.is_file() else ModelCard(_plain_card(hypernet, results, repo))
     data = card.data.to_dict()
-    data.pop('model-index', None)
+    for ours in ('model-index', 'model_name'):
+        data.pop(ours, None)
     data['library_name'] = 'timm-pudnet'
     denoises = any('noises' in found for found in results.values())
     task = 'image-to-image' if denoises else 'image-classification'
@@ -530,6 +545,7 @@ def hypernet_card(
                     task_type='image-classification',
                     dataset_type=_slug(kind),
                     dataset_name=f'{kind}, classes unseen in training ({file})',
+                    dataset_config=file,  # by which huggingface_hub keeps files apart that have the same images
                     dataset_split=found.get('split'),
                     metric_type='accuracy',
                     metric_name=f'accuracy in percent, {head} head, {_budget(found)}',
@@ -557,7 +573,7 @@ def _own_card(path: Path) -> Any:
     from yaml import YAMLError
 
     try:
-        return ModelCard(path.read_text(encoding='utf-8'))
+        return ModelCard(path.read_text(encoding='utf-8-sig'))
     except (YAMLError, ValueError, TypeError) as error:  # UnicodeDecodeError too
         reason = shown(' '.join(str(error).split()), 160)
         raise InputError(f'{path}: mend its header, the lines between ---, which cannot be read ({reason})') from error
@@ -579,6 +595,7 @@ def _psnr_result(file: str, found: Mapping[str, Any], condition: Mapping[str, An
         task_type='image-to-image',
         dataset_type=_slug(str(found.get('protocol'))),
         dataset_name=f'{found.get("protocol")} ({file}): {noise}',
+        dataset_config=f'{file}, sigma {condition["sigma"]} ({condition["reading"]})',
         metric_type='psnr',
         metric_name='PSNR in dB',
         metric_value=round(float(row['mean']), 2),
@@ -660,7 +677,7 @@ def model_files(folder: Path, repo: str, license: str | None = None) -> dict[str
     own = folder / 'README.md'
     if own.is_file():
         its = _own_card(own)
-        card = own.read_text(encoding='utf-8')
+        card = own.read_text(encoding='utf-8-sig')
         if license:
             its.data['license'] = _licence(folder, its.data.to_dict(), license)
             card = str(its)

@@ -54,7 +54,7 @@ from timm_pudnet.files import (
 from timm_pudnet.generators import create_generator
 from timm_pudnet.images import open_images
 from timm_pudnet.sketch import Balance, SketchEncoder, SketchGate, StreamingSketch
-from timm_pudnet.target import TargetSpec, create_feature_model, describe_target, input_of
+from timm_pudnet.target import TargetSpec, create_feature_model, describe_target, input_of, keep_arguments
 
 if TYPE_CHECKING:
     from timm_pudnet.hub import Pushed
@@ -77,9 +77,14 @@ def on_device(network: PudNet, device: torch.device, given: Any) -> PudNet:
 
 @contextmanager
 def own_defaults() -> Iterator[None]:
-    """Torch's defaults as they are at first, whatever the caller has set: float32, tensors on the CPU, no autocast."""
+    """Torch's defaults as they are at first, whatever the caller has set.
+
+    That is float32, tensors on the CPU, no autocast, and gradients.
+    """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         if torch.get_default_device() != torch.device('cpu'):
             stack.enter_context(torch.device('cpu'))
         for kind in ('cpu', 'cuda', 'mps'):
@@ -631,7 +636,10 @@ def pretrained_model(source: str | Path, model_kwargs: Mapping[str, Any]) -> nn.
     if folder and not source.is_dir():
         raise NotFoundError(f'{source}: no such folder of a timm model (`timm-pudnet predict --out` writes one)')
     try:
-        return timm.create_model(f'local-dir:{source}' if folder else source, pretrained=True, **model_kwargs)
+        model = timm.create_model(f'local-dir:{source}' if folder else source, pretrained=True, **model_kwargs)
+        of_file = json.loads((source / CONFIG_NAME).read_text(encoding='utf-8')).get('model_args') if folder else None
+        keep_arguments(model, {**(of_file or {}), **model_kwargs})
+        return model
     except Exception as error:  # whatever transports and formats raise
         if folder:
             raise InputError(f'{source} holds no timm model that can be loaded: {first_line(error)}') from error

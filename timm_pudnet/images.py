@@ -362,6 +362,17 @@ class ImageSource:
             )
         return torch.tensor(numbers)
 
+    def check_classes(self, top: int, found: int) -> None:
+        """Raises InputError where a largest label, or so many different ones, cannot be numbers of its classes."""
+        if self.class_names is not None and top >= len(self.class_names):
+            names = len(self.class_names)
+            raise InputError(f'{self.description}: label {top} where there are names of {names} classes')
+        if self.class_names is None and self.labels is None and found <= top:
+            raise InputError(
+                f'{self.description}: labels up to {top}, but only {found:,} different ones: make them 0 to '
+                f'{found - 1}, or give them in labels=...'
+            )
+
     def _finish(self, total: int, read: int, skipped: list[tuple[str, str]]) -> None:
         if not read:
             if not skipped:

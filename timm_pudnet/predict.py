@@ -34,7 +34,7 @@ from timm_pudnet.hub import Pushed, push, resolve_hypernet
 from timm_pudnet.hypernet import PudNet, folder_written_whole, on_device, own_defaults, target_of, usable_device
 from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.sketch import Balance, ImageSample, content_keys
-from timm_pudnet.target import TargetSpec, pretrained_cfg_of
+from timm_pudnet.target import TargetSpec, keep_arguments, pretrained_cfg_of
 
 Head = Literal['centroid', 'ridge', 'blend', 'none']
 # Arguments of timm.create_model that change what the model gives, not its weights.
@@ -209,7 +209,9 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             tensor.data = tensor.data.contiguous()
     with folder_written_whole(folder) as beside:
         try:
-            timm.models.save_for_hf(model, str(beside), safe_serialization=True)
+            earlier = not hasattr(timm.models, 'get_model_args')  # than 1.0.31, which finds them by itself
+            arguments = {'model_args': getattr(model, '_model_args', None)} if earlier else {}
+            timm.models.save_for_hf(model, str(beside), safe_serialization=True, **arguments)
         except SafetensorError as error:
             raise OSError(f'{folder} cannot be written: {error}') from error
     return folder
@@ -300,15 +302,9 @@ def _predict(
     if source.labelled and head != 'none':
         if not spec.classifiers:
             raise InputError(f'{spec.model_name} has no classifier: head="none" gives a feature model')
-        top, found = max(sample.classes), len(sample.classes)
+        top = max(sample.classes)
+        source.check_classes(top, len(sample.classes))
         num_classes = len(source.class_names or ()) or top + 1
-        if top >= num_classes:
-            raise InputError(f'{source.description}: label {top} where there are names of {num_classes} classes')
-        if source.class_names is None and source.labels is None and found < num_classes:
-            raise InputError(
-                f'{source.description}: labels up to {top}, but only {found:,} different ones: make them 0 to '
-                f'{found - 1}, or give them in labels=...'
-            )
         if num_classes < 2:
             raise InputError(
                 f'{source.description}: one class only, a classifier needs two; head="none" gives a feature model'
@@ -473,6 +469,7 @@ def build_model(
         if isinstance(config := getattr(module, 'pretrained_cfg', None), dict):
             config.pop('state_dict', None)
     model.default_cfg = model.pretrained_cfg
+    keep_arguments(model, kwargs)
     return model
 
 

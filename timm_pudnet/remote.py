@@ -58,7 +58,12 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
     text = os.fspath(name)
     if isinstance(name, str):
         if found := split_repo(text):
-            return fetch(*found)
+            try:
+                return fetch(*found)
+            except (NotFoundError, HubError) as error:
+                if text.startswith(('hf-hub:', 'hf_hub:')):
+                    raise
+                raise type(error)(f'{error}; nor is there a folder {text}') from error
         text = text.removeprefix('local-dir:')
     folder = local_path(text)
     if not folder.is_dir():
@@ -258,6 +263,25 @@ def repos_of(org: str) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row.get('id'), str) and REPO.fullmatch(row['id'])]
 
 
+def is_public(repo: str) -> bool:
+    """Whether a repository is there and everybody can read it.
+
+    Raises:
+        HubError: The Hub cannot be asked, or refuses.
+    """
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    def ask() -> bool:
+        try:
+            return not _api().model_info(repo).private
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            return False
+
+    return _again(ask, repo)
+
+
 def changes(repo: str, files: Mapping[str, bytes | Path], ours: Callable[[str], bool]) -> dict[str, str]:
     """What a commit of these files would do to a repository: `new`, `changed` or `gone`, by file name.
 
@@ -306,7 +330,6 @@ def commit(
     """Makes the `changes` in one commit, in a repository that is made where there is none; gives its address.
 
     Raises:
-        InputError: `private` is asked for, and the repository is there and public.
         HubError: The Hub cannot be asked, or refuses.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -323,8 +346,6 @@ def commit(
 
     # None: as its owner has set it. One that is there stays as it is, whatever is asked for.
     _again(lambda: _api().create_repo(repo, private=private or None, exist_ok=True), repo)
-    if private and not _again(lambda: _api().model_info(repo), repo).private:
-        raise InputError(f'{repo} is there and public: make it private on the Hub, or push without --private')
     return _again(send, repo)
 
 

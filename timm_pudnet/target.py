@@ -5,12 +5,13 @@ Dimension letters: `o i kh kw` the shape of a conv kernel tensor, `i` already di
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, cast
 
 import timm
@@ -361,6 +362,21 @@ def pretrained_cfg_of(config: InputConfig) -> dict[str, Any]:
         **dict.fromkeys(('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'test_input_size', 'test_crop_pct'), None),
         **dict.fromkeys(('license', 'origin_url', 'paper_ids', 'paper_name', 'notes', 'label_descriptions'), None),
     }
+
+
+def keep_arguments(model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Keeps the arguments that a model was made with, for `save_model`, where an earlier timm than 1.0.31 does not."""
+    if hasattr(model, '_model_args'):
+        return
+    # What a file has by itself, and what is of training alone.
+    passing = ('num_classes', 'pretrained_cfg_overlay', 'drop_rate', 'drop_path_rate', 'drop_block_rate')
+    kept = {}
+    for key in arguments.keys() - passing:
+        with contextlib.suppress(TypeError):  # a class or function, which no file can hold
+            json.dumps(arguments[key])
+            kept[key] = arguments[key]
+    described: Any = model
+    described._model_args = kept
 
 
 def with_own_config(model: nn.Module, config: InputConfig) -> nn.Module:

@@ -140,6 +140,8 @@ def compare(
             'a DataLoader that shuffles cannot be read twice alike, as the arm pretrained does; pass shuffle=False, or '
             'the Dataset itself'
         )
+    if isinstance(labels, Iterator):  # read once for each opening
+        labels = list(labels)
     device = usable_device(device)
     network = resolve_hypernet(model_name, hypernet)
     config = network.config.input

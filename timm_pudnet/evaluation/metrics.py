@@ -46,7 +46,9 @@ def share_interval(right: int, total: int) -> tuple[float, float]:
     share = right / total
     middle = share + z * z / (2 * total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, (middle - half) / (1 + z * z / total)), min(1.0, (middle + half) / (1 + z * z / total))
+    low, high = (middle - half) / (1 + z * z / total), (middle + half) / (1 + z * z / total)
+    # Bounds of 0 and 1 may come out a rounding error short of the share itself.
+    return max(0.0, min(low, share)), min(1.0, max(high, share))
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:

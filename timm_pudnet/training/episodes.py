@@ -63,7 +63,8 @@ class ImageBank:
         their numbers. With `progress`, a bar shows what takes longer than two seconds.
 
         Raises:
-            InputError: The source normalises, the images have no labels, or a class is not among them.
+            InputError: The source normalises, the images have no labels, a class is not among them, or the labels are
+                no numbers of classes.
         """
         if source.input != bank_input(source.input):
             raise InputError(
@@ -78,16 +79,22 @@ class ImageBank:
         number = None  # of each class among those chosen; None where their names come with the images
         if names is not None:
             number = torch.full((len(names),), -1, dtype=torch.long)
-            number[_numbers(chosen, names, source.description)] = torch.arange(len(chosen))
+            places = slice(None) if classes is None else _numbers(chosen, names, source.description)
+            number[places] = torch.arange(len(chosen))
         images, labels = [], []
         source.progress = progress
         for batch, batch_labels in source.batches(1024):
             assert batch_labels is not None
+            if names is not None and len(batch_labels):
+                source.check_classes(int(batch_labels.max()), len(names))
             label = batch_labels if number is None else number[batch_labels]
             images.append((batch[label >= 0] * 255).round().to(torch.uint8))
             labels.append(label[label >= 0])
         if number is None:
-            top = max((int(label.max()) for label in labels if len(label)), default=-1)
+            found = torch.cat(labels).unique()
+            top = int(found.max()) if len(found) else -1
+            if classes is None:
+                source.check_classes(top, len(found))
             bank = cls(torch.cat(images), torch.cat(labels), [str(label) for label in range(top + 1)])
             return bank if classes is None else bank.select(chosen)
         return cls(torch.cat(images), torch.cat(labels), chosen)

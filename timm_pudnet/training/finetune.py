@@ -35,7 +35,7 @@ from timm_pudnet.target import batch_norms, input_of
 from timm_pudnet.training.episodes import ImageBank, bank_input, timm_augmented
 
 HEAD_STRENGTH = 0.1  # of the head's penalty, see _fit_head
-FEW_IMAGES = 50  # a class, on average, below which a set has few
+FEW_IMAGES = 50  # a class to train on, on average, below which a set has few
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def finetune(
         images: Labelled images in any form that `predict_model` takes.
         labels: Class of every image, as numbers or names; else those of the data.
         mode: `few` keeps norm statistics, moves the lower layers less and takes small steps; `full` trains
-            everything; `auto` is `few` below 50 images a class. `MODES` has their numbers.
+            everything; `auto` is `few` below 50 images a class to train on. `MODES` has their numbers.
         holdout: Share of the images that is kept aside, from classes of four or more; 0 for none and all epochs.
         epochs: Most passes over the images, that for the head included, in place of the mode's.
         rate: AdamW's largest rate, of the head, in place of the mode's.
@@ -508,8 +508,9 @@ def _opened(model: nn.Module | str | os.PathLike[str]) -> nn.Module | str:
         return copy.deepcopy(model)
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(f'model must be a timm model, its folder or an architecture, not a {type(model).__name__}')
-    path = local_path(model)
-    if isinstance(model, str) and os.sep not in model and not path.is_dir():
+    named = isinstance(model, str) and model.startswith('local-dir:')
+    path = local_path(str(model).removeprefix('local-dir:') if named else model)
+    if isinstance(model, str) and not named and os.sep not in model and not path.is_dir():
         return model
     with torch.random.fork_rng(devices=[]):
         return pretrained_model(path, {})
