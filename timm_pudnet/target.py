@@ -261,9 +261,14 @@ def _headless(model_name: str, kwargs_json: str) -> frozenset[str]:
 def _meta_model(model_name: str, model_kwargs: dict[str, Any], num_classes: int) -> nn.Module:
     if model_kwargs.get('features_only'):
         raise InputError('features_only changes what a model gives, not its weights: leave it out here')
+    made = {**model_kwargs, 'num_classes': num_classes, 'pretrained': False}
     try:
-        with torch.device('meta'):
-            return timm.create_model(model_name, **{**model_kwargs, 'num_classes': num_classes, 'pretrained': False})
+        try:
+            with torch.device('meta'):
+                return timm.create_model(model_name, **made)
+        except NotImplementedError:  # a RegNet of an earlier timm works its widths out with tensors
+            with torch.random.fork_rng(devices=[]):
+                return timm.create_model(model_name, **made)
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError, NotImplementedError) as error:
         raise InputError(f'timm.create_model({model_name!r}) refused {model_kwargs}: {first_line(error)}') from error
 
@@ -318,7 +323,9 @@ def create_feature_model(spec: TargetSpec) -> nn.Module:
         torch.Size([2, 96])
     """
     if spec.ends_in_classifier:
-        return timm.create_model(spec.model_name, **{**spec.model_kwargs, 'num_classes': 0})
+        model = timm.create_model(spec.model_name, **{**spec.model_kwargs, 'num_classes': 0})
+        keep_arguments(model, spec.model_kwargs)
+        return model
     model = timm.create_model(spec.model_name, **{**spec.model_kwargs, 'num_classes': 2})
     for name in spec.classifiers:
         parent, _, last = name.rpartition('.')
