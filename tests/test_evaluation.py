@@ -32,6 +32,7 @@ from timm_pudnet.evaluation import (
 from timm_pudnet.evaluation.holdout import HeldOutTest
 from timm_pudnet.hypernet import PudNet
 from timm_pudnet.predict import predict_model
+from timm_pudnet.target import create_feature_model
 from timm_pudnet.training import ImageBank
 from timm_pudnet.training.conditions import Condition
 
@@ -301,13 +302,18 @@ def test_every_arm_gets_its_own_sketch(hypernet, bank, groups, monkeypatch):
     assert torch.pdist(sketches).min() > 1e-4
 
 
+def left_over(bank, groups, number, row):
+    """Places of the images of a group's class that the group does not show."""
+    members = bank.members[groups.classes(number, bank)[row]]
+    return members[~torch.isin(members, torch.cat([groups.support[number, row], groups.query[number, row]]))]
+
+
 def test_weights_and_statistics_of_each_arm_come_from_the_support_alone(hypernet, bank, groups, recorded):
     evaluate(hypernet, bank, groups, progress=False)
     support, query = recorded['support'], recorded['query']
     recorded['support'], recorded['query'] = [], []
     changed = groups.query.clone()
-    others = [k for k in range(40) if k not in groups.support[1].flatten().tolist()]
-    changed[1] = torch.tensor(others[:6]).view(3, 2)
+    changed[1] = torch.stack([left_over(bank, groups, 1, row)[:2] for row in range(3)])
     recorded['support'].clear()
     evaluate(hypernet, bank, TestGroups(groups.support, changed), progress=False)
     assert_close(recorded['support'], support, rtol=0, atol=0)
@@ -323,7 +329,7 @@ def test_a_query_image_s_features_do_not_depend_on_the_other_query_images(hypern
     query = [*recorded['query']]
     recorded['query'].clear()
     changed = groups.query.clone()
-    changed[:, -1, -1] = groups.query[:, 0, 0]
+    changed[:, -1, -1] = torch.stack([left_over(bank, groups, number, -1)[0] for number in range(len(groups))])
     evaluate(hypernet, bank, TestGroups(groups.support, changed), progress=False)
     for found, before in zip(recorded['query'], query, strict=True):
         assert_close(found[:-1], before[:-1], rtol=1e-4, atol=1e-4)
@@ -983,3 +989,18 @@ def test_what_is_not_measured_cannot_be_left_out(name, hypernet, bank, groups, o
     with pytest.raises(InputError) as error:
         evaluate(hypernet, bank, groups, without=[name], progress=False)
     one_line(error, name, 'mean_sketch')
+
+
+def test_groups_of_another_bank_are_told(bank, hypernet):
+    groups = TestGroups.draw(bank, count=3, n_way=3, n_shot=2, n_query=2)
+    shuffled = bank.part(torch.randperm(len(bank.labels), generator=torch.Generator().manual_seed(1)))
+    with pytest.raises(InputError, match='not of this bank'):
+        groups.check(shuffled)
+    with pytest.raises(InputError, match='not of this bank'):
+        evaluate(hypernet, shuffled, groups)
+
+
+def test_two_controls_of_one_name_are_refused(bank, hypernet, groups):
+    control = (create_feature_model(hypernet.target), torch.eye(hypernet.whitening.shape[0]))
+    with pytest.raises(InputError, match='cannot be called plain_own_statistics'):
+        evaluate(hypernet, bank, groups, controls={'plain': control, 'plain_own_statistics': control})

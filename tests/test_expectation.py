@@ -188,6 +188,7 @@ def test_an_expectation_survives_its_file(fitted, tmp_path):
         {'check': {'sets': 'many', 'domains': {}, 'rank_correlation': 1, 'mean_error': 1, 'coverage': 1}},
         {'references': [[1.0, 2.0]] * 8 + [[1.0]]},
         {'references': [['a', 'b']] * 9},
+        {'worth': 10**400},
     ],
     ids=str,
 )
@@ -226,7 +227,10 @@ def test_traits_of_a_folder_are_those_of_its_images(tiny, fitted, pictures):
     features = model.forward_head(model.forward_features(batch), pre_logits=True).detach()
     expected = measure_traits(tiny.sketch(source), features, labels, tiny.whitening, torch.tensor(fitted.references))
     found = read_traits(tiny, model, source, fitted)
-    assert found == expected
+    assert found == dataclasses.replace(expected, sketch_images=pytest.approx(24))
+    fewer = [row for row, name in enumerate(names) if name != names[0]] + [names.index(names[0])]
+    unequal = read_traits(tiny, model, source.subset(fewer), fitted)
+    assert unequal.sketch_images == pytest.approx(9 / (1 + 1 / 8 + 1 / 8)), 'the one image weighs as much as eight'
     assert found.leave_one_out > 0.6  # a pattern each
     assert (found.num_classes, found.images) == (3, 24)
     assert read_traits(tiny, model, open_images(images, input=tiny.config.input), fitted) is None

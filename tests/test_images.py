@@ -441,6 +441,19 @@ def test_datasets_of_images_alone_and_of_pairs():
         len(stream)
 
 
+def test_a_split_that_is_not_there_is_no_other_one(tmp_path, write_folder):
+    for split in ('train', 'val'):
+        write_folder(tmp_path / split, noise(2, 8, 8), ['cup', 'jar'])
+    found = open_images('torch/image_folder', input=RGB, data_dir=tmp_path, split='val')
+    assert (len(found), found.class_names) == (2, ('cup', 'jar'))
+    for name in ('torch/image_folder', 'torch/folder'):
+        with pytest.raises(InputError, match=r"has no split 'test': name one of train, val"):
+            open_images(name, input=RGB, data_dir=tmp_path, split='test')
+    for split in ('Train', 'trian'):  # timm would give the test images
+        with pytest.raises(InputError, match=rf"torch/cifar10: no split '{split}': name train or test"):
+            open_images('torch/cifar10', input=RGB, data_dir=tmp_path, split=split)
+
+
 def test_targets_and_classes_of_a_dataset_are_known_before_reading():
     items = [(Image.fromarray(image), label) for image, label in zip(noise(4, 8, 8), [0, 2, 2, 1], strict=True)]
     dataset = Pairs(items, targets=[0, 2, 2, 1], classes=['a', 'b', 'c'])
@@ -463,6 +476,10 @@ def test_targets_and_classes_of_a_dataset_are_known_before_reading():
     others = DataLoader(Subset(dataset, [1, 2]), 2, collate_fn=lambda items: (stack(items)[0], [0, 1]))
     with pytest.raises(InputError, match='collate_fn'):
         read(open_images(others, input=RGB))
+    some = Pairs(items[1:3], targets=[2, 2], classes=['a', 'b', 'c'])  # filtered in place
+    for same in (some, DataLoader(some, 2, collate_fn=stack)):
+        found = open_images(same, input=RGB)
+        assert (read(found)[1].tolist(), found.class_names) == ([0, 0], ('c',))
     moved = Pairs(items, targets=[0, 2, 2, 1], classes=['a', 'b', 'c'], target_transform=abs)
     other = open_images(moved, input=RGB)
     assert other.labels is other.class_names is None, 'the names are those of the numbers before'

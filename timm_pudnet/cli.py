@@ -349,7 +349,7 @@ def _expect(expectation: Any, network: Any, model: Any, used: Any, head: str) ->
         accuracy, low, high = told['expected'] = expectation.expect(traits)
         of_what = '' if head == 'centroid' else ', of the centroid head'
         told['expected_from'] = expectation.in_words() + (of_what and ' It is of the centroid head.')
-        told['familiarity'] = expectation.familiarity(traits.distance, traits.images)
+        told['familiarity'] = expectation.familiarity(traits.distance, traits.sketch_images or traits.images)
         click.echo(f'Expected   {accuracy:6.1%} before any test{of_what} (95 % interval {low:.1%} to {high:.1%})')
     elif not used.labelled:
         stream = network.streaming_sketch()

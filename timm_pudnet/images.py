@@ -63,6 +63,8 @@ _TIMM_PACKAGES = {  # prefix of a timm dataset name: (module, name to install)
     'tfds': ('tensorflow_datasets', 'tensorflow-datasets'),
 }
 _SPLIT_NAMES = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test', 'testing'}
+# Of which timm gives the test images for whatever is not called train or training.
+_TRAIN_OR_TEST = {f'torch/{name}' for name in ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist')}
 _ACCEPTED = (
     'a folder, a list of paths or images, an array [n, h, w, c], a tensor [n, c, h, w], a Dataset, a DataLoader '
     'or a timm dataset name (torch/cifar10)'
@@ -357,7 +359,7 @@ class ImageSource:
         numbers = [self._renumber.get(label) for label in labels[kept].tolist()]
         if None in numbers:
             raise InputError(
-                f'{self._where}: gives other labels than its Subset has, by its collate_fn for instance: give them in '
+                f'{self._where}: gives other labels than its Dataset has, by its collate_fn for instance: give them in '
                 'labels=... (without shuffling)'
             )
         return torch.tensor(numbers)
@@ -532,11 +534,12 @@ def open_images(
     elif is_stream and with_labels:
         dataset = getattr(data, 'dataset', data)
         class_names = _class_names(dataset)
-        if isinstance(data, DataLoader) and isinstance(dataset, Subset):  # of some classes, perhaps
+        if isinstance(data, DataLoader) and not isinstance(dataset, IterableDataset):
             values, all_names = _dataset_targets(dataset)
             if values is not None:
-                numbers, class_names = _index_labels(values, all_names)
-                renumber = dict(zip(values.tolist(), numbers.tolist(), strict=True))
+                numbers, present = _index_labels(values, all_names)
+                if isinstance(dataset, Subset) or not torch.equal(numbers, values):  # of some classes
+                    class_names, renumber = present, dict(zip(values.tolist(), numbers.tolist(), strict=True))
     elif is_dataset and with_labels:
         found_labels, class_names = _dataset_labels(data)
     return ImageSource(
@@ -786,7 +789,7 @@ def scan_folder(
     if not classes or not with_labels:
         paths = [*loose, *(path for name in classes for path in found[name])]
         return paths, [os.path.relpath(path, root) for path in paths], None, None
-    if len(classes) > 1 and _SPLIT_NAMES.issuperset(name.lower() for name in classes):
+    if len(classes) > 1 and _are_splits(classes):
         raise InputError(f'{root} holds splits, not classes: pass {os.path.join(root, classes[0])} or another of them')
     if loose:
         _warn(f'{root}: ignored {len(loose):,} images beside the class folders')
@@ -1000,13 +1003,23 @@ def _timm_dataset(name: str, data_dir: str | os.PathLike[str] | None, split: str
     root = None if data_dir is None else os.path.expanduser(os.fspath(data_dir))
     if root is not None and ':' not in root and not os.path.exists(root):  # wds takes URLs too
         raise NotFoundError(f'{name}: data_dir {root}: no such folder; nothing is downloaded')
+    if name in _TRAIN_OR_TEST and split not in _SPLIT_NAMES:
+        raise InputError(f'{name}: no split {split!r}: name train or test')
     mode = '' if prefix == 'hfds' else 'L' if channels == 1 else 'RGB'  # hfds: undecoded, so that we see what is broken
     try:
         found: Any = create_dataset(name, root=root, split=split, download=False, input_img_mode=mode)
         if prefix == 'hfds' and 'label' not in found.reader.dataset.column_names:
             _find_labels(found.reader)
-        return found
     except Exception as error:
         reason = first_line(error)
         kind = NotFoundError if 'not found' in reason.lower() else InputError
         raise kind(f'{name}: not in data_dir={root!r} for split {split!r} ({reason}); nothing is downloaded') from error
+    # timm takes the folder itself where it has no such split.
+    classes = sorted(_class_names(found) or ()) if name in ('torch/image_folder', 'torch/folder') else []
+    if len(classes) > 1 and _are_splits(classes):
+        raise InputError(f'{name}: {root} has no split {split!r}: name one of {", ".join(classes)}')
+    return found
+
+
+def _are_splits(names: Sequence[str]) -> bool:
+    return _SPLIT_NAMES.issuperset(name.lower() for name in names)

@@ -48,12 +48,15 @@ class Traits:
         leave_one_out: Share of its images that eq. 7 classifies rightly when each is left out of its centroid.
         num_classes: `k`.
         images: `n`, of classes with two or more.
+        sketch_images: Of how many images the sketch is worth the mean, which are fewer where classes are unequal; by
+            default `images`.
     """
 
     distance: float
     leave_one_out: float
     num_classes: int
     images: int
+    sketch_images: float | None = None
 
     def row(self) -> list[float]:
         """What the first guess is a regression on, `[t]`, and a constant."""
@@ -155,7 +158,7 @@ class Expectation:
         low, accuracy, high = torch.tensor([middle - half, middle, middle + half]).double().sigmoid().tolist()
         return accuracy, low, high
 
-    def familiarity(self, distance: float, images: int) -> Familiarity:
+    def familiarity(self, distance: float, images: float) -> Familiarity:
         """Whether a sketch of so many images is at a distance that groups of seen classes of that size are at too.
 
         `like`: as near as 95 % of them; `edge`: as near as some; `unlike`: farther than all.
@@ -193,7 +196,7 @@ class Expectation:
             return None
         try:
             return cls(**read_json(path))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise DamagedFileError(f'{path} holds no expectation ({error}): remove it, or fit it again') from error
 
 
@@ -302,7 +305,8 @@ def read_traits(hypernet: PudNet, model: nn.Module, source: ImageSource, expecta
     # Classes whose every file was unreadable leave no gap in the numbers.
     numbers = torch.cat(found).unique(return_inverse=True)[1]
     references = torch.tensor(expectation.references)
-    return measure_traits(sketch, torch.cat(rows), numbers, hypernet.whitening, references)
+    traits = measure_traits(sketch, torch.cat(rows), numbers, hypernet.whitening, references)
+    return None if traits is None else dataclasses.replace(traits, sketch_images=stream.num_images)
 
 
 def fit_expectation(
@@ -430,7 +434,7 @@ def _ridge(sets: Sequence[HeldOutSet]) -> Tensor:
     return torch.cat([slopes, (truth.mean() - slopes @ mean)[None]])
 
 
-def _between(images: int, sizes: Sequence[int], values: Sequence[float]) -> float:
+def _between(images: float, sizes: Sequence[int], values: Sequence[float]) -> float:
     """The value for a number of images, straight lines between the sizes, which are taken as logarithms."""
     at = math.log(max(1, images))
     places = [math.log(size) for size in sizes]

@@ -269,7 +269,7 @@ def _check_controls(
         key: shape for key, shape in hypernet.target.shapes.items() if hypernet.target.roles[key] != 'classifier'
     }
     for name, (control, _) in controls.items():
-        if name in reserved:
+        if name in reserved or name.removesuffix('_own_statistics') in controls.keys() - {name}:
             raise InputError(f'a control cannot be called {name}: that is the name of another result')
         if {key: tuple(value.shape) for key, value in control.state_dict().items()} != expected:
             raise InputError(

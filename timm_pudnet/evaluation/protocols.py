@@ -151,6 +151,12 @@ class TestGroups:
         for places, images in ((self.support, support_bank or bank), (self.query, bank)):
             if places is not None and not 0 <= int(places.min()) <= int(places.max()) < len(images.labels):
                 raise InputError(f'these groups are not of this bank: it has {len(images.labels)} images')
+        tested = bank.labels[self.query]
+        first = tested[:, :, :1]
+        given = first if self.support is None else (support_bank or bank).labels[self.support]
+        apart = first.flatten(1).sort(1).values.diff(dim=1)  # of the classes of each group
+        if not ((tested == first).all() and (given == first).all() and (apart > 0).all()):
+            raise InputError('these groups are not of this bank: its images at these places are of other classes')
         for number in range(len(self)) if self.n_unlabelled else ():
             self._unlabelled(number, bank, support_bank)
 
