@@ -29,6 +29,8 @@ def main(
 ) -> None:
     network = timm_pudnet.load_hypernet(hypernet or model_name)
     pool, tested = split_held_out(timm_pudnet.open_images(images, input=network.config.input), 0.25)
+    if tested is None:
+        raise click.UsageError(f'{images}: labels are needed, and two images or more of a class')
     shown = list(tested.batches())
     rows = []
     print(f'{len(tested)} images tested; accuracy, mean of {draws} draws and 95 % interval over them')

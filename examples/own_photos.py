@@ -27,6 +27,8 @@ def main(photos: Path, model_name: str, hypernet: str | None, out: Path, show: i
     network = timm_pudnet.load_hypernet(hypernet or model_name)
     source = timm_pudnet.open_images(photos, input=network.config.input)
     used, tested = split_held_out(source, 0.25)
+    if tested is None:
+        raise click.UsageError(f'{photos}: a folder for each class is needed, with two photos or more')
     print(f'{source.description}; {len(used)} of them give the weights')
     model = timm_pudnet.predict_model(model_name, used, hypernet=network)
     for line in measure_held_out(model, used, tested).lines():

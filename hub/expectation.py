@@ -13,6 +13,7 @@ by a fit of the others alone. matplotlib brings the fonts (`pip install -e '.[tr
 import argparse
 import dataclasses
 import math
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -36,6 +37,7 @@ from timm_pudnet.training.episodes import ImageBank, bank_input
 SIDE = 32  # of the images made here
 EACH = 100  # most images a class of a held-out domain
 SEEN = 40  # images of each seen class
+SHOTS = (3, 5, 10, 20)  # labelled images a class of a held-out set
 REFERENCES = 32  # groups of each of the recipe's sets
 SIZES = {4: (2, 2), 16: (4, 4), 64: (8, 8), 256: (8, 32)}  # images: classes, images a class
 
@@ -60,7 +62,13 @@ def main() -> None:
             domains[data.images] = _bank(source, others, EACH)
     for folder in options.domain:
         source = open_images(folder, input=config)
-        domains[folder] = _bank(source, [name for name in source.class_names if name not in seen_names], EACH)
+        others = [name for name in source.class_names if name not in seen_names]
+        counts = sorted(source.labels.bincount()[[source.class_names.index(name) for name in others]].tolist())
+        if len(others) < 2 or counts[0] <= SHOTS[0]:
+            sys.exit(
+                f'{folder}: two classes that the hypernetwork has not seen are needed, of {SHOTS[0] + 1} images or more'
+            )
+        domains[folder] = _bank(source, others, EACH)
     domains |= {'letters': letters(), 'textures': textures(), 'cells': cells()}
 
     references, sizes, familiar = _seen_sketches(hypernet, seen, recipe.groups.conditions)
@@ -144,9 +152,11 @@ def _held_out(
     generator = torch.Generator().manual_seed(seed)
     ways = [k for k in (2, 3, 5, 10, 20) if k <= len(bank.class_names)]
     n_way = ways[int(torch.randint(len(ways), (), generator=generator))]
-    n_shot = (3, 5, 10, 20)[int(torch.randint(4, (), generator=generator))]
-    condition = (None, Condition.draw(generator), _strong(generator))[seed % 3]
-    n_query = min(max(300 // n_way, 15), min(len(members) for members in bank.members) - n_shot)
+    least = min(len(members) for members in bank.members)
+    shots = [count for count in SHOTS if count < least]
+    n_shot = shots[int(torch.randint(len(shots), (), generator=generator))]
+    condition = (None, _mild(generator, bank), _strong(generator, bank))[seed % 3]
+    n_query = min(max(300 // n_way, 15), least - n_shot)
     drawn = TestGroups.draw(bank, count=1, n_way=n_way, n_shot=n_shot, n_query=n_query, seed=seed)
     drawn = TestGroups(drawn.support, drawn.query, None if condition is None else (condition,))
     support, query = drawn.images(0, bank, None, hypernet.config.input, hypernet.device)
@@ -161,11 +171,17 @@ def _held_out(
     return HeldOutSet(domain=domain, traits=traits, right=int(right.sum()), total=len(right))
 
 
-def _strong(generator: torch.Generator) -> Condition:
+def _mild(generator: torch.Generator, bank: ImageBank) -> Condition:
+    """A condition as in training, for images of this size."""
+    chans, height, width = bank.images.shape[1:]
+    return Condition.draw(generator, chans, square=height == width)
+
+
+def _strong(generator: torch.Generator, bank: ImageBank) -> Condition:
     """A condition with more noise and a gamma farther from 1 than any of training."""
     noise, gamma, side = torch.rand(3, generator=generator).tolist()
     gamma = 2 + 3 * gamma
-    drawn = Condition.draw(generator)
+    drawn = _mild(generator, bank)
     return dataclasses.replace(drawn, noise=0.1 + 0.4 * noise, gamma=gamma if side < 0.5 else 1 / gamma)
 
 

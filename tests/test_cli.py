@@ -838,7 +838,7 @@ def test_a_control_that_timm_s_format_cannot_hold_is_refused_before_training(sha
         fails('train', tmp_path / 'recipe.toml', '--out', tmp_path / 'out', '--plain', needles=line)
 
 
-def test_bad_options_of_training_are_one_line(shapes, tmp_path, nothing_written):
+def test_bad_options_of_training_are_one_line(shapes, tmp_path, nothing_written, monkeypatch):
     (tmp_path / 'file').write_text('mine')
     recipe = shapes / 'recipe.toml'
     with nothing_written(tmp_path):
@@ -847,6 +847,8 @@ def test_bad_options_of_training_are_one_line(shapes, tmp_path, nothing_written)
         fails('train', recipe, needles=['--out'])
         fails('train', recipe, '--short', '--out', tmp_path / 'out', needles=['--short', '--out'])
         fails('train', recipe, '--short', '--plain', needles=['--short', '--plain'])
+        monkeypatch.setenv('WORLD_SIZE', '2')
+        fails('train', recipe, '--short', needles=['--short', 'torchrun'])
 
 
 def test_a_config_of_something_else_in_the_output_is_found_before_training(shapes, tmp_path, nothing_written):

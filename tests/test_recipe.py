@@ -102,6 +102,13 @@ def test_a_recipe_may_have_several_sets_and_every_table(tmp_path):
     assert (again, again.digest) == (recipe, recipe.digest)
 
 
+def test_classes_may_be_written_as_numbers():
+    data = Data(images='digits', classes=(1, 2), unseen=(3,))
+    assert (data.classes, data.unseen) == (('1', '2'), ('3',))
+    with pytest.raises(InputError, match='2 cannot be both'):
+        Data(images='digits', classes=(1, 2), unseen=('2',))
+
+
 def test_one_set_is_the_same_as_a_list_of_one(tmp_path):
     assert load(tmp_path, RECIPE) == load(tmp_path, RECIPE.replace('[data]', '[[data]]'))
 

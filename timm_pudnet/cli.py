@@ -385,6 +385,8 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
             raise InputError(
                 f'--short writes nothing and tries no control: leave {"--plain" if plain else "--out"} out'
             )
+        if int(os.environ.get('WORLD_SIZE', '1')) > 1:
+            raise InputError('--short is for one process: start it without torchrun or accelerate launch')
         where = usable_device(device)
         _try_recipe(loaded, training.load_banks(loaded, data_dir, progress=True), where)
         return

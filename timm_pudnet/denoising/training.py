@@ -19,6 +19,7 @@ from timm_pudnet.config import InputError
 from timm_pudnet.denoising.noise import add_noise, blind_spot_loss, blind_spots
 from timm_pudnet.denoising.pictures import list_pictures, read_picture
 from timm_pudnet.denoising.predict import LEAST_SIDE
+from timm_pudnet.files import local_path
 from timm_pudnet.hypernet import PudNet, own_defaults
 from timm_pudnet.images import scan_folder
 from timm_pudnet.training.recipe import Data, Denoising, Recipe
@@ -55,7 +56,7 @@ class PatchBank:
         if not (data.classes or data.unseen):
             paths = list_pictures(data.images).values()
         else:
-            names, _, labels, classes = scan_folder(data.images)
+            names, _, labels, classes = scan_folder(str(local_path(data.images)))
             absent = [name for name in (*data.classes, *data.unseen) if name not in (classes or ())]
             if absent or labels is None or classes is None:
                 raise InputError(f'{data.images}: no class {absent[0]!r}, which the recipe names')

@@ -127,11 +127,16 @@ def try_recipe(
         seconds: What the squeezed training may take.
         progress: Show a progress bar.
 
+    Raises:
+        InputError: As `meta_train`; or this is one of several processes, whose clocks would not agree on the steps.
+
     Returns:
         `before` and `after`, the share of query images that eq. 7 gets right in groups of the *seen* classes (so no
         measure of quality), `chance`, `images` and `seconds` of the squeezed training, and `images_per_second`, from
         which the time of the whole recipe follows.
     """
+    if int(os.environ.get('WORLD_SIZE', '1')) > 1:
+        raise InputError('a short try is for one process: start it without torchrun or accelerate launch')
     recipe, banks = _read(recipe, banks)
     run = _MetaRun(recipe, banks, device)
     each, chance = recipe.images_per_step, run.accuracy()[1]

@@ -48,6 +48,8 @@ class Data:
     share: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ('classes', 'unseen'):  # which may be written as numbers
+            object.__setattr__(self, name, tuple(map(str, getattr(self, name))))
         both = sorted(set(self.classes) & set(self.unseen))
         if both:
             raise InputError(f'{self.images}: {", ".join(both)} cannot be both in classes (seen) and in unseen')
