@@ -486,7 +486,8 @@ def test_a_fault_is_one_line_that_names_the_repository(repo, pulled):
 
 def test_who_may_have_meant_a_folder_is_told_that_there_is_none(pulled):
     for name in ('down', 'down, served'):
-        assert pulled[1][name]['error'].endswith('; nor is there a folder org/down')
+        assert '; nor is there a folder org/down' in pulled[1][name]['error']
+    assert 'resnet18.mixed56' in pulled[1]['down, served']['error'], 'what is at hand'
     assert 'folder' not in pulled[1]['down, by prefix']['error']
 
 

@@ -308,8 +308,13 @@ def _folder(name: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         return path
     if isinstance(name, str):
-        if text.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')) or remote.split_repo(text):
+        if text.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
             return remote.local_folder(text)
+        if remote.split_repo(text):
+            try:
+                return remote.local_folder(text)
+            except (NotFoundError, HubError) as error:
+                raise type(error)(f'{error}. {_known()}') from error
         if os.sep not in text:
             return _without_org(text)
     raise NotFoundError(f'{shown(text, 200)}: no such folder of a hypernetwork. {_known()}')
