@@ -380,12 +380,13 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         option = '--short' if short else '--data-dir'
         raise InputError(f'{recipe}: {option} is not for recipes of denoisers: leave it out')
     _check_data_dir(data_dir, *(data.images for data in loaded.data))
+    several = int(os.environ.get('WORLD_SIZE', '1')) > 1  # processes, each of which takes a GPU of its own
     if short:
         if out is not None or plain:
             raise InputError(
                 f'--short writes nothing and tries no control: leave {"--plain" if plain else "--out"} out'
             )
-        if int(os.environ.get('WORLD_SIZE', '1')) > 1:
+        if several:
             raise InputError('--short is for one process: start it without torchrun or accelerate launch')
         where = usable_device(device)
         _try_recipe(loaded, training.load_banks(loaded, data_dir, progress=True), where)
@@ -404,7 +405,6 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
             f"{loaded.hypernet.model_name}: its head has layers before the classifier, without which timm's format "
             'cannot hold it: train the control in Python, timm_pudnet.training.train_plain'
         )
-    several = int(os.environ.get('WORLD_SIZE', '1')) > 1  # processes, each of which takes a GPU of its own
     where: Any = device if several else usable_device(device)
     banks: Any
     first = os.environ.get('RANK', '0') == '0'  # of several processes the first one speaks and writes

@@ -91,11 +91,12 @@ class ImageBank:
             images.append((batch[label >= 0] * 255).round().to(torch.uint8))
             labels.append(label[label >= 0])
         if number is None:
-            found = torch.cat(labels).unique()
+            numbers = torch.cat(labels)
+            found = numbers.unique()
             top = int(found.max()) if len(found) else -1
             if classes is None:
                 source.check_classes(top, len(found))
-            bank = cls(torch.cat(images), torch.cat(labels), [str(label) for label in range(top + 1)])
+            bank = cls(torch.cat(images), numbers, [str(label) for label in range(top + 1)])
             return bank if classes is None else bank.select(chosen)
         return cls(torch.cat(images), torch.cat(labels), chosen)
 
