@@ -218,6 +218,17 @@ def test_colour_profile_and_orientation_are_kept_and_the_picture_is_turned_once(
     assert seen[1][:, 12:].mean() < 0.2 * seen[1][:, :8].mean()
 
 
+@pytest.mark.parametrize('samples', [BYTES[..., 0], DEEP[..., 0]], ids=['8 bits', '16 bits'])
+def test_a_grey_tiff_without_compression_is_turned_as_it_says(tmp_path, samples):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(samples).save(tmp_path / 'a.tif', exif=exif)
+    turned = np.rot90(samples, -1).astype(np.float32)
+    np.testing.assert_allclose(
+        read_picture(tmp_path / 'a.tif').pixels[0] * np.iinfo(samples.dtype).max, turned, atol=0.1
+    )
+
+
 def test_the_orientation_of_a_png_is_kept_where_it_stands_behind_the_pixels(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
@@ -248,6 +259,7 @@ REFUSED = {
     'a.gif': (pil(BYTES[..., 0]), 'GIF'),
     'cmyk.jpg': (lambda path: Image.fromarray(BYTES[..., :3]).convert('CMYK').save(path), 'CMYK'),
     'signed.tif': (tiff(BYTES[..., 0].astype(np.int16)), 'with a sign'),
+    'signed 8.tif': (tiff(BYTES[..., 0].astype(np.int8)), 'with a sign'),
     'white is zero 16.tif': (tiff(DEEP[..., 0], photometric='miniswhite'), 'white as zero'),
     'deep.ppm': (lambda path: path.write_bytes(b'P6 3 2 65535\n' + bytes(36)), 'PPM'),
     'see-through 16.png': (pil(DEEP[..., 0], transparency=5), 'transparent'),
@@ -579,6 +591,13 @@ def test_float_files_share_one_range_and_go_with_clean_ones_of_other_depths(tmp_
     with nothing_written(tmp_path):
         needles = ['white at 255', 'at 1,', 'clean.tif', 'noisy.tif', 'scale them alike']
         fails(tmp_path / 'noisy', '--out', tmp_path / 'more', needles=needles)
+
+
+def test_of_jpeg_files_it_is_said_that_their_noise_is_smeared(tmp_path, predicted):
+    put(tmp_path / 'noisy' / 'a.png', smooth(20, 30), 0.1)
+    assert 'JPEG' not in succeeds(tmp_path / 'noisy', '--out', tmp_path / 'out').stderr
+    put(tmp_path / 'noisy' / 'b.jpg', smooth(20, 30), 0.1)
+    assert '1 of 2 images are JPEG' in succeeds(tmp_path / 'noisy', '--out', tmp_path / 'more').stderr
 
 
 def test_nothing_is_left_when_it_breaks_on_the_way(folders, predicted, monkeypatch, nothing_written, full_disk):

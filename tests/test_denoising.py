@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import timm_pudnet
 from timm_pudnet.adapt import calibrate
 from timm_pudnet.cli import main
-from timm_pudnet.config import InputError, NotFoundError
+from timm_pudnet.config import InputError, NotFoundError, PudNetWarning
 from timm_pudnet.denoising import (
     PatchBank,
     add_noise,
@@ -31,7 +31,7 @@ from timm_pudnet.denoising.noise import BOX
 from timm_pudnet.denoising.training import PatchSampler
 from timm_pudnet.files import weights_sha256
 from timm_pudnet.hub import hypernet_files
-from timm_pudnet.training.recipe import Denoising, Recipe
+from timm_pudnet.training.recipe import Data, Denoising, Recipe
 from timm_pudnet.training.run import CHECKPOINT_NAME, LOG_NAME
 
 SMALL = {'width': 4, 'depth': 2}
@@ -241,6 +241,17 @@ class TestBlindSpots:
         assert blind_spot_loss(noisy, noisy, masked, places) == 0
 
 
+class TestBank:
+    def test_what_cannot_be_trained_on_is_left_out_and_named(self, tmp_path):
+        for name, side in (('good.png', 20), ('small.png', 4), ('moving.gif', 20)):
+            Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(tmp_path / name)
+        with pytest.warns(PudNetWarning, match=r'skipped 2 of 3 images.*(moving.gif.*small.png|small.png.*moving.gif)'):
+            assert len(PatchBank.from_folder(Data(images=str(tmp_path)), 3).images) == 1
+        (tmp_path / 'good.png').unlink()
+        with pytest.raises(InputError, match='none of the 2 images'):
+            PatchBank.from_folder(Data(images=str(tmp_path)), 3)
+
+
 class TestSampler:
     def test_a_group_is_the_same_whenever_it_is_drawn(self):
         sampler = PatchSampler([bank(), bank(1)], Denoising(patch=16, per_group=4), [1, 1], 0)
@@ -293,6 +304,7 @@ class TestRecipe:
             ({'least': 0.5, 'most': 0.1}, 'least'),
             ({'grey': 2.0}, 'grey'),
             ({'patch': 1}, 'patch'),
+            ({'per_group': 1}, 'per_group'),
             ({'sigma': 1.0}, 'sigma'),
         ],
     )
@@ -416,7 +428,51 @@ class TestPredict:
         with pytest.raises(InputError, match='32 bits'):
             noisy_patches([Image.fromarray(grey.astype(np.int32))], 3, 16)
 
-    def test_the_order_of_the_images_does_not_matter(self, trained):
+    @pytest.mark.parametrize('white', [1 / 16, 1 / 255, 12.0])
+    def test_images_of_another_range_are_denoised_as_well(self, white):
+        clean = smooth_images(8, 64, seed=5)
+        noisy = clean + 0.1 * torch.randn(clean.shape, generator=generator(2))
+        usual, other = (predict_denoiser(scale * noisy, device='cpu') for scale in (1.0, white))
+        assert_close(other.posterior.black, usual.posterior.black * white**2, rtol=0.05, atol=0)
+        with torch.inference_mode():
+            before, after = (
+                psnr(model(noisy * scale) / scale, clean) for model, scale in ((usual, 1.0), (other, white))
+            )
+        assert float((after - before).abs().max()) < 0.6  # without it more than 3
+
+    def test_a_rescaled_denoiser_does_the_same_to_rescaled_images(self, trained, tmp_path):
+        noisy = add_noise(smooth_images(4, seed=3), 'poisson', 0.2, generator())
+        model = predict_denoiser(noisy, hypernet=trained, device='cpu')
+        expected = model(noisy)
+        model.rescale(1 / 16)
+        assert_close(16 * model(noisy / 16), expected, atol=2e-3, rtol=1e-3)
+        timm_pudnet.save_model(model, tmp_path / 'model')
+        again = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
+        assert torch.equal(again(noisy / 16), model(noisy / 16))
+
+    def test_ranges_that_differ_are_refused(self, trained, tmp_path):
+        paths = [tmp_path / f'{top}.tif' for top in (1, 255)]
+        for path, top in zip(paths, (1, 255), strict=True):
+            Image.fromarray(np.full((16, 16), 0.9 * top, np.float32)).save(path)
+        with pytest.raises(InputError, match='scale them alike'):
+            predict_denoiser(paths, hypernet=trained)
+        with pytest.raises(InputError, match='scale them alike'):
+            predict_denoiser([Image.open(path) for path in paths], hypernet=trained)
+        with pytest.raises(InputError, match='scale them alike'):
+            PatchBank.from_folder(Data(images=str(tmp_path)), 1)
+        for images in ([torch.rand(3, 16, 16), 200 * torch.rand(3, 16, 16)], 200 * torch.rand(2, 3, 16, 16)):
+            with pytest.raises(InputError, match='divide them by 255'):
+                predict_denoiser(images, hypernet=trained)
+        with pytest.raises(InputError, match='divide them by 255'):
+            denoise(predict_denoiser(torch.rand(2, 3, 16, 16), hypernet=trained), 200 * torch.rand(3, 16, 16))
+
+    def test_a_picture_cut_short_is_named(self, trained, tmp_path):
+        Image.fromarray((255 * np.random.default_rng(0).random((40, 40, 3))).astype(np.uint8)).save(tmp_path / 'a.png')
+        (tmp_path / 'a.png').write_bytes((tmp_path / 'a.png').read_bytes()[:2000])
+        with Image.open(tmp_path / 'a.png') as picture, pytest.raises(InputError, match=r'images\[0\] cannot be read'):
+            predict_denoiser([picture], hypernet=trained)
+
+    def test_the_order_of_the_images_does_not_matter_where_each_is_one_patch(self, trained):
         images = add_noise(smooth_images(5, seed=3), 'gaussian', 0.2, generator())
         first, second = (
             predict_denoiser(x, hypernet=trained, device='cpu').state_dict() for x in (images, images.flip(0))

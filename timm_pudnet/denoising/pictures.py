@@ -9,7 +9,7 @@ import os
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -173,6 +173,8 @@ def _read(file: ImageFile.ImageFile, path: Path) -> Picture:
         deep = file.mode in ('RGB', 'RGBA') and 16 in bits
         if not bits <= {1, 2, 4, 8, 16, 32}:
             raise ValueError(f'samples of {", ".join(map(str, sorted(bits)))} bits: convert it to 8 or 16')
+        if bits <= {8} and 2 in file.tag_v2.get(339, (1,)):
+            raise ValueError('integers with a sign: convert it to 8 or 16 bits without')
         if file.mode.startswith('I;16') and white_is_zero:
             raise ValueError('16 bits with white as zero: invert it')
         metadata.pop('exif', None)  # PIL and opencv have turned the pixels already
@@ -208,8 +210,7 @@ def _picture(samples: np.ndarray, format: str, metadata: dict[str, bytes]) -> Pi
     if samples.dtype.kind == 'f':
         if not np.isfinite(samples).all():
             raise ValueError('pixels that are NaN or infinite')
-        peak = np.abs(samples).max()
-        depth, white = 32, 1 if peak <= 16 else 255 if peak <= 4096 else 65535  # between them, as ratios go
+        depth, white = 32, white_of(float(np.abs(samples).max()))
     else:
         depth = 1 if samples.dtype == bool else 8 * samples.dtype.itemsize
         white = 2**depth - 1
@@ -218,6 +219,25 @@ def _picture(samples: np.ndarray, format: str, metadata: dict[str, bytes]) -> Pi
     planes = samples[..., : 3 if samples.shape[2] > 2 else 1].transpose(2, 0, 1)
     pixels = torch.from_numpy(planes.astype(np.float32) / np.float32(white))
     return Picture(pixels, alpha, depth, float(white), format, metadata)
+
+
+def white_of(peak: float) -> int:
+    """White of float pixels whose largest is `peak`: 1, 255 or 65535, the nearest as ratios go."""
+    return 1 if peak <= 16 else 255 if peak <= 4096 else 65535
+
+
+def check_range(pixels: Tensor, name: str) -> None:
+    """Raises InputError for floats that cannot be meant as black 0 and white 1."""
+    peak = max(float(pixels.max()), -float(pixels.min()))
+    if white_of(peak) != 1:
+        raise InputError(f'{name} has floats up to {peak:g}: divide them by {white_of(peak)}, so that white is 1')
+
+
+def check_whites(whites: Mapping[float, object]) -> None:
+    """Raises InputError where float images, one for each white among them, have more than one."""
+    if len(whites) > 1:
+        (low, one), (high, other) = list(whites.items())[:2]
+        raise InputError(f'{one} has white at {low:g}, {other} at {high:g}, by their largest values: scale them alike')
 
 
 def write_picture(picture: Picture, pixels: Tensor, path: str | os.PathLike[str]) -> None:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from timm_pudnet.adapt import calibrate
 from timm_pudnet.config import InputError
-from timm_pudnet.denoising.pictures import list_pictures, read_picture
+from timm_pudnet.denoising.pictures import check_range, check_whites, list_pictures, read_picture, white_of
 from timm_pudnet.denoising.posterior import estimate_noise
+from timm_pudnet.denoising.unet import BlindSpotUNet
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, on_device, own_defaults, usable_device
 from timm_pudnet.images import to_bchw
@@ -27,6 +28,9 @@ from timm_pudnet.predict import build_model
 
 MOST_PATCHES = 128  # of all images: enough for sketch and norm statistics, whose means are over all their pixels
 LEAST_SIDE = 8
+# Images whose brightest pixels (but for the thousandth part) lie outside are denoised as if these were white: training
+# saw none such. Strong noise alone makes pixels of 3.
+DIM, BRIGHT = 0.5, 4.0
 
 
 @own_defaults()
@@ -45,7 +49,8 @@ def predict_denoiser(
     Args:
         images: A folder (with all its subfolders), a file, a list of paths, PIL images, arrays `[h, w, c]` or tensors
             `[c, h, w]` of any sizes; an array `[n, h, w, c]` or tensor `[n, c, h, w]`. Pixels are uint8, uint16 or
-            floats where black is 0 and white is 1; noisy floats may go beyond. Alpha is left out.
+            floats where black is 0 and white is 1; noisy floats may go beyond. Alpha is left out. Images that use a
+            small part of that range, of 12 bits in 16 for instance, are denoised as if they used all of it.
         hypernet: A `PudNet`, its folder, its name, or `org/name@revision` on the Hub; by default the one that serves
             `blindspot_unet`.
         device: Where to predict; by default CUDA where there is one. The model is returned there.
@@ -69,7 +74,12 @@ def predict_denoiser(
     channels, side, _ = network.config.input.input_size
     patches = noisy_patches(images, channels, side).to(device)
     network = on_device(network, device, hypernet)
-    return denoiser_of(network, sketch_of(network, patches), patches)
+    brightest = float(patches.flatten().quantile(0.999))
+    scale = 1.0 if DIM <= brightest <= BRIGHT or brightest <= 0 else brightest
+    patches = patches / scale
+    model = denoiser_of(network, sketch_of(network, patches), patches)
+    model.rescale(scale)
+    return model
 
 
 def sketch_of(network: PudNet, patches: Tensor) -> Tensor:
@@ -79,7 +89,7 @@ def sketch_of(network: PudNet, patches: Tensor) -> Tensor:
     return stream.result()
 
 
-def denoiser_of(network: PudNet, sketch: Tensor, patches: Tensor) -> nn.Module:
+def denoiser_of(network: PudNet, sketch: Tensor, patches: Tensor) -> BlindSpotUNet:
     """The denoiser that a sketch `[m]` gives, calibrated on noisy patches `[n, c, h, w]`; in eval mode.
 
     The noise that it takes the pixels themselves into account by is what the patches have beside its blind guesses.
@@ -89,7 +99,9 @@ def denoiser_of(network: PudNet, sketch: Tensor, patches: Tensor) -> nn.Module:
     blind = build_model(network, network.target, weights, 0, None, {}).to(patches.device)
     guesses = calibrate(blind, patches, weights, **network.config.calibration)
     noise = {'noise': estimate_noise(patches, guesses)}
-    return build_model(network, network.target, blind.state_dict(), 0, None, noise).to(patches.device).eval()
+    model = build_model(network, network.target, blind.state_dict(), 0, None, noise).to(patches.device).eval()
+    assert isinstance(model, BlindSpotUNet)
+    return model
 
 
 def noisy_patches(images: Any, channels: int, side: int) -> Tensor:
@@ -104,9 +116,11 @@ def noisy_patches(images: Any, channels: int, side: int) -> Tensor:
         raise InputError('no images: a denoiser needs at least one')
     count = min(len(items), MOST_PATCHES)
     each: list[list[Tensor]] = []
+    whites: dict[float, object] = {}  # of float files and images
     for number in range(count):
         place = number * len(items) // count
-        image = _pixels(items[place], place)
+        image = _pixels(items[place], place, whites)
+        check_whites(whites)
         own = max(LEAST_SIDE, min(side, *image.shape[1:]))
         each.append(_patches_of(_at_least(image, own), own, MOST_PATCHES // count, number))
     sides = sorted(patches[0].shape[1] for patches in each)
@@ -135,19 +149,28 @@ def _items(images: Any) -> Any:
     raise InputError(f'images: a {type(images).__name__}; pass a folder, a list of paths or images, or an array')
 
 
-def _pixels(image: Any, number: int) -> Tensor:
-    """One image as float32 `[c, h, w]`, 1 or 3 channels."""
+def _pixels(image: Any, number: int, whites: dict[float, object]) -> Tensor:
+    """One image as float32 `[c, h, w]`, 1 or 3 channels; of a float file or PIL image its white goes to `whites`."""
     if isinstance(image, (str, os.PathLike)):
-        return read_picture(image).pixels
+        picture = read_picture(image)
+        if picture.depth == 32:
+            whites.setdefault(picture.white, image)
+        return picture.pixels
     if isinstance(image, Image.Image):
         if image.mode == 'I':
             raise InputError(f'images[{number}] has integers of 32 bits: convert it to 8 or 16 bits')
-        if image.mode.startswith('I;16'):
-            image = np.array(image).astype(np.uint16)
-        elif image.mode == 'F':
-            image = np.array(image)
-        else:
-            image = np.array(image.convert('L' if image.mode in ('1', 'L', 'LA') else 'RGB'))
+        try:
+            if image.mode.startswith('I;16'):
+                image = np.array(image).astype(np.uint16)
+            elif image.mode == 'F':
+                values = np.array(image)
+                white = white_of(float(np.abs(values).max()))
+                whites.setdefault(white, f'images[{number}]')
+                image = values / np.float32(white)
+            else:
+                image = np.array(image.convert('L' if image.mode in ('1', 'L', 'LA') else 'RGB'))
+        except OSError as error:  # PIL reads its pixels only now
+            raise InputError(f'images[{number}] cannot be read ({error})') from error
     if not isinstance(image, (np.ndarray, Tensor)):
         raise InputError(f'images[{number}] is a {type(image).__name__}, not a path, image, array or tensor')
     if str(image.dtype).endswith('uint16'):
@@ -156,6 +179,7 @@ def _pixels(image: Any, number: int) -> Tensor:
     pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
     if not math.isfinite(float(pixels.sum())):  # isfinite() of each would take as much memory again
         raise InputError(f'images[{number}] has pixels that are NaN or infinite')
+    check_range(pixels, f'images[{number}]')
     return pixels[: 1 if len(pixels) == 1 else 3]
 
 

@@ -12,6 +12,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from timm_pudnet.config import InputError
+from timm_pudnet.denoising.pictures import check_range
 
 WORTH_FUSING = 2**17  # pixels of an image; for fewer the copy takes longer than it saves
 
@@ -39,8 +40,8 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1)
         `[c, h, w]`, of the image's type and on its device.
 
     Raises:
-        InputError: The image's shape or type is another one, `tile` is below 1, `turns` is not 1, 2 or 4, or the model
-            is in training mode.
+        InputError: The image's shape or type is another one, its floats are in 0-255, `tile` is below 1, `turns` is
+            not 1, 2 or 4, or the model is in training mode.
 
     Example:
         >>> class Halve(nn.Conv2d):
@@ -55,6 +56,7 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1)
             f'an image of shape {tuple(image.shape)} and {image.dtype} cannot be denoised: float [c, h, w], 1 or 3 '
             'channels'
         )
+    check_range(image, 'the image')
     if model.training:
         raise InputError('the model is in training mode, in which each tile would change it: call model.eval() first')
     if tile < 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from timm_pudnet.config import InputError
+from timm_pudnet.config import InputError, PudNetWarning
 from timm_pudnet.denoising.noise import add_noise, blind_spot_loss, blind_spots
-from timm_pudnet.denoising.pictures import list_pictures, read_picture
+from timm_pudnet.denoising.pictures import check_whites, list_pictures, read_picture
 from timm_pudnet.denoising.predict import LEAST_SIDE
 from timm_pudnet.files import local_path
 from timm_pudnet.hypernet import PudNet, own_defaults
@@ -49,8 +50,10 @@ class PatchBank:
     def from_folder(cls, data: Data, channels: int) -> PatchBank:
         """Reads the images of a folder, of the classes that a recipe names where it names any.
 
+        Those that cannot be read, or are too small, are skipped with one warning.
+
         Raises:
-            InputError: The folder cannot be read, has no images, or lacks a class that is named.
+            InputError: The folder cannot be read, has no such images, or lacks a class that is named.
         """
         paths: Iterable[str | Path]
         if not (data.classes or data.unseen):
@@ -62,12 +65,30 @@ class PatchBank:
                 raise InputError(f'{data.images}: no class {absent[0]!r}, which the recipe names')
             chosen = data.classes or [name for name in classes if name not in data.unseen]
             paths = [path for path, label in zip(names, labels.tolist(), strict=True) if classes[label] in chosen]
-        images = []
+        images: list[Tensor] = []
+        skipped: list[str] = []
+        whites: dict[float, object] = {}
         for path in paths:
-            picture = read_picture(path)
+            try:
+                picture = read_picture(path)
+            except InputError as error:
+                skipped.append(str(error))
+                continue
+            if min(picture.pixels.shape[1:]) < LEAST_SIDE:
+                skipped.append(f'{path}: smaller than {LEAST_SIDE} pixels')
+                continue
+            if picture.depth == 32:
+                whites.setdefault(picture.white, path)
+                check_whites(whites)
             pixels = picture.pixels.mean(0, keepdim=True) if channels == 1 else picture.pixels.expand(3, -1, -1)
             # What has more than 8 bits keeps them: its own noise may lie there.
             images.append((pixels * 255).round().to(torch.uint8) if picture.depth <= 8 else pixels.half())
+        if skipped:
+            some = '; '.join(skipped[:3]) + ('; ...' if len(skipped) > 3 else '')
+            if not images:
+                raise InputError(f'none of the {len(skipped):,} images of {data.images} can be trained on: {some}')
+            message = f'skipped {len(skipped):,} of {len(skipped) + len(images):,} images: {some}'
+            warnings.warn(message, PudNetWarning, stacklevel=2)
         return cls(images)
 
     def draw(self, count: int, side: int, generator: torch.Generator) -> Tensor:

@@ -148,6 +148,20 @@ class BlindSpotUNet(nn.Module):
         if made is not None:
             made['noise'] = noise
 
+    def rescale(self, scale: float) -> None:
+        """Makes it do to images `scale` times as bright what it does now: `scale * f(x / scale)` in place of `f(x)`."""
+        if scale == 1:
+            return
+        norm = self.standardize
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.mul_(scale)
+        norm.running_var.copy_((norm.running_var + norm.eps) * scale**2 - norm.eps)
+        if self.posterior is not None:
+            black, white = self.posterior.black.flatten(), self.posterior.white.flatten()
+            ends = torch.stack([black, black + (white - black) / scale], 1) * scale**2
+            self.set_noise(ends.clamp_min(0).tolist())
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters form a layer, for timm's layer-wise rates."""
         return {'stem': r'^encoder\.0', 'blocks': [(r'^encoder\.(\d+)', None), (r'^(?:enlarge|decoder)\.(\d+)', (99,))]}

@@ -68,7 +68,7 @@ class Denoising:
         clipped: Share of the groups whose noisy pixels are clipped to 0-1, as a file does it.
         grey: Share of the groups that are seen in grey, with noise alike in all channels.
         patch: Side of a patch in pixels; images that are smaller in a direction give smaller ones.
-        per_group: Patches of a group.
+        per_group: Patches of a group, at least 2.
         per_step: Groups in an optimiser step.
 
     Raises:
@@ -93,7 +93,7 @@ class Denoising:
         for name in ('clipped', 'grey'):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f'{name} must be a share in 0-1, got {getattr(self, name)}')
-        for name, least in (('patch', 8), ('per_group', 1), ('per_step', 1)):
+        for name, least in (('patch', 8), ('per_group', 2), ('per_step', 1)):
             if getattr(self, name) < least:
                 raise InputError(f'{name} must be at least {least}, got {getattr(self, name)}')
 
@@ -154,7 +154,8 @@ class Schedule:
             statistics, as what an ordinary training gives does; `prior_images` and `deep_share` of the hypernetwork
             say how much they count. The control *plain* has no use for it.
         fixed_encoder: Whether the sketch encoder stays as it is in the hypernetwork of `start`.
-        ema: Decay of the moving average of all weights that is kept in the end, 0.999 for instance; 0 for none.
+        ema: Decay of the moving average of all weights that is kept in the end, 0.999 for instance; 0 for none. It
+            is less in the first steps (timm's `ModelEmaV3` with warm-up), so that these do not count for long.
     """
 
     images: int = 100_000
