@@ -27,7 +27,7 @@ import torch
 import tqdm
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import timm_pudnet
@@ -1051,6 +1051,34 @@ def test_a_control_that_is_no_timm_model_is_one_line(trained, shapes, tmp_path, 
         for name in ('empty', 'text', 'cut'):
             control = ('--control', tmp_path / name)
             fails(*evaluation(trained[0], shapes / 'my shapes', '--save', *control), needles=[tmp_path / name])
+
+
+def test_a_control_that_was_trained_on_a_tested_class_is_refused(trained, shapes, tmp_path):
+    shutil.copytree(trained[0] / 'plain', tmp_path / 'plain')
+    seen = tmp_path / 'plain.whitening.safetensors'
+    save_file(load_file(trained[0] / 'plain.whitening.safetensors'), seen, {'classes': json.dumps(['cup', 'mug'])})
+    fails(*evaluation(trained[0], shapes / 'my shapes', '--control', tmp_path / 'plain'), needles=["'mug'", 'plain'])
+
+
+def test_what_training_names_as_the_next_command_can_be_run(trained, shapes, tmp_path):
+    """With the root of a timm dataset that another set of the recipe has, and where no class is left to test on."""
+    second = ('[data]', '[[data]]'), ('[groups]', '[[data]]\nimages = "torch/image_folder"\nshare = 0.5\n\n[groups]')
+    text = (shapes / 'recipe.toml').read_text()
+    for old, new in second:
+        text = text.replace(old, new)
+    (tmp_path / 'two.toml').write_text(text)
+    root = tmp_path / 'root'
+    shutil.copytree(shapes / 'my shapes' / 'cup', root / 'train' / 'bowl')
+    shutil.copytree(shapes / 'my shapes' / 'jar', root / 'train' / 'can')
+    printed = succeeds('train', tmp_path / 'two.toml', '--out', tmp_path / 'two', '--data-dir', root).stdout
+    words = shlex.split(printed.partition(':\n')[2].strip().splitlines()[-1])
+    assert words[:2] == ['timm-pudnet', 'evaluate']
+    assert words[3:] == [str(shapes / 'my shapes')]
+    (tmp_path / 'all.toml').write_text(
+        (shapes / 'recipe.toml').read_text().replace('classes = ["cup", "jar", "pan"]', '')
+    )
+    printed = succeeds('train', tmp_path / 'all.toml', '--out', tmp_path / 'all').stdout
+    assert 'IMAGES_OF_OTHER_CLASSES' in printed
 
 
 def test_two_controls_of_one_name_are_refused(trained, shapes, tmp_path):

@@ -93,6 +93,8 @@ def test_a_bank_is_read_for_each_set_of_a_recipe(tmp_path, make_recipe, pictures
         (Data(images=first, unseen=('jra',)), ["'jra'", 'unseen']),
         (Data(images=first, classes=('jra',)), ["'jra'", 'cup, jar, pan']),
         (Data(images=first, unseen=('cup', 'jar', 'pan')), ['unseen']),  # no class is left, and not: all are
+        (Data(images=first, split='val'), ['split is of a timm dataset']),
+        (Data(images=first, data_dir='nowhere'), ['data_dir is of a timm dataset']),
     ):
         with pytest.raises(InputError) as error:
             banks_of(make_recipe, data)
@@ -410,6 +412,9 @@ def test_an_erased_image_under_a_condition_is_finite():
         ({'re_mode': 'blue', 're_prob': 0.5}, 'blue'),
         ({'color_jitter': 'much'}, 'much'),
         ({'scale': 7}, 'scale'),
+        ({'scale': [0.5]}, 'scale'),
+        ({'use_prefetcher': True}, 'use_prefetcher'),
+        ({'separate': True}, 'separate'),
     ],
 )
 def test_what_timm_refuses_is_one_line(kwargs, needle, one_line):

@@ -585,6 +585,16 @@ def test_tested_images_that_are_in_the_support_bank_too_are_told(hypernet, bank,
         evaluate(hypernet, bank, drawn, support_bank=leaky, progress=False)
 
 
+def test_copies_among_the_tested_images_are_told(hypernet, bank):
+    twice = ImageBank(
+        torch.cat([bank.images, bank.images[:3]]), torch.cat([bank.labels, bank.labels[:3]]), bank.class_names
+    )
+    with pytest.warns(PudNetWarning, match='3 of the 43 images are copies of others'):
+        drawn = TestGroups.draw(twice, count=2, n_way=4, n_shot=2, n_query=6)
+    with pytest.warns(PudNetWarning, match='3 of the 43 images are copies of others'):
+        evaluate(hypernet, twice, drawn, progress=False)
+
+
 def test_one_group_has_the_binomial_interval_and_no_gain_over_its_own_sketch(hypernet, support_bank):
     noisy = coloured(torch.arange(80) % 4, seed=9, noise=250)
     groups = TestGroups.draw(noisy, count=1, n_way=4, n_shot=2, n_query=18)

@@ -159,6 +159,15 @@ def test_the_first_epoch_fits_the_head_alone_and_the_next_all(model, small):
     assert moved[1] == set(start)
 
 
+def test_the_first_step_is_no_loss_of_time(model, small):
+    bank, _ = small
+    fit_classifier(model, bank.class_names)
+    start = state(model)
+    one_a_epoch = short(batch_size=len(bank.labels), head_first=False, warmup=0.5)
+    next(iter(finetune_epochs(model, bank, None, one_a_epoch)))
+    assert not torch.equal(start['fc.weight'], model.state_dict()['fc.weight'])
+
+
 def test_lower_layers_move_less_by_the_decay(model, small):
     bank, _ = small
     fit_classifier(model, bank.class_names)

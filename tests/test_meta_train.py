@@ -363,16 +363,17 @@ def test_large_gradients_of_what_is_steered_do_not_slow_down_the_rest(make_recip
 @pytest.mark.parametrize('decay', [0.5, 0.9])
 @pytest.mark.parametrize('kind', [loop._MetaRun, loop._PlainRun])
 def test_the_average_is_that_of_hand(kind, decay, make_recipe, bank):
-    """Of ModelEmaV3: it starts as the weights after the first step; integers are those of the last step."""
+    """Of ModelEmaV3: it starts as the weights after the first step, and its decay rises; integers are the last ones."""
     recipe = make_recipe(5, schedule={'ema': decay})
     run_of, average = kind(recipe, [bank], 'cpu'), None
-    for _ in run_of.steps(5):
+    for step, _ in enumerate(run_of.steps(5)):
+        least = min(decay, 1 - (1 + step) ** (-2 / 3))
         states = {name: module.state_dict() for name, module in run_of.modules.items()}
         state = {f'{name}.{key}': v.clone() for name, values in states.items() for key, v in values.items()}
         if average is None:
             average = {key: value.double() for key, value in state.items()}
         else:
-            average = {key: decay * average[key] + (1 - decay) * value.double() for key, value in state.items()}
+            average = {key: least * average[key] + (1 - least) * value.double() for key, value in state.items()}
     average = {key: average[key].float() if value.is_floating_point() else value for key, value in state.items()}
     run_of.settle()
     states = {name: module.state_dict() for name, module in run_of.modules.items()}

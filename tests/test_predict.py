@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
 
 from timm_pudnet import (
     InputConfig,
@@ -379,6 +380,11 @@ def test_pretrained_cfg_says_what_timm_needs(net, model, support):
     assert timm.data.resolve_model_data_config(model, use_test_size=True) == data
     for name in ('url', 'hf_hub_id', 'license', 'origin_url', 'paper_ids'):
         assert not cfg.get(name), name
+    usual = timm.get_pretrained_cfg('test_resnet')
+    assert usual is not None
+    assert usual.pool_size is not None
+    side = -(-usual.pool_size[0] * cfg['input_size'][1] // usual.input_size[1])
+    assert cfg['pool_size'] == (side, side)
     weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     assert len(pickle.dumps(model)) < 1.2 * weights, 'a copy of the weights is kept somewhere'
 
@@ -676,6 +682,8 @@ def test_create_model_with_images_is_predict_model(net, folder, model, query):
         ({'in_chans': 1, 'stem_width': 8}, ['with in_chans=1, stem_width=8 has', 'leave these arguments out']),
         ({'block_args': {'attn_layer': 'se'}}, ['block_args', 'test_resnet.tiny']),
         ({'nonsense': 1}, ["'nonsense'"]),
+        ({'act_layer': torch.nn.GELU}, ['act_layer=', "'gelu'"]),
+        ({'global_pool': ''}, ["global_pool=''", "head='none'"]),
         ({'batch_size': 0}, ['batch_size', '0']),
         ({'batch_size': 2.0}, ['batch_size', '2.0']),
         ({'head': 'linear'}, ["'linear'", 'centroid', 'ridge', 'none']),
@@ -732,6 +740,52 @@ def test_arguments_that_contradict_each_other_are_told_before_an_image_is_read(
     with pytest.raises(InputError) as error:
         predict_model('test_resnet', folder, hypernet=net, **kwargs)
     one_line(error, *needles)
+
+
+@pytest.mark.parametrize(
+    ('labels', 'needles'),
+    [(['a', None, 'b', 'a'], ['number 1 is None', 'a name']), ([0, 1, 0.5, 1], ['number 2 is 0.5', 'one int'])],
+)
+def test_a_label_that_is_none_is_named(labels, needles, net, support, one_line):
+    with pytest.raises(InputError) as error:
+        predict_model('test_resnet', support[0][:4], labels, hypernet=net)
+    one_line(error, 'labels', *needles)
+
+
+def test_a_subset_may_be_chosen_by_a_tensor(net, query, folder):
+    dataset = ImageFolder(str(folder))
+    chosen = torch.tensor([row for row, (_, label) in enumerate(dataset.samples) if label != 1])
+    models = [predict_model('test_resnet', Subset(dataset, rows), hypernet=net) for rows in (chosen, chosen.tolist())]
+    assert models[0].pretrained_cfg['label_names'] == (NAMES[0], NAMES[2])
+    same_model(*models, query[0])
+
+
+def test_numbers_of_numpy_are_numbers(net, support, model, query):
+    asked = predict_model('test_resnet', *support, hypernet=net, batch_size=np.int64(5), drop_rate=np.float32(0.5))
+    same_model(asked, model, query[0])
+    seen = InputConfig(input_size=tuple(np.array([3, 32, 32])))
+    kwargs = {'generator': 'residual', 'generator_kwargs': {'rank': np.int64(2)}, 'eta': np.float32(0.5)}
+    made = PudNet.for_target('test_resnet', sketch_width=np.int64(8), input=seen, **kwargs)
+    assert json.loads(json.dumps(made.config.to_dict()))['generator_kwargs'] == {'rank': 2}
+
+
+def test_pictures_of_32_bit_numbers_may_be_bytes(net, support, model, query):
+    same_model(
+        predict_model(
+            'test_resnet',
+            [Image.fromarray(one[..., 0].astype(np.int32)) for one in support[0]],
+            support[1],
+            hypernet=net,
+        ),
+        predict_model('test_resnet', [Image.fromarray(one[..., 0]) for one in support[0]], support[1], hypernet=net),
+        query[0],
+    )
+
+
+def test_a_hypernetwork_in_another_precision_predicts_and_stays_as_it_is(net, support, model, query):
+    other = copy.deepcopy(net).double()
+    same_model(predict_model('test_resnet', *support, hypernet=other), model, query[0])
+    assert other.temperature.dtype == torch.float64
 
 
 def test_labels_with_gaps_are_told_for_what_they_are(net, support, one_line):
@@ -1155,7 +1209,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing(model, tmp_path, full_dis
 
 
 def test_the_room_s_data_config_is_the_input(net):
-    found = {key: value for key, value in pretrained_cfg_of(net.config.input).items() if value is not None}
+    found = {key: value for key, value in pretrained_cfg_of(net.config.input, {}).items() if value is not None}
     assert found == {**vars_of(net.config.input), 'crop_mode': 'center'}
 
 
@@ -1232,6 +1286,35 @@ def test_a_feature_model_is_not_saved(net, support, tmp_path, nothing_written, o
     with nothing_written(tmp_path), pytest.raises(InputError) as error:
         save_model(model, tmp_path / 'model')
     one_line(error, 'FeatureListNet')
+
+
+def test_what_timm_could_not_load_is_not_saved(net, support, tmp_path, nothing_written, one_line):
+    def with_parametrized(model):
+        torch.nn.utils.parametrizations.weight_norm(model.conv1[0])
+
+    changes = {
+        'fc.weight': lambda model: setattr(model, 'fc', torch.nn.Linear(model.num_features, 7)),
+        'fc.0.weight': lambda model: setattr(model, 'fc', torch.nn.Sequential(torch.nn.Linear(model.num_features, 3))),
+        'conv1.0.parametrizations': with_parametrized,
+    }
+    for key, change in changes.items():
+        model = predict_model('test_resnet', *support, hypernet=net)
+        change(model)
+        with nothing_written(tmp_path), pytest.raises(InputError) as error:
+            save_model(model, tmp_path / 'model')
+        one_line(error, key, 'test_resnet of 3 classes', 'reset_classifier')
+    with pytest.raises(InputError, match='Linear cannot be saved'):
+        save_model(torch.nn.Linear(2, 2), tmp_path / 'model')
+    model.reset_classifier(7)
+    torch.nn.utils.parametrize.remove_parametrizations(model.conv1[0], 'weight')
+    save_model(torch.compile(model), tmp_path / 'model')  # never run, so nothing is compiled
+    assert timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).num_classes == 7
+
+
+def test_feature_maps_come_without_timm_s_list_of_what_they_leave_out(tmp_path, pictures, caplog):
+    made = PudNet.for_target('test_efficientnet', sketch_width=8)
+    create_model('test_efficientnet', pretrained_from=pictures(6)[0], hypernet=made, features_only=True)
+    assert 'Unexpected keys' not in caplog.text
 
 
 @pytest.mark.parametrize('cls', ['list', 'hook', 'getter'])

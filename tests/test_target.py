@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from timm_pudnet.config import InputError, UnsupportedTargetError
-from timm_pudnet.target import batch_norms, create_feature_model, describe_target, keep_arguments
+from timm_pudnet.target import batch_norms, create_feature_model, describe_target, input_of, keep_arguments
 
 ARCHITECTURES = [
     *('test_resnet', 'test_efficientnet', 'resnet18', 'resnet50', 'seresnet18', 'regnetx_002', 'densenet121'),
@@ -248,3 +248,9 @@ def test_what_an_earlier_timm_forgets_of_a_model_is_kept_for_its_file():
     keep_arguments(model, {'in_chans': 4})
     assert model._model_args == {'in_chans': 1}
     assert known in (None, {'in_chans': 1}), 'what a later timm keeps by itself'
+
+
+def test_a_crop_larger_than_the_image_is_the_image():
+    model = timm.create_model('test_resnet')
+    model.pretrained_cfg['crop_pct'] = 1.15  # as volo_d5_512 has it
+    assert input_of(model).crop_pct == 1

@@ -372,6 +372,7 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
     """Train a hypernetwork by a RECIPE file; goes on where an earlier run in --out stopped."""
     from timm_pudnet import denoising, training
     from timm_pudnet.hypernet import save_tensors, target_of, usable_device, written_whole
+    from timm_pudnet.images import is_timm_name
     from timm_pudnet.predict import save_model
 
     loaded = training.Recipe.load(recipe)
@@ -442,9 +443,11 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
             with written_whole(kept) as beside:
                 beside.write_bytes(text)
     name = str(out) if len(out.parts) > 1 else f'./{out}'  # a folder's name, whatever hypernetwork is called so
-    words = ['timm-pudnet', 'evaluate', name, loaded.data[0].images]
-    root = data_dir or loaded.data[0].data_dir
-    words += ['--data-dir', root] if root else []
+    first_data = loaded.data[0]
+    some_left = first_data.classes or first_data.unseen
+    words = ['timm-pudnet', 'evaluate', name, first_data.images if some_left else 'IMAGES_OF_OTHER_CLASSES']
+    root = data_dir or first_data.data_dir
+    words += ['--data-dir', root] if root and some_left and is_timm_name(first_data.images) else []
     words += ['--control', str(result)] if plain else []
     if loaded.denoising is not None:
         words = ['timm-pudnet', 'denoise', 'NOISY', '--hypernet', name, '--out', 'denoised']
@@ -536,6 +539,7 @@ def evaluate(
     from timm_pudnet.hypernet import usable_device, written_whole
     from timm_pudnet.images import open_images
     from timm_pudnet.training.episodes import ImageBank, bank_input
+    from timm_pudnet.training.meta_train import seen_by
 
     shot = _labels_a_class(n_shot, support_split)
     if groups < 1:
@@ -592,6 +596,13 @@ def evaluate(
         raise InputError(
             f'{source.description}: {len(unseen)} classes that {network.name} was not trained on; two needed'
         )
+    for path in controls:
+        known = sorted({*unseen} & {*seen_by(str(path))})
+        if known:
+            raise InputError(
+                f'--control {path} was trained on class {known[0]!r}, which {network.name} is tested on: train it by '
+                'the recipe of the hypernetwork'
+            )
     bank = ImageBank.from_source(source, unseen, progress=True) if whole is None else whole.select(unseen)
     click.echo(f'Found      {len(bank.labels):,} images in {len(unseen)} unseen classes: {_some(bank.class_names)}')
     support_bank = other_bank = None
@@ -775,7 +786,8 @@ def finetune(
         best = run.best
         assert best is not None
         low, high = share_interval(best['right'], kept)
-        flattered = ' (flattered, if it was predicted from these images)' if Path(model).is_dir() else ''
+        given = Path(model.removeprefix('local-dir:')).is_dir()
+        flattered = ' (flattered, if it was predicted from these images)' if given else ''
         was = '' if run.before is None else f'; {run.before["accuracy"]:.1f}% before{flattered}'
         click.echo(
             f'Accuracy   {best["accuracy"]:.1f}% on the images kept aside ({best["right"]} of {kept}; 95 % interval '
@@ -964,12 +976,18 @@ def denoise(
     some = '; '.join(skipped[:3]) + ('; ...' if len(skipped) > 3 else '')
     if not found:
         raise InputError(f'none of the {len(paths):,} images of {images} can be denoised: {some}')
-    if len(whites) > 1:
-        (low, one), (high, other) = list(whites.items())[:2]
-        raise InputError(f'{one} has white at {low:g}, {other} at {high:g}, by their largest values: scale them alike')
+    pictures.check_whites(whites)
     if skipped:
         warnings.warn(f'skipped {len(skipped):,} of {len(paths):,} images: {some}', PudNetWarning, stacklevel=2)
     click.echo(f'Found      {_of_kinds(found)} in {images}{"" if clean is None else f", clean ones in {clean}"}')
+    compressed = sum(facts['format'] == 'JPEG' for facts in found.values())
+    if compressed:
+        warnings.warn(
+            f'{compressed:,} of {len(found):,} images are JPEG, whose compression has smeared the noise: less of it is '
+            'recognised and removed than in PNG or TIFF files of the camera',
+            PudNetWarning,
+            stacklevel=2,
+        )
 
     started = time.perf_counter()
     models = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -115,7 +116,7 @@ class InputConfig:
     crop_mode: str = 'center'
 
     def __post_init__(self) -> None:
-        size = tuple(self.input_size)
+        size = tuple(map(as_plain, self.input_size))
         if len(size) != 3 or not all(isinstance(side, int) and 0 < side <= 16384 for side in size):
             raise InputError(f'input_size must be (channels, height, width) with sides in 1-16384, got {size}')
         if size[0] not in (1, 3, 4):
@@ -209,6 +210,8 @@ class PudNetConfig:
     library_versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, as_plain(getattr(self, field.name)))
         if not self.model_name or not isinstance(self.model_name, str):
             raise InputError('model_name must be the name of a timm architecture, resnet18 for instance')
         if not isinstance(self.sketch_width, int) or not 1 <= self.sketch_width <= 8192:
@@ -217,13 +220,14 @@ class PudNetConfig:
             raise InputError(f'tag must be letters, digits, dots, - and _, got {self.tag!r}')
         if not all(isinstance(name, str) and not _CONTROL.search(name) for name in self.class_names):
             raise InputError('class_names must be texts without control characters')
-        channels = tuple(self.sketch_channels)
+        channels = tuple(map(as_plain, self.sketch_channels))
         if len(channels) != 2 or not all(isinstance(width, int) and 1 <= width <= 8192 for width in channels):
             raise InputError(f'sketch_channels must be two widths in 1-8192, got {channels}')
         for name in ('model_kwargs', 'generator_kwargs', 'training', 'library_versions'):
             if not isinstance(getattr(self, name), dict):
                 raise InputError(f'{name} must be a mapping, got {getattr(self, name)!r}')
-        object.__setattr__(self, 'model_kwargs', _as_json(self.model_kwargs))
+        for name in ('model_kwargs', 'generator_kwargs'):
+            object.__setattr__(self, name, _as_json(getattr(self, name)))
         _check_model_kwargs(self.model_kwargs)  # else what comes of it could not be read again
         if not 0 <= self.eta <= 1:
             raise InputError(f'eta must be in [0, 1], got {self.eta}')
@@ -312,11 +316,18 @@ _NOT_FROM_A_FILE = {'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'p
 _NOT_FROM_A_FILE |= {'cache_dir', 'num_classes', 'scriptable', 'exportable', 'no_jit', 'features_only'}
 
 
+def as_plain(value: Any) -> Any:
+    """Python's own int or float in place of numpy's."""
+    if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
 def _as_json(value: Any) -> Any:
-    """With lists in place of tuples, as JSON gives it back."""
+    """With lists in place of tuples, as JSON gives it back, and Python's own numbers."""
     if isinstance(value, dict):
         return {key: _as_json(inner) for key, inner in value.items()}
-    return [_as_json(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+    return [_as_json(inner) for inner in value] if isinstance(value, (list, tuple)) else as_plain(value)
 
 
 def _check_model_kwargs(given: Mapping[str, Any]) -> None:

@@ -69,10 +69,11 @@ _EXACT = ('norm_statistics.', 'whitening', 'gate.')  # what half precision leave
 
 
 def on_device(network: PudNet, device: torch.device, given: Any) -> PudNet:
-    """The hypernetwork on a device; a copy where it is the one that the caller has `given`, which stays where it is."""
-    if network.device == torch.empty(0, device=device).device:  # with its number: cuda:0, not cuda
+    """The hypernetwork on a device, in float32; a copy where it is the one that the caller has `given`."""
+    there = network.device == torch.empty(0, device=device).device  # with its number: cuda:0, not cuda
+    if there and network.temperature.dtype == torch.float32:
         return network
-    return (copy.deepcopy(network) if network is given else network).to(device)
+    return (copy.deepcopy(network) if network is given else network).to(device, torch.float32)
 
 
 @contextmanager

@@ -44,6 +44,7 @@ from timm_pudnet.config import (
     PudNetWarning,
     close_names,
     first_line,
+    shown,
 )
 
 IMAGE_EXTENSIONS = (
@@ -665,6 +666,8 @@ def open_file(path: str | os.PathLike[str]) -> ImageFile.ImageFile:
     except UnidentifiedImageError:  # maybe a format that PIL loads on demand, and that its build may lack
         Image.init()
         image = Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
+    if image.format == 'TIFF':
+        image.filename = ''  # or PIL maps the file into memory, with the sides that its orientation is yet to swap
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()  # PIL itself only warns up to twice the limit
         raise Image.DecompressionBombError
@@ -677,8 +680,8 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     if not np.isfinite(values).all():
         raise ValueError('pixels that are NaN or infinite')
     top = 65535
-    if image.mode == 'F' and values.max() <= 255:  # float images come in three ranges
-        top = 255 if values.max() > 1 else 1
+    if image.mode in ('F', 'I') and values.max() <= 255:  # float images come in three ranges, 32-bit ones in two
+        top = 255 if values.max() > 1 or image.mode == 'I' else 1
     return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
 
 
@@ -844,6 +847,9 @@ def _index_labels(values: Any, names: Sequence[str] | None = None) -> tuple[Tens
     if all(isinstance(value, str) for value in values):
         class_names, numbers = np.unique(np.array(values, dtype=np.str_), return_inverse=True)
         return torch.from_numpy(numbers.astype(np.int64)), tuple(class_names.tolist())
+    if isinstance(values, list) and any(isinstance(value, str) for value in values):
+        place, value = next((place, value) for place, value in enumerate(values) if not isinstance(value, str))
+        raise InputError(f'labels: names, but number {place} is {shown(value)}: give each image a name')
     labels = _to_label_tensor(values, 'labels')
     unique, numbers = labels.unique(return_inverse=True)
     k = len(unique)
@@ -861,7 +867,10 @@ def _to_label_tensor(values: Any, where: str) -> Tensor:
     try:
         return torch.tensor([operator.index(value) for value in values], dtype=torch.int64)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InputError(f'{where}: labels must be one int for each image ({error})') from error
+        wrong = next(((place, value) for place, value in enumerate(values) if not hasattr(value, '__index__')), None)
+        reason = str(error) if wrong is None else f'number {wrong[0]} is {shown(wrong[1])}'
+        more = '' if where == 'labels' else '; labels=... takes names too'
+        raise InputError(f'{where}: labels must be one int for each image ({reason}){more}') from error
 
 
 def reorders(images: Any) -> bool:
@@ -943,7 +952,7 @@ def _dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | Non
     """Labels as its items have them, and names of all classes, that a map-style dataset knows without an image."""
     base, chosen = dataset, None
     while isinstance(base, Subset):
-        indices = list(base.indices)
+        indices = [operator.index(place) for place in base.indices]  # of a tensor, too
         base, chosen = base.dataset, indices if chosen is None else [indices[place] for place in chosen]
     names = _class_names(base)
     # The names that torchvision's datasets have for them.

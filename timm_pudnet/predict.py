@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from timm_pudnet.config import (
     OutputExistsError,
     PudNetError,
     PudNetWarning,
+    as_plain,
     first_line,
 )
 from timm_pudnet.files import local_path
@@ -34,7 +36,7 @@ from timm_pudnet.hub import Pushed, push, resolve_hypernet
 from timm_pudnet.hypernet import PudNet, folder_written_whole, on_device, own_defaults, target_of, usable_device
 from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.sketch import Balance, ImageSample, content_keys
-from timm_pudnet.target import TargetSpec, keep_arguments, pretrained_cfg_of
+from timm_pudnet.target import TargetSpec, check_loadable, keep_arguments, pretrained_cfg_of
 
 Head = Literal['centroid', 'ridge', 'blend', 'none']
 # Arguments of timm.create_model that change what the model gives, not its weights.
@@ -118,6 +120,8 @@ def predict_model(
     asked = timm_kwargs.get('num_classes')
     if headless and asked:
         raise InputError(f'{headless} gives features, not num_classes={asked}: leave one of them out')
+    timm_kwargs = {name: as_plain(value) for name, value in timm_kwargs.items()}
+    batch_size = as_plain(batch_size)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f'batch_size must be a whole number above zero, got {batch_size!r}')
     for name in _WEIGHTS_FROM_ELSEWHERE:
@@ -197,12 +201,14 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Raises:
         OutputExistsError: The folder exists and is not empty, or is a file.
         NotFoundError: Its parent is not there.
-        InputError: It is no whole timm model, one of `features_only` for instance.
+        InputError: It is no whole timm model, one of `features_only` for instance, or timm could not load it.
     """
     folder = local_path(folder)
     check_output(folder)
-    if not hasattr(model, 'num_classes'):
+    model = getattr(model, '_orig_mod', model)  # of torch.compile
+    if not hasattr(model, 'num_classes') or not hasattr(model, 'pretrained_cfg'):
         raise InputError(f'a {type(model).__name__} cannot be saved: timm has no format for it. Save the whole model')
+    check_loadable(model)
     if not all(value.is_contiguous() for value in model.state_dict().values()):  # channels_last, which files have not
         model = copy.deepcopy(model)
         for tensor in (*model.parameters(), *model.buffers()):
@@ -305,6 +311,8 @@ def _predict(
         top = max(sample.classes)
         source.check_classes(top, len(sample.classes))
         num_classes = len(source.class_names or ()) or top + 1
+        if timm_kwargs.get('global_pool') == '':
+            raise InputError("global_pool='' gives maps, which no classifier can read: head='none' gives them alone")
         if num_classes < 2:
             raise InputError(
                 f'{source.description}: one class only, a classifier needs two; head="none" gives a feature model'
@@ -430,6 +438,7 @@ def build_model(
     timm_kwargs: dict[str, Any],
 ) -> nn.Module:
     """A timm model with these weights, by timm's own way of loading pretrained ones."""
+    usual = timm.get_pretrained_cfg(network.config.model_name)
     state = {key: value.detach() for key, value in weights.items()}
     if num_classes:
         for key in spec.keys('classifier'):
@@ -440,7 +449,7 @@ def build_model(
         'state_dict': state,
         'num_classes': num_classes,
         'tag': network.config.tag or None,
-        **pretrained_cfg_of(network.config.input),
+        **pretrained_cfg_of(network.config.input, usual.to_dict() if usual else {}),
         # timm makes a conv for other channels of one for three, of no other. None would stop its pruned networks.
         **({} if network.config.input.input_size[0] == 3 else {'first_conv': ()}),
         'label_offset': 0,
@@ -454,7 +463,9 @@ def build_model(
         'pretrained_cfg_overlay': overlay,
     }
     name = network.config.model_name
-    with _NoRandomInit():
+    # timm tells of tensors that a model of features_only leaves out.
+    quiet = _quiet_builder() if timm_kwargs.get('features_only') else contextlib.nullcontext()
+    with _NoRandomInit(), quiet:
         try:
             model = timm.create_model(name, pretrained=True, **kwargs)
         except (TypeError, ValueError, AssertionError, IndexError, RuntimeError) as error:  # those of _NOT_OF_TARGET
@@ -471,6 +482,18 @@ def build_model(
     model.default_cfg = model.pretrained_cfg
     keep_arguments(model, kwargs)
     return model
+
+
+@contextlib.contextmanager
+def _quiet_builder() -> Iterator[None]:
+    """No warnings of timm's about tensors that it does not load."""
+    logger = logging.getLogger('timm.models._builder')
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class _NoRandomInit(TorchFunctionMode):

@@ -24,6 +24,7 @@ from torch import nn
 from timm_pudnet.config import (
     InputConfig,
     InputError,
+    PudNetError,
     PudNetWarning,
     UnsupportedTargetError,
     close_names,
@@ -155,10 +156,15 @@ def describe_target(
         (20, 'predicted', 'shared', 'classifier')
     """
     # Walking costs as much as a small prediction, so equal questions share one answer; JSON makes kwargs hashable.
-    try:
-        key = json.dumps(model_kwargs, sort_keys=True)
-    except TypeError as error:
-        raise InputError(f'{model_name}: arguments must be plain values that JSON can hold: {error}') from error
+    for name, value in model_kwargs.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f'{model_name}: {name}={value!r} is nothing that a file can hold; timm takes names too, '
+                "act_layer='gelu' for instance"
+            ) from error
+    key = json.dumps(model_kwargs, sort_keys=True)
     spec, hint = _describe(model_name, predict_norm, predict_linear, key)
     if not spec.layers or spec.predicted_share < min_predicted:
         raise UnsupportedTargetError(
@@ -256,6 +262,27 @@ def _describe(model_name: str, predict_norm: bool, predict_linear: bool, kwargs_
 @functools.lru_cache(maxsize=64)
 def _headless(model_name: str, kwargs_json: str) -> frozenset[str]:
     return frozenset(_meta_model(model_name, json.loads(kwargs_json), 0).state_dict())
+
+
+def check_loadable(model: nn.Module) -> None:
+    """Raises InputError where timm, told what a file of this model would say, makes other tensors than it has.
+
+    Tensors that timm has besides are let pass, such as the classifier of a model whose own was taken out.
+    """
+    name, classes = str(model.pretrained_cfg['architecture']), int(cast(Any, model.num_classes))  # type: ignore[index]
+    arguments = timm.models.get_model_args(model) if hasattr(timm.models, 'get_model_args') else model._model_args
+    arguments = {key: value for key, value in cast(Any, arguments).items() if key != 'num_classes'}
+    try:
+        expected = _meta_model(name, arguments, classes).state_dict()
+    except (PudNetError, OSError):  # vit_small_resnet26d_224 fetches weights; what is wrong otherwise timm says
+        return
+    for key, value in model.state_dict().items():
+        if key not in expected or expected[key].shape != value.shape:
+            other = f'{tuple(expected[key].shape)} in' if key in expected else 'not in'
+            raise InputError(
+                f'{key} is {tuple(value.shape)}, but {other} the {name} of {classes} classes that timm would make: it '
+                'could not load this model (model.reset_classifier(k) gives another number of classes)'
+            )
 
 
 def _meta_model(model_name: str, model_kwargs: dict[str, Any], num_classes: int) -> nn.Module:
@@ -357,14 +384,21 @@ def input_of(model: nn.Module) -> InputConfig:
         found['input_size'] = (channels, *found['input_size'][1:])
         for name in ('mean', 'std'):
             found[name] = (sum(found[name]) / len(found[name]),) * channels
+    found['crop_pct'] = min(1.0, found['crop_pct'])  # volo_d5_512 has more, to leave a border out
     names = [field.name for field in dataclasses.fields(InputConfig)]
     return InputConfig(**{name: found[name] for name in names})
 
 
-def pretrained_cfg_of(config: InputConfig) -> dict[str, Any]:
-    """What timm's `pretrained_cfg` says of weights made here: how they see images, and that they are nobody else's."""
+def pretrained_cfg_of(config: InputConfig, usual: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm's `pretrained_cfg` says of weights made here: how they see images, and that they are nobody else's.
+
+    `usual` is that of the architecture, whose last maps are of another size.
+    """
+    pool, size = usual.get('pool_size'), usual.get('input_size')
+    sides = zip(pool or (), config.input_size[1:], (size or (0,))[1:], strict=False)
     return {
         **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
+        **({'pool_size': tuple(math.ceil(one * side / old) for one, side, old in sides)} if pool and size else {}),
         # What the architecture's own pretrained weights would bring along does not hold for these.
         **dict.fromkeys(('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'test_input_size', 'test_crop_pct'), None),
         **dict.fromkeys(('license', 'origin_url', 'paper_ids', 'paper_name', 'notes', 'label_descriptions'), None),
@@ -388,7 +422,7 @@ def keep_arguments(model: nn.Module, arguments: Mapping[str, Any]) -> None:
 
 def with_own_config(model: nn.Module, config: InputConfig) -> nn.Module:
     """Tells timm how a model whose weights were trained here sees images, not its pretrained ones; gives the model."""
-    own = {**model.pretrained_cfg, 'tag': None, **pretrained_cfg_of(config)}  # type: ignore[dict-item]
+    own = {**model.pretrained_cfg, 'tag': None, **pretrained_cfg_of(config, model.pretrained_cfg)}  # type: ignore
     model.pretrained_cfg = model.default_cfg = own  # type: ignore[assignment]
     return model
 

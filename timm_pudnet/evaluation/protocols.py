@@ -94,6 +94,7 @@ class TestGroups:
             raise InputError('n_shot all needs a support bank: images of the classes beside those that are tested')
         if support_bank is None:
             _refuse_small_classes(bank, shot + n_query + n_unlabelled)
+            _warn_of_copies(bank)
         else:
             check_same_classes(bank, support_bank)
             _refuse_small_classes(bank, n_query)
@@ -142,6 +143,7 @@ class TestGroups:
         elif self.support is None:
             raise InputError('these groups are of all images of a class: they need a support bank')
         else:
+            _warn_of_copies(bank)
             for number, (support, query) in enumerate(zip(self.support, self.query, strict=True)):
                 if torch.isin(query, support).any():
                     raise InputError(
@@ -338,6 +340,18 @@ def check_same_classes(bank: ImageBank, support_bank: ImageBank) -> None:
             'flatter the result',
             PudNetWarning,
             stacklevel=2,
+        )
+
+
+def _warn_of_copies(bank: ImageBank) -> None:
+    """Of images that are there more than once: one may be in a group's support, another among those it is tested on."""
+    copies = len(bank.keys) - len(bank.keys.unique())
+    if copies:
+        warnings.warn(
+            f'{copies:,} of the {len(bank.images):,} images are copies of others, pixel by pixel: where one gives the '
+            'weights and the other is tested they flatter the result. Keep one of each',
+            PudNetWarning,
+            stacklevel=3,
         )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
 
-from timm_pudnet.config import InputConfig, InputError
+from timm_pudnet.config import InputConfig, InputError, first_line
 from timm_pudnet.images import ImageSource, channel_statistics, open_images
 from timm_pudnet.sketch import content_keys
 from timm_pudnet.training.conditions import Condition
@@ -185,14 +185,21 @@ def timm_augmented(images: Tensor, kwargs: dict[str, Any], generator: torch.Gene
         InputError: timm refuses an argument.
     """
     _, chans, height, width = images.shape
+    for name in ('use_prefetcher', 'separate', 'normalize'):
+        if name in kwargs:
+            raise InputError(
+                f'augmentation: {name} changes what a transform gives, not how images change: leave it out'
+            )
     try:
-        transform = create_transform(
+        transform: Any = create_transform(
             (chans, height, width), is_training=True, mean=(0.0,) * chans, std=(1.0,) * chans, **kwargs
         )
-    except (TypeError, ValueError, KeyError, AssertionError) as error:
-        raise InputError(f'augmentation: timm.data.create_transform refused {kwargs}: {error}') from error
-    with _seeded(generator):
-        return torch.stack([transform(to_pil_image(image)) for image in images])  # type: ignore[misc]
+        with _seeded(generator):
+            return torch.stack([transform(to_pil_image(image)) for image in images])
+    except (TypeError, ValueError, LookupError, AssertionError, OSError) as error:
+        raise InputError(
+            f'augmentation: timm.data.create_transform refused {kwargs} for {chans} channels: {first_line(error)}'
+        ) from error
 
 
 def mixed(

@@ -341,7 +341,12 @@ def finetune_epochs(
     # timm's schedulers are what applies the scale of each layer's rate.
     warmup = round(tuning.warmup * steps)
     schedule = CosineLRScheduler(
-        optimizer, max(2, steps - warmup), warmup_t=warmup, warmup_prefix=True, t_in_epochs=False
+        optimizer,
+        max(2, steps - warmup),
+        warmup_t=warmup,
+        warmup_lr_init=tuning.rate / (warmup + 1),  # a first step of 0 would do nothing
+        warmup_prefix=True,
+        t_in_epochs=False,
     )
     seconds, step = 0.0, 0
     for epoch in range(1, tuning.epochs + 1):

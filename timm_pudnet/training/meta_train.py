@@ -26,7 +26,7 @@ from timm_pudnet.config import DamagedFileError, InputError, PudNetWarning
 from timm_pudnet.files import CONFIG_NAME, local_path, read_json
 from timm_pudnet.hub import embedded
 from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults, pretrained_model, read_config, target_of
-from timm_pudnet.images import ImageSource, open_images
+from timm_pudnet.images import ImageSource, is_timm_name, open_images
 from timm_pudnet.target import batch_norms, channels_last, create_feature_model, with_own_config
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input, mixed
 from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
@@ -183,6 +183,12 @@ def load_banks(
         InputError: A set cannot be read, has no labels, or lacks a class that the recipe names; or a class of one set
             is unseen in another.
     """
+    for data in recipe.data:
+        if not is_timm_name(data.images) and (data.data_dir is not None or data.split != 'train'):
+            name = 'split' if data.data_dir is None else 'data_dir'
+            raise InputError(
+                f'{data.images}: {name} is of a timm dataset, and this is not the name of one: leave it out'
+            )
     opened = [
         open_images(
             data.images, input=bank_input(recipe.hypernet.input), split=data.split, data_dir=data_dir or data.data_dir
