@@ -4,7 +4,8 @@
         --plain hub/blindspot_unet.mixed_noise/plain --other .data/cifar10/test
     python hub/denoising.py hub/blindspot_unet.mixed_noise .data/bsds500/test --protocol bsds500 --scratch 100
 
-Gaussian noise is added to the images; denoisers get the noisy ones alone. The paper's sigma can be read in two ways:
+Gaussian noise is added to the images; denoisers get the noisy ones alone, as floats that noise takes beyond 0-1, or with
+--clipped as a file of 8 bits holds them. The paper's sigma can be read in two ways:
 `standard`, in units of the set's own standard deviation, as where images are standardised first, and `unit`, of pixels in
 0-1. PSNR and SSIM are of results clipped to 0-1, means over images, with 95 % intervals; gains are paired
 by image. Needs scikit-image (`pip install -e '.[test]'`).
@@ -12,7 +13,8 @@ by image. Needs scikit-image (`pip install -e '.[test]'`).
 Denoisers by the network measure the noise of the images against their guesses, and take each noisy pixel itself into
 account. Beside the predicted one (`predicted`) stand: its guesses alone (`predicted, blind`); the noisy images; a
 Gaussian filter and non-local means that are told sigma, with that strength of some that is best for the first four images,
-known from their clean ones; weights of the sketch of the same images with another sigma and of another set, calibrated on
+known from their clean ones (with --clipped also after the mean that clipping moves is put back by the true sigma, `..., unclipped`);
+weights of the sketch of the same images with another sigma and of another set, calibrated on
 the images (`sketch of ...`); all of the denoiser, norm statistics and noise too, from the images with another sigma
 (`predicted for ...`); the control *plain*, one denoiser of the same training images for all noise, with its own statistics,
 calibrated, and calibrated on the images with another sigma. With --scratch the rival alone that trains on these very noisy
@@ -50,6 +52,7 @@ from timm_pudnet.denoising import (
     sketch_of,
     ssim,
 )
+from timm_pudnet.denoising.clipping import Unclip, estimate_clipped
 from timm_pudnet.denoising.pictures import list_pictures, read_picture
 from timm_pudnet.evaluation import mean_interval
 from timm_pudnet.evaluation.scratch import centralise_gradients
@@ -81,6 +84,7 @@ STRENGTHS = {
     show_default=True,
     help='Turned copies whose mean every denoiser by a network gives.',
 )
+@click.option('--clipped', is_flag=True, help='Noisy images as files hold them: clipped to 0-1, of 8 bits.')
 @click.option('--scratch', default=0, show_default=True, help='Epochs of training from scratch; measures that alone.')
 @click.option('--out', type=click.Path(path_type=Path), help='Where the results go, in place of the folder.')
 def main(
@@ -93,6 +97,7 @@ def main(
     sigmas: tuple[float, ...],
     reading: str,
     turns: str,
+    clipped: bool,
     scratch: int,
     out: Path | None,
 ) -> None:
@@ -111,6 +116,7 @@ def main(
         'images': len(clean),
         'standard_deviation': spread,
         **({} if scratch else {'turns': int(turns)}),
+        **({'clipped': True} if clipped else {}),
         'training': network.config.training,
         'library_versions': library_versions(),
         'threads': torch.get_num_threads(),
@@ -120,7 +126,8 @@ def main(
     for sigma in sigmas:
         absolute = sigma * (spread if reading == 'standard' else 1)
         away = 0.75 if sigma < 0.5 else 0.25
-        noisy, noisier = made_noisy(clean, absolute), made_noisy(clean, absolute * away / sigma)
+        noisy = made_noisy(clean, absolute, clipped)
+        noisier = made_noisy(clean, absolute * away / sigma, clipped)
         condition: dict[str, Any] = {'reading': reading, 'sigma': sigma, 'absolute': absolute, 'other_sigma': away}
         click.echo(f'{reading} sigma {sigma} ({absolute:.3f} of 0-1)')
         if scratch:
@@ -131,9 +138,8 @@ def main(
                     both = f'{point["psnr"]:6.2f} dB ({point["psnr_blind"]:.2f} by guesses)'
                     click.echo(f'  {name}, epoch {point["epoch"]:3} {both} in {point["seconds"]:.0f} s')
         else:
-            condition |= measure(
-                network, control, clean, noisy, noisier, made_noisy(elsewhere, absolute), absolute, int(turns)
-            )
+            third = made_noisy(elsewhere, absolute, clipped)
+            condition |= measure(network, control, clean, noisy, noisier, third, absolute, int(turns), clipped)
             click.echo(f'  predicted in {condition["seconds"]:.2f} s')
             for name, row in condition['psnr'].items():
                 gain = condition['gain'].get(name)
@@ -151,12 +157,13 @@ def pictures(folder: str, count: int) -> list[Tensor]:
     return [read_picture(paths[number * len(paths) // count]).pixels for number in range(count)]
 
 
-def made_noisy(images: Sequence[Tensor], sigma: float) -> list[Tensor]:
-    """The images with Gaussian noise, each with a seed of its own."""
-    return [
+def made_noisy(images: Sequence[Tensor], sigma: float, clipped: bool) -> list[Tensor]:
+    """The images with Gaussian noise, each with a seed of its own; as floats, or as a file of 8 bits holds them."""
+    noisy = [
         add_noise(image, 'gaussian', sigma, torch.Generator().manual_seed(number))
         for number, image in enumerate(images)
     ]
+    return [image.clamp(0, 1).mul(255).round().div(255) for image in noisy] if clipped else noisy
 
 
 def measure(
@@ -168,6 +175,7 @@ def measure(
     elsewhere: list[Tensor],
     sigma: float,
     turns: int,
+    clipped: bool,
 ) -> dict[str, Any]:
     """PSNR and SSIM of every arm, means over images, and gains of the predicted denoiser over the others."""
     channels, side, _ = network.config.input.input_size
@@ -175,7 +183,7 @@ def measure(
     other_patches = noisy_patches(noisier, channels, side)
     other_sketch = sketch_of(network, other_patches)
     blind = copy.deepcopy(predicted)
-    blind.set_noise(None)
+    blind.posterior = None
     models = {
         'predicted': predicted,
         'predicted, blind': blind,
@@ -186,10 +194,12 @@ def measure(
         its_patches = noisy_patches(elsewhere, channels, side)
         models['sketch of another set'] = denoiser_of(network, sketch_of(network, its_patches), patches)
     arms: dict[str, Callable[[Tensor], Tensor]] = {'noisy': lambda image: image}
-    strengths = {}
+    strengths, unclip = {}, Unclip([sigma**2, sigma**2])  # by the true strength, which the filters are told too
     for name, how in (('gaussian filter', blurred), ('non-local means', non_local_means)):
         chosen = strengths[name] = best_strength(name, how, clean, noisy, sigma)
         arms[name] = lambda image, how=how, chosen=chosen: how(image, sigma, chosen)
+        if clipped:
+            arms[f'{name}, unclipped'] = lambda image, filtered=arms[name]: unclip(filtered(image))
     arms |= {name: lambda image, model=model: denoise(model, image, turns=turns) for name, model in models.items()}
     table: dict[str, dict[str, list[float]]] = {'psnr': {}, 'ssim': {}}
 
@@ -224,7 +234,9 @@ def know_noise(model: nn.Module, patches: Tensor) -> None:
     """Lets a denoiser take noisy pixels themselves into account, as predicted ones do."""
     model.set_noise(None)
     with torch.inference_mode():
-        model.set_noise(estimate_noise(patches, model(patches)))
+        guesses = model(patches)
+        noise = estimate_noise(patches, guesses)
+        model.set_noise(noise, estimate_clipped(patches, guesses, noise[0]))
 
 
 def timed_prediction(network: PudNet, noisy: list[Tensor]) -> tuple[float, nn.Module, Tensor]:

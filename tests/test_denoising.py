@@ -20,6 +20,7 @@ from timm_pudnet.denoising import (
     blind_spot_loss,
     blind_spots,
     denoise,
+    denoiser_of,
     meta_train_denoiser,
     noisy_patches,
     predict_denoiser,
@@ -433,22 +434,30 @@ class TestPredict:
         clean = smooth_images(8, 64, seed=5)
         noisy = clean + 0.1 * torch.randn(clean.shape, generator=generator(2))
         usual, other = (predict_denoiser(scale * noisy, device='cpu') for scale in (1.0, white))
-        assert_close(other.posterior.black, usual.posterior.black * white**2, rtol=0.05, atol=0)
+        its_noise = other.posterior.black * (other.scale / white) ** 2
+        assert_close(its_noise, usual.posterior.black, rtol=0.05, atol=0)
         with torch.inference_mode():
             before, after = (
                 psnr(model(noisy * scale) / scale, clean) for model, scale in ((usual, 1.0), (other, white))
             )
         assert float((after - before).abs().max()) < 0.6  # without it more than 3
 
-    def test_a_rescaled_denoiser_does_the_same_to_rescaled_images(self, trained, tmp_path):
+    @pytest.mark.parametrize('scale', [1 / 16, 12.0, 1e-6])
+    def test_a_denoiser_of_another_scale_does_the_same_to_images_of_it(self, trained, tmp_path, scale):
         noisy = add_noise(smooth_images(4, seed=3), 'poisson', 0.2, generator())
-        model = predict_denoiser(noisy, hypernet=trained, device='cpu')
-        expected = model(noisy)
-        model.rescale(1 / 16)
-        assert_close(16 * model(noisy / 16), expected, atol=2e-3, rtol=1e-3)
-        timm_pudnet.save_model(model, tmp_path / 'model')
+        sketch = sketch_of(trained, noisy)
+        usual, other = (denoiser_of(trained, sketch, noisy, white) for white in (1.0, scale))
+        assert_close(other(scale * noisy) / scale, usual(noisy), atol=1e-5, rtol=1e-4)
+        assert_close(other.forward_features(scale * noisy), usual.forward_features(noisy), atol=1e-5, rtol=1e-3)
+        timm_pudnet.save_model(other, tmp_path / 'model')
         again = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
-        assert torch.equal(again(noisy / 16), model(noisy / 16))
+        assert torch.equal(again(noisy * scale), other(noisy * scale))
+
+    def test_a_bank_of_dark_images_is_seen_as_a_prediction_sees_them(self, tmp_path):
+        for number, image in enumerate(smooth_images(4, 24, channels=1)):
+            Image.fromarray((image[0].numpy() * 4095).astype(np.uint16)).save(tmp_path / f'{number}.png')
+        images = PatchBank.from_folder(Data(images=str(tmp_path)), 3).images
+        assert 0.9 < max(float(image.max()) for image in images) < 1.1
 
     def test_ranges_that_differ_are_refused(self, trained, tmp_path):
         paths = [tmp_path / f'{top}.tif' for top in (1, 255)]

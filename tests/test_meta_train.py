@@ -367,7 +367,7 @@ def test_the_average_is_that_of_hand(kind, decay, make_recipe, bank):
     recipe = make_recipe(5, schedule={'ema': decay})
     run_of, average = kind(recipe, [bank], 'cpu'), None
     for step, _ in enumerate(run_of.steps(5)):
-        least = min(decay, 1 - (1 + step) ** (-2 / 3))
+        least = min(decay, 1 - 1 / (1 + step))
         states = {name: module.state_dict() for name, module in run_of.modules.items()}
         state = {f'{name}.{key}': v.clone() for name, values in states.items() for key, v in values.items()}
         if average is None:

@@ -744,7 +744,11 @@ def test_arguments_that_contradict_each_other_are_told_before_an_image_is_read(
 
 @pytest.mark.parametrize(
     ('labels', 'needles'),
-    [(['a', None, 'b', 'a'], ['number 1 is None', 'a name']), ([0, 1, 0.5, 1], ['number 2 is 0.5', 'one int'])],
+    [
+        (['a', None, 'b', 'a'], ['number 1 is None', 'a name']),
+        (np.array(['a', None, 'b', 'a'], dtype=object), ['number 1 is None', 'a name']),
+        ([0, 1, 0.5, 1], ['number 2 is 0.5', 'one int']),
+    ],
 )
 def test_a_label_that_is_none_is_named(labels, needles, net, support, one_line):
     with pytest.raises(InputError) as error:
@@ -765,6 +769,7 @@ def test_numbers_of_numpy_are_numbers(net, support, model, query):
     same_model(asked, model, query[0])
     seen = InputConfig(input_size=tuple(np.array([3, 32, 32])))
     kwargs = {'generator': 'residual', 'generator_kwargs': {'rank': np.int64(2)}, 'eta': np.float32(0.5)}
+    kwargs |= {'predict_norm': np.bool_(True)}
     made = PudNet.for_target('test_resnet', sketch_width=np.int64(8), input=seen, **kwargs)
     assert json.loads(json.dumps(made.config.to_dict()))['generator_kwargs'] == {'rank': 2}
 
@@ -1292,7 +1297,9 @@ def test_what_timm_could_not_load_is_not_saved(net, support, tmp_path, nothing_w
     def with_parametrized(model):
         torch.nn.utils.parametrizations.weight_norm(model.conv1[0])
 
+    save_model(timm.create_model('test_resnet', num_classes=2), tmp_path / 'timm')
     changes = {
+        'fc.weight is not there': lambda model: setattr(model, 'fc', torch.nn.Identity()),
         'fc.weight': lambda model: setattr(model, 'fc', torch.nn.Linear(model.num_features, 7)),
         'fc.0.weight': lambda model: setattr(model, 'fc', torch.nn.Sequential(torch.nn.Linear(model.num_features, 3))),
         'conv1.0.parametrizations': with_parametrized,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import numbers
 import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
+
+import numpy as np
 
 __version__ = '0.1.0'
 FORMAT_VERSION = 1
@@ -116,6 +117,7 @@ class InputConfig:
     crop_mode: str = 'center'
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, 'crop_pct', as_plain(self.crop_pct))
         size = tuple(map(as_plain, self.input_size))
         if len(size) != 3 or not all(isinstance(side, int) and 0 < side <= 16384 for side in size):
             raise InputError(f'input_size must be (channels, height, width) with sides in 1-16384, got {size}')
@@ -317,10 +319,8 @@ _NOT_FROM_A_FILE |= {'cache_dir', 'num_classes', 'scriptable', 'exportable', 'no
 
 
 def as_plain(value: Any) -> Any:
-    """Python's own int or float in place of numpy's."""
-    if isinstance(value, (bool, int, float)) or not isinstance(value, numbers.Real):
-        return value
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
+    """Python's own number in place of numpy's."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _as_json(value: Any) -> Any:

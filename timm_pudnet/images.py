@@ -680,7 +680,8 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     if not np.isfinite(values).all():
         raise ValueError('pixels that are NaN or infinite')
     top = 65535
-    if image.mode in ('F', 'I') and values.max() <= 255:  # float images come in three ranges, 32-bit ones in two
+    # Float images come in three ranges, 32-bit ones in two; but PGM files say theirs, and PIL scales them.
+    if image.mode in ('F', 'I') and image.format != 'PPM' and values.max() <= 255:
         top = 255 if values.max() > 1 or image.mode == 'I' else 1
     return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
 
@@ -847,7 +848,8 @@ def _index_labels(values: Any, names: Sequence[str] | None = None) -> tuple[Tens
     if all(isinstance(value, str) for value in values):
         class_names, numbers = np.unique(np.array(values, dtype=np.str_), return_inverse=True)
         return torch.from_numpy(numbers.astype(np.int64)), tuple(class_names.tolist())
-    if isinstance(values, list) and any(isinstance(value, str) for value in values):
+    mixed = isinstance(values, list) or values.dtype == object
+    if mixed and any(isinstance(value, str) for value in values):
         place, value = next((place, value) for place, value in enumerate(values) if not isinstance(value, str))
         raise InputError(f'labels: names, but number {place} is {shown(value)}: give each image a name')
     labels = _to_label_tensor(values, 'labels')
@@ -912,7 +914,8 @@ def _item_of(dataset: Any, position: int) -> Any:
     """What a dataset has there; timm's own gives the next image, and its label, in place of one that cannot be read."""
     whole: Any = dataset
     while type(whole) is Subset:
-        whole, position = whole.dataset, whole.indices[position]
+        chosen: Any = whole.indices[position]
+        whole, position = whole.dataset, chosen.item() if isinstance(chosen, Tensor) else chosen
     if type(whole) is not ImageDataset or whole.load_bytes:
         return whole[position]
     reader: Any = whole.reader
@@ -952,7 +955,7 @@ def _dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | Non
     """Labels as its items have them, and names of all classes, that a map-style dataset knows without an image."""
     base, chosen = dataset, None
     while isinstance(base, Subset):
-        indices = [operator.index(place) for place in base.indices]  # of a tensor, too
+        indices = base.indices.tolist() if isinstance(base.indices, Tensor) else list(base.indices)
         base, chosen = base.dataset, indices if chosen is None else [indices[place] for place in chosen]
     names = _class_names(base)
     # The names that torchvision's datasets have for them.

@@ -294,6 +294,8 @@ def _predict(
     batch_size: int,
     timm_kwargs: dict[str, Any],
 ) -> nn.Module:
+    if source.labelled and head != 'none' and timm_kwargs.get('global_pool') == '':
+        raise InputError("global_pool='' gives maps, which no classifier can read: head='none' gives them alone")
     # First pass over the images: the sketch, and a sample of them for calibration.
     sketch = network.streaming_sketch(balance or ('class' if source.labelled else 'none'))
     sample = ImageSample.for_size(network.config.input.input_size)
@@ -311,8 +313,6 @@ def _predict(
         top = max(sample.classes)
         source.check_classes(top, len(sample.classes))
         num_classes = len(source.class_names or ()) or top + 1
-        if timm_kwargs.get('global_pool') == '':
-            raise InputError("global_pool='' gives maps, which no classifier can read: head='none' gives them alone")
         if num_classes < 2:
             raise InputError(
                 f'{source.description}: one class only, a classifier needs two; head="none" gives a feature model'

@@ -265,23 +265,21 @@ def _headless(model_name: str, kwargs_json: str) -> frozenset[str]:
 
 
 def check_loadable(model: nn.Module) -> None:
-    """Raises InputError where timm, told what a file of this model would say, makes other tensors than it has.
-
-    Tensors that timm has besides are let pass, such as the classifier of a model whose own was taken out.
-    """
+    """Raises InputError where timm, told what a file of this model would say, makes other tensors than it has."""
     name, classes = str(model.pretrained_cfg['architecture']), int(cast(Any, model.num_classes))  # type: ignore[index]
-    arguments = timm.models.get_model_args(model) if hasattr(timm.models, 'get_model_args') else model._model_args
-    arguments = {key: value for key, value in cast(Any, arguments).items() if key != 'num_classes'}
+    found = getattr(timm.models, 'get_model_args', lambda model: getattr(model, '_model_args', None) or {})(model)
+    arguments = {key: value for key, value in found.items() if key != 'num_classes'}
     try:
         expected = _meta_model(name, arguments, classes).state_dict()
     except (PudNetError, OSError):  # vit_small_resnet26d_224 fetches weights; what is wrong otherwise timm says
         return
-    for key, value in model.state_dict().items():
-        if key not in expected or expected[key].shape != value.shape:
-            other = f'{tuple(expected[key].shape)} in' if key in expected else 'not in'
+    own = model.state_dict()
+    for key in [*own, *expected]:
+        shapes = [tuple(state[key].shape) if key in state else 'not there' for state in (own, expected)]
+        if shapes[0] != shapes[1]:
             raise InputError(
-                f'{key} is {tuple(value.shape)}, but {other} the {name} of {classes} classes that timm would make: it '
-                'could not load this model (model.reset_classifier(k) gives another number of classes)'
+                f'{key} is {shapes[0]}, but {shapes[1]} in the {name} of {classes} classes that timm would make, so it '
+                'could not load this model; the classes are changed by model.reset_classifier'
             )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from timm_pudnet.adapt import calibrate
 from timm_pudnet.config import InputError
+from timm_pudnet.denoising.clipping import estimate_clipped
 from timm_pudnet.denoising.pictures import check_range, check_whites, list_pictures, read_picture, white_of
 from timm_pudnet.denoising.posterior import estimate_noise
 from timm_pudnet.denoising.unet import BlindSpotUNet
@@ -28,8 +29,8 @@ from timm_pudnet.predict import build_model
 
 MOST_PATCHES = 128  # of all images: enough for sketch and norm statistics, whose means are over all their pixels
 LEAST_SIDE = 8
-# Images whose brightest pixels (but for the thousandth part) lie outside are denoised as if these were white: training
-# saw none such. Strong noise alone makes pixels of 3.
+# Images whose brightest pixels (but for the thousandth part) lie outside are seen as if these were white: training had
+# none such. Strong noise alone makes pixels of 3.
 DIM, BRIGHT = 0.5, 4.0
 
 
@@ -74,12 +75,15 @@ def predict_denoiser(
     channels, side, _ = network.config.input.input_size
     patches = noisy_patches(images, channels, side).to(device)
     network = on_device(network, device, hypernet)
-    brightest = float(patches.flatten().quantile(0.999))
-    scale = 1.0 if DIM <= brightest <= BRIGHT or brightest <= 0 else brightest
+    scale = white_used(patches)
     patches = patches / scale
-    model = denoiser_of(network, sketch_of(network, patches), patches)
-    model.rescale(scale)
-    return model
+    return denoiser_of(network, sketch_of(network, patches), patches, scale)
+
+
+def white_used(pixels: Tensor) -> float:
+    """The brightness that serves as white of these pixels: 1 as a rule, their brightest where that is far from it."""
+    brightest = float(pixels.flatten().kthvalue(math.ceil(0.999 * pixels.numel())).values)
+    return 1.0 if DIM <= brightest <= BRIGHT or brightest <= 0 else brightest
 
 
 def sketch_of(network: PudNet, patches: Tensor) -> Tensor:
@@ -89,17 +93,21 @@ def sketch_of(network: PudNet, patches: Tensor) -> Tensor:
     return stream.result()
 
 
-def denoiser_of(network: PudNet, sketch: Tensor, patches: Tensor) -> BlindSpotUNet:
+def denoiser_of(network: PudNet, sketch: Tensor, patches: Tensor, scale: float = 1.0) -> BlindSpotUNet:
     """The denoiser that a sketch `[m]` gives, calibrated on noisy patches `[n, c, h, w]`; in eval mode.
 
-    The noise that it takes the pixels themselves into account by is what the patches have beside its blind guesses.
+    It is one for images `scale` times as bright as these patches.
+
+    The noise that it takes the pixels themselves into account by is what the patches have beside its blind guesses;
+    whether it was clipped, their black and white pixels tell.
     """
     with torch.inference_mode():
         weights = network(sketch)
     blind = build_model(network, network.target, weights, 0, None, {}).to(patches.device)
     guesses = calibrate(blind, patches, weights, **network.config.calibration)
-    noise = {'noise': estimate_noise(patches, guesses)}
-    model = build_model(network, network.target, blind.state_dict(), 0, None, noise).to(patches.device).eval()
+    noise = estimate_noise(patches, guesses)
+    known = {'noise': noise, 'clipped': estimate_clipped(patches, guesses, noise[0]), 'scale': scale}
+    model = build_model(network, network.target, blind.state_dict(), 0, None, known).to(patches.device).eval()
     assert isinstance(model, BlindSpotUNet)
     return model
 

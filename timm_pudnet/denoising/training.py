@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from timm_pudnet.config import InputError, PudNetWarning
 from timm_pudnet.denoising.noise import add_noise, blind_spot_loss, blind_spots
 from timm_pudnet.denoising.pictures import check_whites, list_pictures, read_picture
-from timm_pudnet.denoising.predict import LEAST_SIDE
+from timm_pudnet.denoising.predict import LEAST_SIDE, white_used
 from timm_pudnet.files import local_path
 from timm_pudnet.hypernet import PudNet, own_defaults
 from timm_pudnet.images import scan_folder
@@ -87,9 +87,12 @@ class PatchBank:
             some = '; '.join(skipped[:3]) + ('; ...' if len(skipped) > 3 else '')
             if not images:
                 raise InputError(f'none of the {len(skipped):,} images of {data.images} can be trained on: {some}')
-            message = f'skipped {len(skipped):,} of {len(skipped) + len(images):,} images: {some}'
-            warnings.warn(message, PudNetWarning, stacklevel=2)
-        return cls(images)
+            if os.environ.get('RANK', '0') == '0':  # of several processes the first one speaks
+                message = f'skipped {len(skipped):,} of {len(skipped) + len(images):,} images: {some}'
+                warnings.warn(message, PudNetWarning, stacklevel=2)
+        seen = torch.cat([_as_floats(image.flatten()[:: image.numel() // 10_000 + 1]) for image in images])
+        scale = white_used(seen)  # as for a prediction
+        return cls(images if scale == 1 else [(_as_floats(image) / scale).half() for image in images])
 
     def draw(self, count: int, side: int, generator: torch.Generator) -> Tensor:
         """Patches `[n, c, side, side]` of so many images, floats in 0-1, each mirrored and turned by chance.
@@ -105,8 +108,13 @@ class PatchBank:
             turn, mirror = int(torch.randint(4, (), generator=generator)), torch.rand((), generator=generator) < 0.5
             patch = image[:, top : top + side, left : left + side].rot90(turn, (1, 2))
             patch = patch.flip(2) if mirror else patch
-            patches.append(patch.float().div_(255) if patch.dtype == torch.uint8 else patch.float())
+            patches.append(_as_floats(patch))
         return torch.stack(patches)
+
+
+def _as_floats(pixels: Tensor) -> Tensor:
+    """Pixels of a bank as floats where white is 1."""
+    return pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels.float()
 
 
 class PatchSampler:

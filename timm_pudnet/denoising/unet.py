@@ -10,8 +10,8 @@ upsampling (or a transposed conv in place of both), the maps of the same size be
 channels of the image. Three things are ours: images are standardised by their set, within the network; what it gives
 is added to a small blur of them, whose bands (the differences of ever stronger blurs) the last conv sees too: so it
 starts from smoothing, and can learn at once how strong that should be; and where the noise is known, the answer takes
-the noisy pixel itself into account (`denoising.posterior`). The blind spot is in the training (`denoising.noise`), not
-in the network.
+the noisy pixel itself into account (`denoising.posterior`), and that a file has clipped it (`denoising.clipping`). The
+blind spot is in the training (`denoising.noise`), not in the network.
 
 Dimension letters: `n` images, `c` channels, `h w` height and width.
 """
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from timm_pudnet.denoising.clipping import Unclip
 from timm_pudnet.denoising.posterior import WINDOW, Posterior
 from timm_pudnet.target import register_architecture
 
@@ -93,6 +94,9 @@ class BlindSpotUNet(nn.Module):
         noise: For each channel (colour component, rather) the variance of the noise in black and in white, as
             `estimate_noise` gives it; in eval mode the answer then takes each noisy pixel itself into account. Without
             it, and in training, it is the blind guess alone.
+        clipped: Where files clipped the noise, its variance before, in black and in white (`estimate_clipped`); in eval
+            mode the answer then is the clean pixel of which it would be the mean after clipping.
+        scale: Pixels of this brightness are its white.
     """
 
     def __init__(
@@ -103,6 +107,8 @@ class BlindSpotUNet(nn.Module):
         depth: int = 3,
         transposed: bool = False,
         noise: Sequence[Sequence[float]] | None = None,
+        clipped: Sequence[float] | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         if min(in_chans, width, depth) < 1:
@@ -126,7 +132,8 @@ class BlindSpotUNet(nn.Module):
         self.multiple = 2**depth  # sizes inside are those of images padded to a multiple of it
         # A guess depends on so many pixels in each direction, at most: convs, and where a pooled pixel came from.
         self.reach = 9 * self.multiple - 7
-        self.set_noise(noise)
+        self.scale = scale
+        self.set_noise(noise, clipped)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_in', nonlinearity='relu')
@@ -139,28 +146,15 @@ class BlindSpotUNet(nn.Module):
         """So many pixels in each direction an output depends on, at most."""
         return self.reach + (0 if self.posterior is None else WINDOW // 2 + 1)
 
-    def set_noise(self, noise: Sequence[Sequence[float]] | None) -> None:
-        """Puts another `noise` in place, or none; it is saved with the model."""
+    def set_noise(self, noise: Sequence[Sequence[float]] | None, clipped: Sequence[float] | None = None) -> None:
+        """Puts another `noise` and `clipped` in place, or none; they are saved with the model."""
         if noise is not None and len(noise) != self.in_chans:
             raise ValueError(f'noise must be of {self.in_chans} channels, got {len(noise)}')
         self.posterior = None if noise is None else Posterior(noise).to(self.output.weight.device)
+        self.unclip = None if clipped is None else Unclip(clipped).to(self.output.weight.device)
         made = getattr(self, '_model_args', None)  # where timm saves the arguments of a model from
         if made is not None:
-            made['noise'] = noise
-
-    def rescale(self, scale: float) -> None:
-        """Makes it do to images `scale` times as bright what it does now: `scale * f(x / scale)` in place of `f(x)`."""
-        if scale == 1:
-            return
-        norm = self.standardize
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        norm.running_mean.mul_(scale)
-        norm.running_var.copy_((norm.running_var + norm.eps) * scale**2 - norm.eps)
-        if self.posterior is not None:
-            black, white = self.posterior.black.flatten(), self.posterior.white.flatten()
-            ends = torch.stack([black, black + (white - black) / scale], 1) * scale**2
-            self.set_noise(ends.clamp_min(0).tolist())
+            made |= {'noise': noise, 'clipped': clipped}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters form a layer, for timm's layer-wise rates."""
@@ -179,7 +173,7 @@ class BlindSpotUNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The decoder's maps `[n, width, h', w']`, with sizes padded to multiples of `multiple`."""
-        return self._decoded(self._standardized(x))
+        return self._decoded(self._standardized(x / self.scale))
 
     def _standardized(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -196,13 +190,19 @@ class BlindSpotUNet(nn.Module):
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Denoised images `[n, c, h, w]` of noisy ones, of any size, both with pixels of about 0-1."""
+        """Denoised images `[n, c, h, w]` of noisy ones, of any size, both with pixels of about 0 to `scale`."""
+        return self._forward(x) if self.scale == 1 else self._forward(x / self.scale) * self.scale
+
+    def _forward(self, x: Tensor) -> Tensor:
         standardized = self._standardized(x)
         blurred = list(self._blurred(standardized))
         bands = [fine - coarse for fine, coarse in itertools.pairwise(blurred)]
         maps = torch.cat([self._decoded(standardized), *bands, blurred[-1]], 1)
         guess = self.standardize.undo(blurred[0] + self.output(maps))[..., : x.shape[-2], : x.shape[-1]]
-        return guess if self.posterior is None or self.training else self.posterior(x, guess)
+        if self.training:
+            return guess
+        answer = guess if self.posterior is None else self.posterior(x, guess)
+        return answer if self.unclip is None else self.unclip(answer)
 
     def _blurred(self, x: Tensor) -> Iterator[Tensor]:
         """The images ever more blurred, each `[n, c, h, w]`."""

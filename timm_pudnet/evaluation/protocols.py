@@ -94,7 +94,6 @@ class TestGroups:
             raise InputError('n_shot all needs a support bank: images of the classes beside those that are tested')
         if support_bank is None:
             _refuse_small_classes(bank, shot + n_query + n_unlabelled)
-            _warn_of_copies(bank)
         else:
             check_same_classes(bank, support_bank)
             _refuse_small_classes(bank, n_query)

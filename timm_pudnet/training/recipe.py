@@ -154,8 +154,8 @@ class Schedule:
             statistics, as what an ordinary training gives does; `prior_images` and `deep_share` of the hypernetwork
             say how much they count. The control *plain* has no use for it.
         fixed_encoder: Whether the sketch encoder stays as it is in the hypernetwork of `start`.
-        ema: Decay of the moving average of all weights that is kept in the end, 0.999 for instance; 0 for none. It
-            is less in the first steps (timm's `ModelEmaV3` with warm-up), so that these do not count for long.
+        ema: Decay of the moving average of all weights that is kept in the end, 0.999 for instance; 0 for none. At
+            first it is the mean over all steps, up to `1 / (1 - ema)` of them.
     """
 
     images: int = 100_000

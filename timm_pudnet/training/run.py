@@ -170,9 +170,9 @@ class Run:
             for buffer in part.buffers()
         ]
         self.optimizers = self._make_optimizers(named)
-        # Its decay rises to that of the recipe, so that no average is of the first weights, however short a training.
-        ema = recipe.schedule.ema
-        self.average = ModelEmaV3(nn.ModuleDict(self.modules), ema, use_warmup=True) if ema else None
+        # The mean of all steps at first, so that no average is of the first weights, however short a training.
+        ema, modules = recipe.schedule.ema, nn.ModuleDict(self.modules)
+        self.average = ModelEmaV3(modules, ema, use_warmup=True, warmup_power=1.0) if ema else None
 
     def _usable_precision(self) -> str:
         """The recipe's precision; `float32` in place of a `bfloat16` that only slows training down."""
