@@ -84,8 +84,10 @@ from the sketch of the same images with another sigma, over one predicted wholly
 (rate 1e-3) without and with gradient centralisation (in brackets: by guesses alone), and its seconds over those of
 predicting. With *turned copies* every denoiser by the network gives the mean over them (`--turns 4`); the classical filters do
 not. Paper: PudNet at width not stated, trained on ImageNet; the unit of its sigma and the size of its images are not
-stated, so its numbers stand beside both readings. Ours has seen the training photographs of BSDS500 (noisy ones alone), and
-CIFAR-100, which comes from the same source as CIFAR-10; Fashion-MNIST is a set of another kind.
+stated, so its numbers stand beside both readings. Noisy images are floats that go beyond 0-1, but for those that are
+*clipped*, as a file of 8 bits holds them; of non-local means in brackets there after the mean that clipping moves is put
+back by the true sigma, which ours estimates. Ours has seen, noisy alone, the training photographs of BSDS500,
+Tiny-ImageNet, and CIFAR-100, which comes from the same source as CIFAR-10; Fashion-MNIST is a set of another kind.
 
 | hypernetwork | set, images | sigma | noisy | non-local means | predicted (blind) / SSIM | plain | gain, sketch | gain, sigma | gain over \
 plain | scratch | paper |
@@ -181,9 +183,10 @@ def row(folder: str, protocol: str, result: dict[str, Any]) -> str:
 def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, Any]]) -> list[str]:
     """Lines of the denoisers' table, one for each noise; `scratch` are the rivals' conditions."""
     lines = []
-    protocol = result['protocol'].removesuffix('-turned')
+    protocol = result['protocol'].removesuffix('-turned').removesuffix('-clipped')
     for one in result['noises']:
         found, gain = one['psnr'], one['gain']
+        told = found.get('non-local means, unclipped')
         rivals = [row for row in scratch if (row['sigma'], row['reading']) == (one['sigma'], one['reading'])]
         ends = [
             f'{row[name][-1]["psnr"]:.2f} ({row[name][-1]["psnr_blind"]:.2f}) in '
@@ -193,10 +196,11 @@ def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, A
         ]
         cells = [
             f'[{folder}]({folder}/README.md)',
-            f'{protocol}, {result["images"]}{", 4 turned copies" * (result.get("turns") == 4)}',
+            f'{protocol}, {result["images"]}{", 4 turned copies" * (result.get("turns") == 4)}'
+            f'{", clipped" * result.get("clipped", False)}',
             f'{one["sigma"]} {one["reading"]} ({one["absolute"]:.3f})',
             cell(found['noisy']),
-            cell(found['non-local means']),
+            cell(found['non-local means']) + (f' ({told["mean"]:.2f})' if told else ''),
             f'{cell(found["predicted"])} ({found["predicted, blind"]["mean"]:.2f}) / {one["ssim"]["predicted"]["mean"]:.3f}',
             f'{found["plain, calibrated"]["mean"]:.2f} ({found["plain, its own statistics"]["mean"]:.2f})'
             if 'plain, calibrated' in found

@@ -489,7 +489,7 @@ def _try_recipe(recipe: Any, banks: Any, device: str | None) -> None:
 @main.command()
 @click.argument('hypernet')
 @click.argument('images')
-@click.option('--control', 'controls', multiple=True, type=_FOLDER, help='Folder of a control.')
+@click.option('--control', 'controls', multiple=True, type=_FOLDER, help='Folder of a control that `train --plain` wrote.')
 @click.option('--groups', default=500, show_default=True, help='Groups of unseen classes.')
 @click.option('--n-way', default=None, type=int, help='Classes a group; by default all unseen ones, at most 5.')
 @click.option('--n-shot', default='10', show_default=True, help='Labelled images a class; `all` with --support-split.')
@@ -503,7 +503,12 @@ def _try_recipe(recipe: Any, banks: Any, device: str | None) -> None:
 @click.option('--other-data-dir', help='Root of the timm dataset of --other.')
 @click.option('--scratch', default=0, help='Train from scratch too, on so many groups; needs --support-split.')
 @click.option('--scratch-epochs', default=10, show_default=True, help='Epochs of training from scratch.')
-@click.option('--without', multiple=True, help='A control to leave out, for want of time: swapped_sketch, ...')
+@click.option(
+    '--without',
+    multiple=True,
+    help='A network to leave out, to save time (may be given several times): swapped_sketch, mean_sketch, '
+    'other_domain_sketch, random_weights, raw_pixels, NAME or NAME_own_statistics of a --control.',
+)
 @click.option('--n-unlabelled', default=0, help='Further images a class whose labels are hidden, for self-training.')
 @click.option('--save', is_flag=True, help='Write results.json and groups.json into the folder of HYPERNET.')
 @click.option('--protocol', help='Name for --save: writes results.NAME.json and groups.NAME.json instead.')
@@ -1111,7 +1116,7 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 @main.command()
 @click.argument('name')
-@click.option('--generator', default='auto', show_default=True, help='Kind of weight generator.')
+@click.option('--generator', default='auto', show_default=True, help='Weight generator: paper, residual or auto.')
 @click.option('--predict-norm', is_flag=True, help="Predict the norms' affine parameters too.")
 @click.option('--predict-linear', is_flag=True, help='Predict Linear layers inside blocks too, as 1x1 convs.')
 @click.option(

@@ -915,7 +915,7 @@ def _item_of(dataset: Any, position: int) -> Any:
     whole: Any = dataset
     while type(whole) is Subset:
         chosen: Any = whole.indices[position]
-        whole, position = whole.dataset, chosen.item() if isinstance(chosen, Tensor) else chosen
+        whole, position = whole.dataset, int(chosen) if isinstance(chosen, Tensor) else chosen
     if type(whole) is not ImageDataset or whole.load_bytes:
         return whole[position]
     reader: Any = whole.reader
