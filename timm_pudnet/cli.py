@@ -489,7 +489,7 @@ def _try_recipe(recipe: Any, banks: Any, device: str | None) -> None:
 @main.command()
 @click.argument('hypernet')
 @click.argument('images')
-@click.option('--control', 'controls', multiple=True, type=_FOLDER, help='Folder of a control that `train --plain` wrote.')
+@click.option('--control', 'controls', multiple=True, type=_FOLDER, help='Folder that `train --plain` wrote.')
 @click.option('--groups', default=500, show_default=True, help='Groups of unseen classes.')
 @click.option('--n-way', default=None, type=int, help='Classes a group; by default all unseen ones, at most 5.')
 @click.option('--n-shot', default='10', show_default=True, help='Labelled images a class; `all` with --support-split.')
