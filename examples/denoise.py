@@ -14,6 +14,7 @@ from torchvision.utils import save_image
 import timm_pudnet
 from timm_pudnet.denoising import add_noise, psnr
 from timm_pudnet.denoising.pictures import list_pictures, read_picture
+from timm_pudnet.predict import check_output
 
 
 @click.command(help=__doc__)
@@ -23,7 +24,7 @@ from timm_pudnet.denoising.pictures import list_pictures, read_picture
 @click.option('--hypernet', help='Name or folder; by default the one that ships with the package.')
 @click.option('--out', type=click.Path(path_type=Path), required=True)
 def main(folder: Path, sigma: float, kind: str, hypernet: str | None, out: Path) -> None:
-    out.mkdir(parents=True)
+    check_output(out)
     generator = torch.Generator().manual_seed(0)
     clean = {name: read_picture(path).pixels for name, path in list_pictures(folder).items()}
     noisy = {name: add_noise(image, kind, sigma, generator) for name, image in clean.items()}

@@ -11,6 +11,7 @@ import click
 import torch
 
 import timm_pudnet
+from timm_pudnet.predict import check_output
 
 
 @click.command(help=__doc__)
@@ -19,11 +20,12 @@ import timm_pudnet
 @click.option('--hypernet', help='A name or a folder; by default the one that serves the architecture.')
 @click.option('--out', type=click.Path(path_type=Path), required=True, help='New folder.')
 def main(images: str, model_name: str, hypernet: str | None, out: Path) -> None:
+    check_output(out)
     model = timm_pudnet.predict_model(model_name, images, hypernet=hypernet, device='cpu')
     shown = torch.randn(5, *model.pretrained_cfg['input_size'])
     with torch.inference_mode():
         expected = model(shown)
-    out.mkdir()
+    out.mkdir(exist_ok=True)
 
     batch = torch.export.Dim('batch', min=1, max=1024)
     program = torch.export.export(model, (shown[:2],), dynamic_shapes=({0: batch},))

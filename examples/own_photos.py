@@ -41,7 +41,7 @@ def main(photos: Path, model_name: str, hypernet: str | None, out: Path, show: i
     names = model.pretrained_cfg['label_names']
     unread = {name for name, _ in [*used.skipped, *tested.skipped]}
     paths = [name for name in map(tested.name, range(len(tested))) if name not in unread]
-    for path in paths[:: max(1, len(paths) // show)][:show]:
+    for path in paths[:: max(1, len(paths) // max(1, show))][:show]:
         with Image.open(photos / path) as photo, torch.inference_mode():
             answer = model(transform(photo.convert('RGB'))[None]).argmax()
         print(f'{path}: {names[answer]}')

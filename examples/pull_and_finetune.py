@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 import timm_pudnet
+from timm_pudnet.predict import check_output
 from timm_pudnet.training import FineTuning
 
 
@@ -20,6 +21,7 @@ from timm_pudnet.training import FineTuning
 @click.option('--epochs', default=None, type=int, help='At most; by default as many as the number of images asks for.')
 @click.option('--out', type=click.Path(path_type=Path), required=True, help='New folder for the model.')
 def main(hypernet: str, images: str, epochs: int | None, out: Path) -> None:
+    check_output(out)
     network = timm_pudnet.load_hypernet(hypernet)
     print(f'{network.name} predicts {network.config.model_name}')
     # timm_pudnet.finetune(...) does the same in one call; this shows what happened on the way.

@@ -64,7 +64,7 @@ CROP = 128
 SSIM_OF = ('noisy', 'non-local means', 'predicted', 'plain, calibrated')  # it takes longer than denoising
 STRENGTHS = {
     'gaussian filter': (0.4, 0.6, 0.9, 1.3, 1.9, 2.7, 3.8, 5.4),
-    'non-local means': (0.3, 0.45, 0.65, 0.9, 1.3),
+    'non-local means': (0.1, 0.15, 0.2, 0.3, 0.45, 0.65, 0.9, 1.3),
 }
 
 
@@ -196,10 +196,12 @@ def measure(
     arms: dict[str, Callable[[Tensor], Tensor]] = {'noisy': lambda image: image}
     strengths, unclip = {}, Unclip([sigma**2, sigma**2])  # by the true strength, which the filters are told too
     for name, how in (('gaussian filter', blurred), ('non-local means', non_local_means)):
-        chosen = strengths[name] = best_strength(name, how, clean, noisy, sigma)
-        arms[name] = lambda image, how=how, chosen=chosen: how(image, sigma, chosen)
+        ways = {name: how}
         if clipped:
-            arms[f'{name}, unclipped'] = lambda image, filtered=arms[name]: unclip(filtered(image))
+            ways[f'{name}, unclipped'] = lambda *args, how=how: unclip(how(*args))
+        for way, what in ways.items():
+            chosen = strengths[way] = best_strength(STRENGTHS[name], what, clean, noisy, sigma)
+            arms[way] = lambda image, what=what, chosen=chosen: what(image, sigma, chosen)
     arms |= {name: lambda image, model=model: denoise(model, image, turns=turns) for name, model in models.items()}
     table: dict[str, dict[str, list[float]]] = {'psnr': {}, 'ssim': {}}
 
@@ -235,8 +237,7 @@ def know_noise(model: nn.Module, patches: Tensor) -> None:
     model.set_noise(None)
     with torch.inference_mode():
         guesses = model(patches)
-        noise = estimate_noise(patches, guesses)
-        model.set_noise(noise, estimate_clipped(patches, guesses, noise[0]))
+        model.set_noise(estimate_noise(patches, guesses), estimate_clipped(patches, guesses))
 
 
 def timed_prediction(network: PudNet, noisy: list[Tensor]) -> tuple[float, nn.Module, Tensor]:
@@ -271,7 +272,9 @@ def non_local_means(image: Tensor, sigma: float, strength: float) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(found)).float().view(image.shape)
 
 
-def best_strength(name: str, how: Callable, clean: list[Tensor], noisy: list[Tensor], sigma: float) -> float:
+def best_strength(
+    strengths: Sequence[float], how: Callable, clean: list[Tensor], noisy: list[Tensor], sigma: float
+) -> float:
     """The strength that brings the first four images nearest to the clean ones."""
 
     def quality(strength: float) -> float:
@@ -279,7 +282,7 @@ def best_strength(name: str, how: Callable, clean: list[Tensor], noisy: list[Ten
             float(psnr(how(n, sigma, strength).clamp(0, 1), c)) for c, n in zip(clean[:4], noisy[:4], strict=True)
         )
 
-    return max(STRENGTHS[name], key=quality)
+    return max(strengths, key=quality)
 
 
 def from_scratch(

@@ -1400,3 +1400,42 @@ def test_a_reader_that_has_seen_enough_is_no_error():
         )
     assert 'Error' not in done.stderr
     assert done.returncode == 1
+
+
+def test_a_tuned_model_is_saved_before_a_closed_pipe_is_noticed(trained, shapes, tmp_path, monkeypatch):
+    echo = click.echo
+
+    def closed(message=None, *args, **kwargs):
+        if str(message).startswith('Trained'):
+            raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+        echo(message, *args, **kwargs)
+
+    monkeypatch.setattr(click, 'echo', closed)
+    words = ['finetune', 'test_resnet', shapes / 'my shapes', '--hypernet', trained[0], '--epochs', 1]
+    CliRunner().invoke(main, [*map(str, words), '--out', str(tmp_path / 'tuned')])
+    assert (tmp_path / 'tuned' / 'model.safetensors').is_file()
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_of_many_unlabelled_images_some_tell_how_familiar_they_are(trained, pictures, monkeypatch, stream):
+    from timm_pudnet import cli
+    from timm_pudnet.evaluation import expectation
+
+    class Seen:
+        def distance(self, sketch):
+            return float(sketch.norm())
+
+        def familiarity(self, distance, count):
+            self.count = count
+            return 'like'
+
+    monkeypatch.setattr(expectation, 'MOST_IMAGES', 8)
+    network = timm_pudnet.load_hypernet(trained[0])
+    pixels = torch.from_numpy(pictures(20, size=16)[0])
+    images = (
+        torch.utils.data.DataLoader([(image.permute(2, 0, 1), -1) for image in pixels], 4) if stream else pixels.numpy()
+    )
+    used, seen = timm_pudnet.open_images(images, input=network.config.input), Seen()
+    model = timm.create_model('test_resnet', num_classes=0)
+    cli._expect(seen, network, model, used, 'none')
+    assert seen.count == 8

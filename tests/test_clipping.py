@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import timm_pudnet
-from timm_pudnet.denoising import add_noise, denoise, estimate_noise, predict_denoiser, psnr
+from timm_pudnet.denoising import add_noise, denoise, predict_denoiser, psnr
 from timm_pudnet.denoising.clipping import Unclip, clipped_moments, estimate_clipped
 
 
@@ -43,20 +43,49 @@ def test_a_mean_is_turned_back_into_its_clean_pixel(variances):
 
 
 @pytest.mark.parametrize('sigma', [0.1, 0.25, 0.5])
-def test_noise_before_clipping_is_found_and_otherwise_none(sigma):
-    clean = slopes()
+@pytest.mark.parametrize('shown', ['colour', 'grey', 'grey in three channels', 'dark'])
+def test_noise_before_clipping_is_found_and_otherwise_none(sigma, shown):
+    clean = slopes()[:, : 1 if 'grey' in shown else 3]
+    clean = 0.3 * clean if shown == 'dark' else clean
     noisy = add_noise(clean, 'gaussian', sigma, generator(1))
+    if shown == 'grey in three channels':
+        clean, noisy = clean.expand(-1, 3, -1, -1), noisy.expand(-1, 3, -1, -1)
     held = as_a_file(noisy)
     means = clipped_moments(clean.double(), torch.tensor(sigma, dtype=torch.float64))[0].float()  # what a network gives
-    found = estimate_clipped(held, means, estimate_noise(held, means)[0])
+    found = estimate_clipped(held, means)
     assert found is not None
-    assert_close(torch.tensor(found).mean().sqrt(), torch.tensor(sigma), rtol=0.12, atol=0)
-    assert estimate_clipped(noisy, clean, estimate_noise(noisy, clean)[0]) is None
+    black, white = found
+    for level in (clean.min(), clean.mean(), clean.max()):
+        assert abs(float((black + (white - black) * level).sqrt()) / sigma - 1) < 0.15
+    assert estimate_clipped(noisy, clean) is None
     grey = 0.5 + 0.1 * (held - 0.5)  # nothing is black or white
-    assert estimate_clipped(grey, 0.5 + 0.1 * (means - 0.5), [1e-4, 1e-4]) is None
+    assert estimate_clipped(grey, 0.5 + 0.1 * (means - 0.5)) is None
     framed = held.clone()
-    framed[..., :40] = 0.0  # black without any noise
-    assert estimate_clipped(framed, framed * 0 + means, estimate_noise(held, means)[0]) is None
+    framed[..., :40] = 0.0  # black without any noise, where the guesses are bright
+    assert estimate_clipped(framed, means) is None
+
+
+def test_strong_noise_of_few_photons_is_left_alone():
+    clean = slopes()
+    held = as_a_file(add_noise(clean, 'poisson', 0.5, generator(1)))
+    assert estimate_clipped(held, clean) is None
+
+
+def test_dead_pixels_are_no_clipped_noise():
+    clean = (0.3 + 0.4 * slopes()).double().float()
+    noisy = add_noise(clean, 'gaussian', 0.005, generator(1))
+    noisy[torch.rand(noisy.shape, generator=generator(2)) < 0.01] = 1.0
+    assert estimate_clipped(noisy, clean) is None
+
+
+def test_any_precision_and_nan_go_through():
+    means = torch.rand(1, 3, 8, 8, generator=generator())
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert_close(
+            Unclip((0.02, 0.02)).to(dtype)(means.to(dtype)).float(), Unclip((0.02, 0.02))(means), atol=0.02, rtol=0
+        )
+    means[0, 0, 0, 0] = math.nan
+    assert int(Unclip((0.02, 0.02))(means).isnan().sum()) == 1
 
 
 def test_what_a_file_clipped_is_won_back_and_saved_with_the_model(tmp_path):

@@ -28,7 +28,9 @@ from timm_pudnet import (
     load_hypernet,
     predict_model,
     push,
+    remote,
 )
+from timm_pudnet.config import HubError
 from timm_pudnet.evaluation import TestGroups
 from timm_pudnet.files import config_sha256, weights_sha256
 from timm_pudnet.hub import hypernet_card, hypernet_files, model_files, resolve_hypernet
@@ -492,3 +494,19 @@ def test_a_folder_of_another_config_is_not_pushed_as_this_one(tiny_folder, one_l
     with pytest.raises(InputError) as error:
         hypernet.push_to_hub('org/other', tiny_folder, license='mit')
     one_line(error, tiny_folder, 'another config')
+
+
+def test_what_the_transport_of_large_files_raises_is_one_line(one_line):
+    """hf_xet raises RuntimeError without a cause, and OSError without a number."""
+
+    def xet_get():
+        raise RuntimeError('Data processing error: CAS service error')
+
+    with pytest.raises(HubError) as error, remote._explained('org/name'):
+        xet_get()
+    one_line(error, 'org/name', 'CAS service error')
+    with pytest.raises(HubError) as error, remote._explained('org/name'):
+        raise OSError('No space left on device (os error 28)')
+    one_line(error, 'org/name', 'is full')
+    with pytest.raises(RuntimeError, match='of our own'), remote._explained('org/name'):
+        raise RuntimeError('of our own')

@@ -340,8 +340,10 @@ def _expectation_of(network: Any) -> Any:
 
 def _expect(expectation: Any, network: Any, model: Any, used: Any, head: str) -> dict[str, Any]:
     """Says what to expect of the model, and gives it as the report wants it."""
+    import torch
+
     from timm_pudnet.evaluation import read_traits
-    from timm_pudnet.evaluation.expectation import IN_WORDS
+    from timm_pudnet.evaluation.expectation import IN_WORDS, MOST_IMAGES
 
     told: dict[str, Any] = {}
     traits = read_traits(network, model, used, expectation) if model.num_classes else None
@@ -353,8 +355,12 @@ def _expect(expectation: Any, network: Any, model: Any, used: Any, head: str) ->
         click.echo(f'Expected   {accuracy:6.1%} before any test{of_what} (95 % interval {low:.1%} to {high:.1%})')
     elif not used.labelled:
         stream = network.streaming_sketch()
-        for images, _ in used.batches():
+        count = 0 if used.is_stream else len(used)
+        some = used.subset(torch.linspace(0, count - 1, MOST_IMAGES).long()) if count > MOST_IMAGES else used
+        for images, _ in some.batches():
             stream.add(images)
+            if stream.num_images >= MOST_IMAGES:  # of a stream the first ones
+                break
         told['familiarity'] = expectation.familiarity(expectation.distance(stream.result()), stream.counts[0])
     if 'familiarity' in told:
         click.echo(f'           {IN_WORDS[told["familiarity"]]}')
@@ -783,22 +789,23 @@ def finetune(
         if not run.history:
             raise
         click.echo(f'Interrupted after {len(run.history)} of {run.tuning.epochs} epochs', err=True)
+    room.save_model(run.result(), out)  # before a word that a closed pipe cannot take
     last = run.history[-1]
     click.echo(f'Trained    {last["epoch"]} epochs in {last["seconds"]:.0f} s; kept: {_kept(run.best_epoch)}')
     if run.held is not None:
         from timm_pudnet.evaluation import share_interval
+        from timm_pudnet.files import local_path
 
         best = run.best
         assert best is not None
         low, high = share_interval(best['right'], kept)
-        given = Path(model.removeprefix('local-dir:')).is_dir()
+        given = local_path(model.removeprefix('local-dir:')).is_dir()
         flattered = ' (flattered, if it was predicted from these images)' if given else ''
         was = '' if run.before is None else f'; {run.before["accuracy"]:.1f}% before{flattered}'
         click.echo(
             f'Accuracy   {best["accuracy"]:.1f}% on the images kept aside ({best["right"]} of {kept}; 95 % interval '
             f'{low:.1%} to {high:.1%}{was}). They chose the epoch: new images may do a little worse'
         )
-    room.save_model(run.result(), out)
     click.echo(f'Wrote      {out} (timm format). {_loading(out)}\n')
 
 
@@ -896,6 +903,8 @@ def compare(
         split=split,
         on_result=keep,
     )
+    if out is not None:
+        evaluation.plot_comparison(result, out / 'compare.png')
     click.echo(
         f'Compared   {result["tested"]:,} images tested, {result["images"]:,} others learned from, '
         f'{result["classes"]:,} classes; {result["machine"]}'
@@ -906,7 +915,6 @@ def compare(
     if out is None:
         click.echo('Not saved: add --out FOLDER to keep table, numbers and plot')
         return
-    evaluation.plot_comparison(result, out / 'compare.png')
     click.echo(f'Wrote      {", ".join(sorted(str(path) for path in out.iterdir()))}')
 
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -426,8 +427,9 @@ def _explained(what: str) -> Iterator[None]:
     except hub.HfHubHTTPError as error:
         raise _of_status(what, host, error) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise HubError(f'{what}: the disk of {constants.HF_HUB_CACHE} is full ({error.strerror})') from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or 'No space left' in str(error):  # hf_xet's
+            reason = error.strerror or _reason(error)
+            raise HubError(f'{what}: the disk of {constants.HF_HUB_CACHE} is full ({reason})') from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise HubError(
                 f'{what}: {constants.HF_HUB_CACHE} cannot be written ({error.strerror}): set HF_HOME to another folder'
@@ -435,7 +437,9 @@ def _explained(what: str) -> Iterator[None]:
         raise _unreachable(what, host, error) from error
     except RuntimeError as error:  # of an upload; what went wrong stands behind it
         if not isinstance(error.__cause__, Exception):
-            raise
+            if not any('xet' in frame.name for frame in traceback.extract_tb(error.__traceback__)):
+                raise
+            raise _unreachable(what, host, error, passing=False) from error  # of hf_xet, whatever went wrong
         with _explained(what):
             raise error.__cause__ from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

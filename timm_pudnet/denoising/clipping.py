@@ -15,13 +15,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from timm_pudnet.denoising.posterior import line_through, noise_by_level
+
 STEPS = 1024  # of the table that turns means round
-LEAST_CLIPPED = 0.005  # share of pixels that are black or white, below which clipping moves nothing
+LEAST_CLIPPED = 0.005  # share of pixels that are black, or white, below which clipping moves nothing there
 STRONGEST = 1.0  # noise before clipping, beyond which nothing is known of it
-# The share of black and white pixels over that which clipped Gaussian noise would make. Outside they have other
-# reasons: few photons, or black and white that have no noise. Set by hand: eight training photographs of BSDS500, sixty
-# training images of CIFAR-10 and a hundred of Fashion-MNIST, Gaussian and Poisson noise of sigma 0.05 to 0.75.
-AS_CLIPPED = (0.7, 1.4)
+# The share of black pixels, and of white ones, over that which clipped Gaussian noise would make. Outside they have
+# other reasons: few photons, or black and white that have no noise. From a deviation of `STRONG` on a mistake is dear,
+# so less is let pass, and no noise that grows with brightness to more than `STEEP` times its variance. Set by hand:
+# eight training photographs of BSDS500, in colour and in grey, sixty training images of CIFAR-10 and a hundred of
+# Fashion-MNIST, Gaussian and Poisson noise of 0.05 to 0.75.
+AS_CLIPPED, AS_STRONGLY_CLIPPED = (0.7, 2.5), (0.7, 1.5)
+STRONG, STEEP = 0.3, 2.0
 
 
 class Unclip(nn.Module):
@@ -38,9 +43,9 @@ class Unclip(nn.Module):
         super().__init__()
         if len(variances) != 2 or not all(math.isfinite(value) and value >= 0 for value in variances):
             raise ValueError(f'clipped must be two variances, of black and of white, got {variances}')
-        clean = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)
+        clean = _levels()
         means = clipped_moments(clean, _deviation(variances, clean))[0].cummax(0).values
-        wanted = torch.linspace(float(means[0]), float(means[-1]), STEPS + 1, dtype=torch.float64)
+        wanted = torch.linspace(float(means[0]), float(means[-1]), STEPS + 1, dtype=torch.float64, device='cpu')
         above = torch.searchsorted(means, wanted).clamp(1, STEPS)
         low, high = means[above - 1], means[above]
         table = (above - 1 + ((wanted - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)) / STEPS
@@ -49,11 +54,10 @@ class Unclip(nn.Module):
 
     def forward(self, means: Tensor) -> Tensor:
         """Images `[n, c, h, w]` in 0-1, of denoised ones."""
-        low, high = self.ends
+        table, (low, high) = self.table.float(), self.ends.float()
         place = ((means.float() - low) / (high - low)).clamp(0, 1) * STEPS
-        before = place.floor().clamp(max=STEPS - 1)
-        first, second = self.table[before.long()], self.table[before.long() + 1]
-        return torch.lerp(first, second, place - before).to(means.dtype)
+        before = place.nan_to_num().floor().clamp(max=STEPS - 1)
+        return torch.lerp(table[before.long()], table[before.long() + 1], place - before).to(means.dtype)
 
 
 def clipped_moments(clean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,37 +78,50 @@ def clipped_moments(clean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (square - mean.square()).clamp_min(0)
 
 
-def estimate_clipped(noisy: Tensor, guesses: Tensor, noise: Sequence[float]) -> list[float] | None:
+def estimate_clipped(noisy: Tensor, guesses: Tensor) -> list[float] | None:
     """Variance of noise before it was clipped, in black and in white; None where it was not, or differently.
 
     Args:
         noisy: `[n, c, h, w]`, as files hold them.
         guesses: The same without noise, each pixel from its neighbours.
-        noise: Variance of brightness as it is after clipping, in black and in white (`estimate_noise`).
     """
-    clipped = (noisy <= 0) | (noisy >= 1)
-    share = float(clipped.double().mean())
-    if share < LEAST_CLIPPED or not 0 <= float(noisy.min()) <= float(noisy.max()) <= 1:
+    noisy, guesses = noisy.detach().cpu().float(), guesses.detach().cpu().float()
+    seen = [float((noisy <= 0).float().mean()), float((noisy >= 1).float().mean())]
+    if max(seen) < LEAST_CLIPPED or noisy.min() < 0 or (noisy.max() > 1 and seen[1] >= LEAST_CLIPPED):
         return None
-    guesses = guesses.detach().double().cpu().clamp(0, 1)
-    level = float(guesses.mean())
-    found = noise[0] + (noise[1] - noise[0]) * level
-    # The noise before that leaves so much variance at this level.
-    clean = torch.linspace(0, 1, STEPS + 1, dtype=torch.float64)
-    deviations = torch.logspace(-3, math.log10(STRONGEST), 200, dtype=torch.float64)
-    means, variances = clipped_moments(clean, deviations[:, None])
-    place = (means - level).abs().argmin(1, keepdim=True)
-    left = variances.gather(1, place).squeeze(1)
-    above = int((left < found).sum())
-    if found <= 0 or not 0 < above < len(deviations):
+    clean, variances = _before_clipping(*noise_by_level(noisy, guesses, torch.eye(noisy.shape[1])))
+    if not len(clean):
         return None
-    ratio = float(deviations[above].square()) / found
-    before = [ratio * value for value in noise]
-    restored = Unclip(before)(guesses)
+    before = line_through(clean, variances)
+    restored = Unclip(before)(guesses).double()
     deviation = _deviation(before, restored)
-    expected = torch.special.ndtr(-restored / deviation) + torch.special.ndtr((restored - 1) / deviation)
-    least, most = AS_CLIPPED
-    return before if least < share / float(expected.mean()) < most else None
+    strong = sum(before) / 2 > STRONG**2
+    if strong and before[1] > STEEP * before[0]:
+        return None
+    least, most = AS_STRONGLY_CLIPPED if strong else AS_CLIPPED
+    for share, ends in zip(seen, (-restored / deviation, (restored - 1) / deviation), strict=True):
+        expected = float(torch.special.ndtr(ends).mean())
+        if max(share, expected) >= LEAST_CLIPPED and not least * expected < share < most * expected:
+            return None
+    return before
+
+
+def _before_clipping(levels: Sequence[Tensor], variances: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Clean pixels and variances of the noise before clipping, that leave these means and variances; where any do."""
+    clean = _levels()
+    deviations = torch.logspace(-3, math.log10(STRONGEST), 200, dtype=torch.float64, device='cpu')
+    means, left = clipped_moments(clean, deviations[:, None])
+    found = []
+    for level, variance in zip(torch.cat([*levels]).tolist(), torch.cat([*variances]).tolist(), strict=True):
+        places = (means - level).abs().argmin(1, keepdim=True)
+        above = int((left.gather(1, places).squeeze(1) < variance).sum())
+        if 0 < above < len(deviations):
+            found.append((float(clean[places[above]]), float(deviations[above].square())))
+    return torch.tensor([x for x, _ in found]), torch.tensor([variance for _, variance in found])
+
+
+def _levels() -> Tensor:
+    return torch.linspace(0, 1, STEPS + 1, dtype=torch.float64, device='cpu')
 
 
 def _deviation(variances: Sequence[float], clean: Tensor) -> Tensor:

@@ -134,6 +134,17 @@ def estimate_noise(noisy: Tensor, guesses: Tensor) -> list[list[float]]:
         )
     noisy, guesses = _exact(noisy), _exact(guesses)
     components = colour_components(noisy.shape[1]).to(noisy)
+    return [line_through(*found) for found in zip(*noise_by_level(noisy, guesses, components), strict=True)]
+
+
+def noise_by_level(noisy: Tensor, guesses: Tensor, components: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """For each component, a row of `[k, c]`: levels of brightness, and the variance of its noise at each of them.
+
+    Args:
+        noisy: As those of `estimate_noise`.
+        guesses: As those of `estimate_noise`.
+        components: Orthonormal rows, of colour components or of the channels themselves.
+    """
     patterns = fine_patterns().to(noisy)
     planes = torch.einsum('kc,nchw->knhw', components, noisy).flatten(0, 1)[:, None]
     fine = F.conv2d(planes, patterns, stride=BLOCK).square().mean(1)
@@ -148,12 +159,12 @@ def estimate_noise(noisy: Tensor, guesses: Tensor) -> list[list[float]]:
     # Of blocks of noise alone with one variance, the tenth of least is so much below it (Wilson and Hilferty).
     spread = 2 / (9 * side**2 * len(patterns))
     below = (1 - spread - 1.2816 * math.sqrt(spread)) ** 3
-    ends = []
+    places, noise = [], []
     for variances, its_levels in zip(blocks, levels, strict=True):
         parts = its_levels.argsort().tensor_split(max(1, min(8, len(its_levels) // LEAST_BLOCKS)))
-        places = torch.stack([its_levels[part].mean() for part in parts])
-        ends.append(_line(places, torch.stack([variances[part].quantile(SMOOTH) for part in parts]) / below))
-    return ends
+        places.append(torch.stack([its_levels[part].mean() for part in parts]))
+        noise.append(torch.stack([variances[part].quantile(SMOOTH) for part in parts]) / below)
+    return places, noise
 
 
 def fine_patterns() -> Tensor:
@@ -164,7 +175,7 @@ def fine_patterns() -> Tensor:
     return torch.einsum('ui,vj->uvij', rows, rows)[fine][:, None]
 
 
-def _line(places: Tensor, variances: Tensor) -> list[float]:
+def line_through(places: Tensor, variances: Tensor) -> list[float]:
     """Ends at 0 and 1 of a line through variances at places, which does not fall and is nowhere below zero.
 
     By least squares of about relative errors: where nothing is smooth variances are too large, and count for little.

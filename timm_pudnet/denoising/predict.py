@@ -82,7 +82,7 @@ def predict_denoiser(
 
 def white_used(pixels: Tensor) -> float:
     """The brightness that serves as white of these pixels: 1 as a rule, their brightest where that is far from it."""
-    brightest = float(pixels.flatten().kthvalue(math.ceil(0.999 * pixels.numel())).values)
+    brightest = float(pixels.flatten().cpu().kthvalue(math.ceil(0.999 * pixels.numel())).values)
     return 1.0 if DIM <= brightest <= BRIGHT or brightest <= 0 else brightest
 
 
@@ -105,8 +105,11 @@ def denoiser_of(network: PudNet, sketch: Tensor, patches: Tensor, scale: float =
         weights = network(sketch)
     blind = build_model(network, network.target, weights, 0, None, {}).to(patches.device)
     guesses = calibrate(blind, patches, weights, **network.config.calibration)
-    noise = estimate_noise(patches, guesses)
-    known = {'noise': noise, 'clipped': estimate_clipped(patches, guesses, noise[0]), 'scale': scale}
+    known = {
+        'noise': estimate_noise(patches, guesses),
+        'clipped': estimate_clipped(patches, guesses),
+        'scale': scale,
+    }
     model = build_model(network, network.target, blind.state_dict(), 0, None, known).to(patches.device).eval()
     assert isinstance(model, BlindSpotUNet)
     return model

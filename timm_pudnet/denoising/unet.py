@@ -19,6 +19,7 @@ Dimension letters: `n` images, `c` channels, `h w` height and width.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -96,7 +97,9 @@ class BlindSpotUNet(nn.Module):
             it, and in training, it is the blind guess alone.
         clipped: Where files clipped the noise, its variance before, in black and in white (`estimate_clipped`); in eval
             mode the answer then is the clean pixel of which it would be the mean after clipping.
-        scale: Pixels of this brightness are its white.
+        scale: Pixels of this brightness are its white, for `noise` and `clipped` too.
+
+    Before it is trained on against clean images `set_noise(None)`, or what it learns is corrected once more.
     """
 
     def __init__(
@@ -132,6 +135,8 @@ class BlindSpotUNet(nn.Module):
         self.multiple = 2**depth  # sizes inside are those of images padded to a multiple of it
         # A guess depends on so many pixels in each direction, at most: convs, and where a pooled pixel came from.
         self.reach = 9 * self.multiple - 7
+        if not 0 < scale < math.inf:
+            raise ValueError(f'scale must be above zero, got {scale}')
         self.scale = scale
         self.set_noise(noise, clipped)
         for module in self.modules():

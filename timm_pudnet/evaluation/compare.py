@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import os
 import platform
 import time
@@ -25,6 +26,7 @@ from timm_pudnet.adapt import centroid_logits, class_centroids
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetWarning, close_names, first_line
 from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.evaluation.scratch import train_from_scratch
+from timm_pudnet.files import local_path
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, forked_rng, library_versions, own_defaults, usable_device, written_whole
 from timm_pudnet.images import ImageSource, open_images, reorders
@@ -172,8 +174,15 @@ def compare(
         how = dataclasses.replace(MODES['full'], epochs=epochs, head_first=False, layer_decay=1.0)
         return finetune_epochs(model, used, tested, how, seed=seed)
 
+    @functools.cache  # for both that train from scratch
+    def as_shown() -> list[Tensor]:
+        return [
+            torch.cat([normalised(some.float() / 255, config).to(device) for some in part.images.split(1024)])
+            for part in (used, tested)
+        ]
+
     def scratch(centralise: bool) -> Iterator[dict[str, Any]]:
-        shown, asked = (normalised(part.images.float() / 255, config).to(device) for part in (used, tested))
+        shown, asked = as_shown()
         kwargs = network.config.model_kwargs
         for point in train_from_scratch(
             model_name,
@@ -263,7 +272,7 @@ def compare(
                     started = time.perf_counter()
                     point = next(waiting[name], None)
                     last[name] = time.perf_counter() - started
-                except (InputError, FloatingPointError, NotFoundError) as error:
+                except (InputError, FloatingPointError, NotFoundError, torch.OutOfMemoryError) as error:
                     result['left_out'][name] = str(error)
                     point = None
                 if point is None:
@@ -317,7 +326,7 @@ def _check_name(name: str) -> None:
     """Refuses pretrained weights that nobody has, before any work."""
     kind, _, folder = name.partition(':')
     if kind == 'local-dir':
-        if not Path(folder).is_dir():
+        if not local_path(folder).is_dir():
             raise NotFoundError(f'pretrained {name}: no such folder')
         return
     try:
@@ -332,7 +341,9 @@ def _check_name(name: str) -> None:
 def _downloaded(name: str) -> torch.nn.Module:
     """A feature model with pretrained weights, from timm's cache, the Hub or a folder."""
     overlay: dict[str, Any] = {}
-    if not name.startswith('local-dir:'):
+    if name.startswith('local-dir:'):
+        name = f'local-dir:{local_path(name.removeprefix("local-dir:"))}'
+    else:
         config = timm.get_pretrained_cfg(name)
         if config is None or not config.has_weights:
             raise NotFoundError(f'timm has no pretrained weights for {name}')

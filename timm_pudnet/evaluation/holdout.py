@@ -154,6 +154,7 @@ def measure_held_out(
         repeated += sum(key in keys for key in content_keys(images).tolist())
         wrong = [(float(confidence[i]), total + i, images[i]) for i in (guess != labels).nonzero().flatten().tolist()]
         mistakes = sorted([*mistakes, *wrong], key=lambda one: -one[0])[:MOST_MISTAKES]
+        mistakes = [(sure, place, image.clone()) for sure, place, image in mistakes]  # or each keeps its batch
         kept = torch.arange(len(labels))
         kept = kept[(total + kept) % every == 0]
         places.append(total + kept)
