@@ -4,23 +4,23 @@
         --plain hub/blindspot_unet.mixed_noise/plain --other .data/cifar10/test
     python hub/denoising.py hub/blindspot_unet.mixed_noise .data/bsds500/test --protocol bsds500 --scratch 100
 
-Gaussian noise is added to the images; denoisers get the noisy ones alone, as floats that noise takes beyond 0-1, or with
---clipped as a file of 8 bits holds them. The paper's sigma can be read in two ways:
-`standard`, in units of the set's own standard deviation, as where images are standardised first, and `unit`, of pixels in
-0-1. PSNR and SSIM are of results clipped to 0-1, means over images, with 95 % intervals; gains are paired
-by image. Needs scikit-image (`pip install -e '.[test]'`).
+Gaussian noise is added to the images; denoisers get the noisy ones alone, as floats that noise takes beyond 0-1, or
+with --clipped as a file of 8 bits holds them. The paper's sigma can be read in two ways: `standard`, in units of the
+set's own standard deviation, as where images are standardised first, and `unit`, of pixels in 0-1. PSNR and SSIM are of
+results clipped to 0-1, means over images, with 95 % intervals; gains are paired by image. Needs scikit-image (`pip
+install -e '.[test]'`).
 
 Denoisers by the network measure the noise of the images against their guesses, and take each noisy pixel itself into
 account. Beside the predicted one (`predicted`) stand: its guesses alone (`predicted, blind`); the noisy images; a
-Gaussian filter and non-local means that are told sigma, with that strength of some that is best for the first four images,
-known from their clean ones (with --clipped also after the mean that clipping moves is put back by the true sigma, `..., unclipped`);
-weights of the sketch of the same images with another sigma and of another set, calibrated on
-the images (`sketch of ...`); all of the denoiser, norm statistics and noise too, from the images with another sigma
-(`predicted for ...`); the control *plain*, one denoiser of the same training images for all noise, with its own statistics,
-calibrated, and calibrated on the images with another sigma. With --scratch the rival alone that trains on these very noisy
-images: the same UNet from random weights by the same loss, Adam with and without centralised gradients, written to
-scratch.NAME.json; by its guesses alone (`psnr_blind`) and with the noisy pixels (`psnr`). One epoch of it sees as many
-pixels as the images have, in crops of at most 128.
+Gaussian filter and non-local means that are told sigma, with that strength of some that is best for the first four
+images, known from their clean ones (with --clipped told what sigma is left, and besides with the mean that clipping
+moves put back by the true sigma, `..., unclipped`); weights of the sketch of the same images with another sigma and of
+another set, calibrated on the images (`sketch of ...`); all of the denoiser, norm statistics and noise too, from the
+images with another sigma (`predicted for ...`); the control *plain*, one denoiser of the same training images for all
+noise, with its own statistics, calibrated, and calibrated on the images with another sigma. With --scratch the rival
+alone that trains on these very noisy images: the same UNet from random weights by the same loss, Adam with and without
+centralised gradients, written to scratch.NAME.json; by its guesses alone (`psnr_blind`) and with the noisy pixels
+(`psnr`). One epoch of it sees as many pixels as the images have, in crops of at most 128.
 """
 
 import copy
@@ -194,7 +194,9 @@ def measure(
         its_patches = noisy_patches(elsewhere, channels, side)
         models['sketch of another set'] = denoiser_of(network, sketch_of(network, its_patches), patches)
     arms: dict[str, Callable[[Tensor], Tensor]] = {'noisy': lambda image: image}
-    strengths, unclip = {}, Unclip([sigma**2, sigma**2])  # by the true strength, which the filters are told too
+    strengths, unclip = {}, Unclip([sigma**2, sigma**2])  # by the true strength
+    if clipped:  # the filters are told how strong the noise is that is left
+        sigma = float(torch.cat([(n - c).flatten() for n, c in zip(noisy, clean, strict=True)]).std())
     for name, how in (('gaussian filter', blurred), ('non-local means', non_local_means)):
         ways = {name: how}
         if clipped:

@@ -579,3 +579,15 @@ def test_linear_layers_are_predicted_where_asked(tmp_path):
     model.load_state_dict(hypernet(torch.rand(16)))
     loaded = PudNet.from_pretrained(hypernet.save_pretrained(tmp_path / 'net'))
     assert loaded.target == hypernet.target
+
+
+@pytest.mark.parametrize('generator', ['paper', 'residual'])
+def test_weights_are_exact_in_mixed_precision(generator):
+    made = PudNet.for_target('test_resnet', generator=generator, sketch_width=16).eval()
+    sketch = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = made(sketch)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            found = made(sketch)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key

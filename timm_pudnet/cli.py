@@ -303,7 +303,7 @@ def _said_by_sketch(network: Any, model: Any) -> str:
     with torch.inference_mode():
         base = network.base()
     keys = [layer.key for layer in network.target.layers if layer.key in found]
-    if all(torch.allclose(found[key].cpu(), base[key].cpu(), rtol=1e-4, atol=1e-5) for key in keys):
+    if all(torch.allclose(found[key].cpu(), base[key].cpu(), rtol=2e-3, atol=1e-4) for key in keys):
         return 'changed nothing: the weights are those of the base network'
     return 'changed the weights of the base network'
 

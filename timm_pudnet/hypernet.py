@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -281,7 +281,8 @@ class PudNet(nn.Module):
 
     def _generated(self, codes: Tensor) -> dict[str, Tensor]:
         parts = zip(self.target.layers, self.generators, codes, strict=True)
-        state = {layer.key: generator(code) for layer, generator, code in parts}
+        with _no_autocast(codes.device):
+            state = {layer.key: generator(code) for layer, generator, code in parts}
         state.update({key: room[place] for key, room, place in self._places})
         state.update({key: state[first] for key, first in self.target.tied.items() if first in state})
         return state
@@ -289,11 +290,13 @@ class PudNet(nn.Module):
     def codes(self, sketch: Tensor, num_layers: int | None = None) -> Tensor:
         """Codes `[L, m]` of all predicted layers or of the first ones, for a sketch `[m]`; `[b, L, m]` for `[b, m]`."""
         limit, count = self.config.sketch_limit, num_layers or len(self.target.layers)
+        sketch = sketch.to(self.temperature.dtype)  # of an encoder in mixed precision
         if limit:
             sketch = sketch * (limit / sketch.norm(dim=-1, keepdim=True).clamp_min(limit))
         if self.ahru is None:
             return sketch.unsqueeze(-2).expand(*sketch.shape[:-1], count, -1)
-        return self.ahru(sketch, count)
+        with _no_autocast(sketch.device):
+            return self.ahru(sketch, count)
 
     def captured(self) -> Callable[[Tensor], dict[str, Tensor]]:
         """Weight generation as a CUDA graph, for many sketches: launching its small steps one by one takes far longer.
@@ -770,6 +773,12 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Weights are as exact as the hypernetwork's, whatever mixed precision the images go through."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _slashed(key: str) -> str:

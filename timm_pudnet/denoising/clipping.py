@@ -89,7 +89,7 @@ def estimate_clipped(noisy: Tensor, guesses: Tensor) -> list[float] | None:
     seen = [float((noisy <= 0).float().mean()), float((noisy >= 1).float().mean())]
     if max(seen) < LEAST_CLIPPED or noisy.min() < 0 or (noisy.max() > 1 and seen[1] >= LEAST_CLIPPED):
         return None
-    clean, variances = _before_clipping(*noise_by_level(noisy, guesses, torch.eye(noisy.shape[1])))
+    clean, variances = _before_clipping(*noise_by_level(noisy, guesses, torch.eye(noisy.shape[1], device='cpu')))
     if not len(clean):
         return None
     before = line_through(clean, variances)

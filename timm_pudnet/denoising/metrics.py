@@ -92,4 +92,5 @@ def _checked(image: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
         )
     if not (image.is_floating_point() and clean.is_floating_point()):
         raise InputError(f'images of {image.dtype} and {clean.dtype}: pass floats in 0-1')
+    image, clean = (one.cpu() if one.device.type == 'mps' else one for one in (image, clean))  # it has no float64
     return image.double(), clean.double()

@@ -11,6 +11,7 @@ Dimension letters: `n` images, `m` width of the sketch, `d` features, `k` classe
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -31,6 +32,7 @@ from timm_pudnet.files import read_json
 from timm_pudnet.hypernet import PudNet, written_whole
 from timm_pudnet.images import ImageSource
 from timm_pudnet.predict import in_memory
+from timm_pudnet.sketch import StreamingSketch
 
 EXPECTATION_NAME = 'expectation.json'
 SURE = 0.95  # of intervals
@@ -294,14 +296,14 @@ def read_traits(hypernet: PudNet, model: nn.Module, source: ImageSource, expecta
     # Spread evenly over each class, so that files which came in a row do not stand for it.
     picks = torch.cat([part[torch.linspace(0, len(part) - 1, min(each, len(part))).long()] for part in members])
     device = next(model.parameters()).device
-    home, stream, rows, found = hypernet.device, hypernet.to(device).streaming_sketch('class'), [], []
+    encoder = hypernet.encoder if hypernet.device == device else copy.deepcopy(hypernet.encoder).to(device)
+    stream, rows, found = StreamingSketch(encoder, 'class'), [], []
     for images, batch_labels in source.subset(picks.sort().values).batches():
         assert batch_labels is not None
         in_memory(lambda part, labels: stream.add(part.to(device), labels), images, batch_labels)
         rows.append(pre_logits(model, images))
         found.append(batch_labels)
     sketch = stream.result()
-    hypernet.to(home)
     # Classes whose every file was unreadable leave no gap in the numbers.
     numbers = torch.cat(found).unique(return_inverse=True)[1]
     references = torch.tensor(expectation.references)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
 
 from timm_pudnet.config import InputConfig, InputError, first_line
+from timm_pudnet.hypernet import forked_rng
 from timm_pudnet.images import ImageSource, channel_statistics, open_images
 from timm_pudnet.sketch import content_keys
 from timm_pudnet.training.conditions import Condition
@@ -227,7 +228,7 @@ def _seeded(generator: torch.Generator) -> Iterator[None]:
     seed = int(torch.randint(2**31, (), generator=generator))
     state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with forked_rng(torch.device('cpu')):
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)

@@ -360,7 +360,7 @@ def finetune_epochs(
             if tuning.frozen_statistics:
                 for _, norm in batch_norms(model):
                     norm.eval()
-            total = 0.0
+            total = torch.zeros((), device=device)  # read once: a GPU goes on meanwhile
             with forked_rng(device):
                 torch.manual_seed(1000 * seed + epoch)  # of dropout
                 # Parts of nearly equal size: a last one of a single image would have no batch statistics.
@@ -373,9 +373,9 @@ def finetune_epochs(
                     optimizer.zero_grad()
                     error.backward()
                     optimizer.step()
-                    total += float(error.detach()) * len(picks)
+                    total += error.detach() * len(picks)
                     step += 1
-            loss = total / len(images.labels)
+            loss = float(total) / len(images.labels)
         if not math.isfinite(loss):
             why = 'the model gave such features' if is_head else f'try a lower rate than {tuning.rate:g}'
             raise FloatingPointError(f'the loss is {loss} in epoch {epoch}: {why}')
@@ -562,4 +562,6 @@ def seconds_since(started: float, device: torch.device) -> float:
     """Seconds since a `time.perf_counter`, once the device is done."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
+    elif device.type == 'mps':
+        torch.mps.synchronize()
     return time.perf_counter() - started
