@@ -85,8 +85,8 @@ from the sketch of the same images with another sigma, over one predicted wholly
 predicting. With *turned copies* every denoiser by the network gives the mean over them (`--turns 4`); the classical filters do
 not. Paper: PudNet at width not stated, trained on ImageNet; the unit of its sigma and the size of its images are not
 stated, so its numbers stand beside both readings. Noisy images are floats that go beyond 0-1, but for those that are
-*clipped*, as a file of 8 bits holds them; of non-local means in brackets there after the mean that clipping moves is put
-back by the true sigma, which ours estimates. Ours has seen, noisy alone, the training photographs of BSDS500,
+*clipped*, as a file of 8 bits holds them: there non-local means is told how strong the noise is that is left, and stands in
+brackets with the mean that clipping moves put back by the true sigma, which ours estimates. Ours has seen, noisy alone, the training photographs of BSDS500,
 Tiny-ImageNet, and CIFAR-100, which comes from the same source as CIFAR-10; Fashion-MNIST is a set of another kind.
 
 | hypernetwork | set, images | sigma | noisy | non-local means | predicted (blind) / SSIM | plain | gain, sketch | gain, sigma | gain over \

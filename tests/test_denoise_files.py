@@ -545,6 +545,8 @@ def test_what_cannot_be_read_is_left_out_and_counted_or_an_error_with_strict(fol
     assert 'nan.tif' in result.stderr
     assert sum(len(paths) for paths, _, _ in predicted) == 4
     assert not (folders / 'out' / 'nan.tif').exists()
+    result = succeeds(folders / 'noisy', '--out', folders / 'more', '--clean', folders / 'clean')
+    assert 'Warning: skipped 2 of 6 images' in result.stderr  # which need no clean ones
 
 
 def test_bad_folders_are_said_before_any_work(folders, predicted, nothing_written):

@@ -966,7 +966,8 @@ def denoise(
     where = usable_device(device)
     network = resolve_hypernet('blindspot_unet', hypernet)
     paths = pictures.list_pictures(images)
-    partners = {} if clean is None else pictures.pair_pictures(paths, clean)
+    if clean is not None:
+        pictures.list_pictures(clean)  # before any work: an error where there are none
 
     # A first look at all of them, so that what is wrong with one is said before the work.
     found: dict[str, dict[str, Any]] = {}
@@ -980,8 +981,6 @@ def denoise(
                 raise
             skipped.append(str(error))
             continue
-        if partners:
-            pictures.check_pair(path, picture, partners[name], pictures.read_picture(partners[name]))
         chans, height, width = picture.pixels.shape
         found[name] = {'size': (height, width), 'channels': chans, 'depth': picture.depth, 'format': picture.format}
         if picture.depth == 32:
@@ -990,6 +989,9 @@ def denoise(
     if not found:
         raise InputError(f'none of the {len(paths):,} images of {images} can be denoised: {some}')
     pictures.check_whites(whites)
+    partners = {} if clean is None else pictures.pair_pictures({name: paths[name] for name in found}, clean)
+    for name, partner in partners.items():
+        pictures.check_pair(paths[name], pictures.read_picture(paths[name]), partner, pictures.read_picture(partner))
     if skipped:
         warnings.warn(f'skipped {len(skipped):,} of {len(paths):,} images: {some}', PudNetWarning, stacklevel=2)
     click.echo(f'Found      {_of_kinds(found)} in {images}{"" if clean is None else f", clean ones in {clean}"}')
