@@ -303,7 +303,7 @@ def _said_by_sketch(network: Any, model: Any) -> str:
     with torch.inference_mode():
         base = network.base()
     keys = [layer.key for layer in network.target.layers if layer.key in found]
-    if all(torch.allclose(found[key].cpu(), base[key].cpu(), rtol=2e-3, atol=1e-4) for key in keys):
+    if all(torch.allclose(found[key].cpu(), base[key].cpu(), rtol=1e-4, atol=1e-5) for key in keys):
         return 'changed nothing: the weights are those of the base network'
     return 'changed the weights of the base network'
 
@@ -344,6 +344,7 @@ def _expect(expectation: Any, network: Any, model: Any, used: Any, head: str) ->
 
     from timm_pudnet.evaluation import read_traits
     from timm_pudnet.evaluation.expectation import IN_WORDS, MOST_IMAGES
+    from timm_pudnet.evaluation.report import first_images
 
     told: dict[str, Any] = {}
     traits = read_traits(network, model, used, expectation) if model.num_classes else None
@@ -355,12 +356,13 @@ def _expect(expectation: Any, network: Any, model: Any, used: Any, head: str) ->
         click.echo(f'Expected   {accuracy:6.1%} before any test{of_what} (95 % interval {low:.1%} to {high:.1%})')
     elif not used.labelled:
         stream = network.streaming_sketch()
-        count = 0 if used.is_stream else len(used)
-        some = used.subset(torch.linspace(0, count - 1, MOST_IMAGES).long()) if count > MOST_IMAGES else used
-        for images, _ in some.batches():
+        if used.is_stream:
+            batches = first_images(used, MOST_IMAGES)
+        else:
+            count = len(used)
+            batches = used.subset(torch.linspace(0, count - 1, min(count, MOST_IMAGES)).long()).batches()
+        for images, _ in batches:
             stream.add(images)
-            if stream.num_images >= MOST_IMAGES:  # of a stream the first ones
-                break
         told['familiarity'] = expectation.familiarity(expectation.distance(stream.result()), stream.counts[0])
     if 'familiarity' in told:
         click.echo(f'           {IN_WORDS[told["familiarity"]]}')
@@ -985,7 +987,7 @@ def denoise(
         found[name] = {'size': (height, width), 'channels': chans, 'depth': picture.depth, 'format': picture.format}
         if picture.depth == 32:
             whites.setdefault(picture.white, path)
-    some = '; '.join(skipped[:3]) + ('; ...' if len(skipped) > 3 else '')
+    some = pictures.in_short(skipped)
     if not found:
         raise InputError(f'none of the {len(paths):,} images of {images} can be denoised: {some}')
     pictures.check_whites(whites)

@@ -222,6 +222,11 @@ def _picture(samples: np.ndarray, format: str, metadata: dict[str, bytes]) -> Pi
     return Picture(pixels, alpha, depth, float(white), format, metadata)
 
 
+def in_short(skipped: Sequence[str]) -> str:
+    """What is wrong with the first three of the files that were skipped."""
+    return '; '.join(skipped[:3]) + ('; ...' if len(skipped) > 3 else '')
+
+
 def white_of(peak: float) -> int:
     """White of float pixels whose largest is `peak`: 1, 255 or 65535, the nearest as ratios go."""
     return 1 if peak <= 16 else 255 if peak <= 4096 else 65535

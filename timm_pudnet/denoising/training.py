@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from timm_pudnet.config import InputError, PudNetWarning
 from timm_pudnet.denoising.noise import add_noise, blind_spot_loss, blind_spots
-from timm_pudnet.denoising.pictures import check_whites, list_pictures, read_picture
+from timm_pudnet.denoising.pictures import check_whites, in_short, list_pictures, read_picture
 from timm_pudnet.denoising.predict import LEAST_SIDE, white_used
 from timm_pudnet.files import local_path
 from timm_pudnet.hypernet import PudNet, own_defaults
@@ -84,7 +84,7 @@ class PatchBank:
             # What has more than 8 bits keeps them: its own noise may lie there.
             images.append((pixels * 255).round().to(torch.uint8) if picture.depth <= 8 else pixels.half())
         if skipped:
-            some = '; '.join(skipped[:3]) + ('; ...' if len(skipped) > 3 else '')
+            some = in_short(skipped)
             if not images:
                 raise InputError(f'none of the {len(skipped):,} images of {data.images} can be trained on: {some}')
             if os.environ.get('RANK', '0') == '0':  # of several processes the first one speaks
