@@ -4,8 +4,9 @@
         --plain hub/blindspot_unet.mixed_noise/plain --other .data/cifar10/test
     python hub/denoising.py hub/blindspot_unet.mixed_noise .data/bsds500/test --protocol bsds500 --scratch 100
 
-Gaussian noise is added to the images; denoisers get the noisy ones alone, as floats that noise takes beyond 0-1, or
-with --clipped as a file of 8 bits holds them. The paper's sigma can be read in two ways: `standard`, in units of the
+Gaussian noise is added to the images, or that of counted photons (--kind poisson; sigma is then that of a grey of 0.5);
+denoisers get the noisy ones alone, as floats that noise takes beyond 0-1, or with --clipped as a file of 8 bits holds
+them. The paper's sigma can be read in two ways: `standard`, in units of the
 set's own standard deviation, as where images are standardised first, and `unit`, of pixels in 0-1. PSNR and SSIM are of
 results clipped to 0-1, means over images, with 95 % intervals; gains are paired by image. Needs scikit-image (`pip
 install -e '.[test]'`).
@@ -13,7 +14,8 @@ install -e '.[test]'`).
 Denoisers by the network measure the noise of the images against their guesses, and take each noisy pixel itself into
 account. Beside the predicted one (`predicted`) stand: its guesses alone (`predicted, blind`); the noisy images; a
 Gaussian filter and non-local means that are told sigma, with that strength of some that is best for the first four
-images, known from their clean ones (with --clipped told what sigma is left, and besides with the mean that clipping
+images, known from their clean ones (of photons, behind Anscombe's transform, which makes the noise of all brightnesses
+alike, and before its exact unbiased inverse, Makitalo and Foi 2011; with --clipped told what sigma is left, and besides with the mean that clipping
 moves put back by the true sigma, `..., unclipped`); weights of the sketch of the same images with another sigma and of
 another set, calibrated on the images (`sketch of ...`); all of the denoiser, norm statistics and noise too, from the
 images with another sigma (`predicted for ...`); the control *plain*, one denoiser of the same training images for all
@@ -25,6 +27,7 @@ centralised gradients, written to scratch.NAME.json; by its guesses alone (`psnr
 
 import copy
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,6 +80,7 @@ STRENGTHS = {
 @click.option('--images', 'count', default=100, show_default=True, help='Images, spread evenly over the folder.')
 @click.option('--sigma', 'sigmas', multiple=True, type=float, default=(0.25, 0.5, 0.75), show_default=True)
 @click.option('--reading', type=click.Choice(['standard', 'unit']), default='standard', show_default=True)
+@click.option('--kind', type=click.Choice(['gaussian', 'poisson']), default='gaussian', show_default=True)
 @click.option(
     '--turns',
     type=click.Choice(['1', '2', '4']),
@@ -96,6 +100,7 @@ def main(
     count: int,
     sigmas: tuple[float, ...],
     reading: str,
+    kind: str,
     turns: str,
     clipped: bool,
     scratch: int,
@@ -116,6 +121,7 @@ def main(
         'images': len(clean),
         'standard_deviation': spread,
         **({} if scratch else {'turns': int(turns)}),
+        **({'kind': kind} if kind != 'gaussian' else {}),
         **({'clipped': True} if clipped else {}),
         'training': network.config.training,
         'library_versions': library_versions(),
@@ -126,10 +132,10 @@ def main(
     for sigma in sigmas:
         absolute = sigma * (spread if reading == 'standard' else 1)
         away = 0.75 if sigma < 0.5 else 0.25
-        noisy = made_noisy(clean, absolute, clipped)
-        noisier = made_noisy(clean, absolute * away / sigma, clipped)
+        noisy = made_noisy(clean, kind, absolute, clipped)
+        noisier = made_noisy(clean, kind, absolute * away / sigma, clipped)
         condition: dict[str, Any] = {'reading': reading, 'sigma': sigma, 'absolute': absolute, 'other_sigma': away}
-        click.echo(f'{reading} sigma {sigma} ({absolute:.3f} of 0-1)')
+        click.echo(f'{kind}, {reading} sigma {sigma} ({absolute:.3f} of 0-1)')
         if scratch:
             condition['predicted_seconds'] = timed_prediction(network, noisy)[0]
             for name in ('adam', 'adam_centralised'):
@@ -138,8 +144,8 @@ def main(
                     both = f'{point["psnr"]:6.2f} dB ({point["psnr_blind"]:.2f} by guesses)'
                     click.echo(f'  {name}, epoch {point["epoch"]:3} {both} in {point["seconds"]:.0f} s')
         else:
-            third = made_noisy(elsewhere, absolute, clipped)
-            condition |= measure(network, control, clean, noisy, noisier, third, absolute, int(turns), clipped)
+            third = made_noisy(elsewhere, kind, absolute, clipped)
+            condition |= measure(network, control, clean, noisy, noisier, third, kind, absolute, int(turns), clipped)
             click.echo(f'  predicted in {condition["seconds"]:.2f} s')
             for name, row in condition['psnr'].items():
                 gain = condition['gain'].get(name)
@@ -157,11 +163,10 @@ def pictures(folder: str, count: int) -> list[Tensor]:
     return [read_picture(paths[number * len(paths) // count]).pixels for number in range(count)]
 
 
-def made_noisy(images: Sequence[Tensor], sigma: float, clipped: bool) -> list[Tensor]:
-    """The images with Gaussian noise, each with a seed of its own; as floats, or as a file of 8 bits holds them."""
+def made_noisy(images: Sequence[Tensor], kind: str, sigma: float, clipped: bool) -> list[Tensor]:
+    """The images with noise, each with a seed of its own; as floats, or as a file of 8 bits holds them."""
     noisy = [
-        add_noise(image, 'gaussian', sigma, torch.Generator().manual_seed(number))
-        for number, image in enumerate(images)
+        add_noise(image, kind, sigma, torch.Generator().manual_seed(number)) for number, image in enumerate(images)
     ]
     return [image.clamp(0, 1).mul(255).round().div(255) for image in noisy] if clipped else noisy
 
@@ -173,6 +178,7 @@ def measure(
     noisy: list[Tensor],
     noisier: list[Tensor],
     elsewhere: list[Tensor],
+    kind: str,
     sigma: float,
     turns: int,
     clipped: bool,
@@ -194,10 +200,13 @@ def measure(
         its_patches = noisy_patches(elsewhere, channels, side)
         models['sketch of another set'] = denoiser_of(network, sketch_of(network, its_patches), patches)
     arms: dict[str, Callable[[Tensor], Tensor]] = {'noisy': lambda image: image}
-    strengths, unclip = {}, Unclip([sigma**2, sigma**2])  # by the true strength
-    if clipped:  # the filters are told how strong the noise is that is left
+    # By the true strength; that of photons grows with their number.
+    strengths, unclip = {}, Unclip([0.0, 2 * sigma**2] if kind == 'poisson' else [sigma**2, sigma**2])
+    photons = 0.5 / sigma**2
+    if kind == 'gaussian' and clipped:  # the filters are told how strong the noise is that is left
         sigma = float(torch.cat([(n - c).flatten() for n, c in zip(noisy, clean, strict=True)]).std())
-    for name, how in (('gaussian filter', blurred), ('non-local means', non_local_means)):
+    for name, of_gaussian in (('gaussian filter', blurred), ('non-local means', non_local_means)):
+        how = stabilised(of_gaussian, photons) if kind == 'poisson' else of_gaussian
         ways = {name: how}
         if clipped:
             ways[f'{name}, unclipped'] = lambda *args, how=how: unclip(how(*args))
@@ -272,6 +281,17 @@ def non_local_means(image: Tensor, sigma: float, strength: float) -> Tensor:
         channel_axis=None if grey else 0,
     )
     return torch.from_numpy(np.ascontiguousarray(found)).float().view(image.shape)
+
+
+def stabilised(how: Callable, photons: float) -> Callable:
+    """A filter for Gaussian noise as one for counted photons, so many at white."""
+
+    def filtered(image: Tensor, sigma: float, strength: float) -> Tensor:
+        roots = how(2 * (image * photons + 3 / 8).clamp_min(0).sqrt(), 1.0, strength).clamp_min(2 * math.sqrt(3 / 8))
+        tail = math.sqrt(3 / 2) * (roots**-1 / 4 + 5 / 8 * roots**-3) - 11 / 8 * roots**-2 - 1 / 8
+        return (roots.square() / 4 + tail).clamp_min(0) / photons
+
+    return filtered
 
 
 def best_strength(

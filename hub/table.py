@@ -75,7 +75,8 @@ DENOISERS = """
 ## Denoisers
 
 PSNR in dB on images that were never seen, with its 95 % interval over images, from what `hub/denoising.py` wrote on the
-committed weights. Gaussian noise; sigma in units of the set's standard deviation (*standard*), or of pixels in 0-1
+committed weights. Gaussian noise, or that of counted *photons*, where sigma is that of a grey of 0.5 and grows with the root of
+brightness (non-local means then works behind Anscombe's transform); sigma in units of the set's standard deviation (*standard*), or of pixels in 0-1
 (*unit*); in brackets what that is in 0-1. *Predicted*: in brackets its guesses without the noisy pixel itself, which all
 other denoisers by the network take into account too. *Plain* is one denoiser for all noise, trained on as many patches,
 calibrated in the same way (in brackets: with its own norm statistics). *Gains* are those of the predicted denoiser over one
@@ -183,7 +184,7 @@ def row(folder: str, protocol: str, result: dict[str, Any]) -> str:
 def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, Any]]) -> list[str]:
     """Lines of the denoisers' table, one for each noise; `scratch` are the rivals' conditions."""
     lines = []
-    protocol = result['protocol'].removesuffix('-turned').removesuffix('-clipped')
+    protocol = result['protocol'].removesuffix('-turned').removesuffix('-clipped').removesuffix('-photons')
     for one in result['noises']:
         found, gain = one['psnr'], one['gain']
         told = found.get('non-local means, unclipped')
@@ -197,7 +198,7 @@ def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, A
         cells = [
             f'[{folder}]({folder}/README.md)',
             f'{protocol}, {result["images"]}{", 4 turned copies" * (result.get("turns") == 4)}'
-            f'{", clipped" * result.get("clipped", False)}',
+            f'{", photons" * (result.get("kind") == "poisson")}{", clipped" * result.get("clipped", False)}',
             f'{one["sigma"]} {one["reading"]} ({one["absolute"]:.3f})',
             cell(found['noisy']),
             cell(found['non-local means']) + (f' ({told["mean"]:.2f})' if told else ''),
@@ -209,7 +210,7 @@ def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, A
             cell(gain['predicted for another sigma'], signed=True),
             cell(gain.get('plain, calibrated'), signed=True),
             ' / '.join(ends) or '-',
-            PAPER_DENOISING.get((protocol.removesuffix('-unit'), one['sigma']), '-'),
+            PAPER_DENOISING.get((protocol.removesuffix('-unit'), one['sigma']), '-') if 'kind' not in result else '-',
         ]
         lines.append(f'| {" | ".join(cells)} |')
     return lines

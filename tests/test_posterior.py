@@ -161,6 +161,13 @@ class TestEstimate:
         assert (found[:, 0] < 0.002).all()
         assert ((found[:, 1] / 0.02 - 1).abs() < 0.2).all()
 
+    def test_it_is_found_where_few_places_are_dark_and_of_all_sorts(self):
+        dark, others = torch.linspace(0.01, 0.3, 32), torch.linspace(0.32, 0.8, 224)
+        levels = torch.cat([dark, others])[torch.randperm(256, generator=generator(3))].view(16, 1, 4, 4)
+        clean = levels.expand(-1, 3, -1, -1).repeat_interleave(24, 2).repeat_interleave(24, 3)
+        found = torch.tensor(estimate_noise(add_noise(clean, 'poisson', 0.3, generator(1)), clean))
+        assert ((found[:, 1] / 0.18 - 1).abs() < 0.1).all()
+
     def test_grey_images_in_three_channels_have_their_noise_in_brightness(self):
         noisy, clean = noisy_slopes('gaussian', 0.1, channels=1)
         found = estimate_noise(noisy.expand(-1, 3, -1, -1), clean.expand(-1, 3, -1, -1))

@@ -595,7 +595,8 @@ def _psnr_result(file: str, found: Mapping[str, Any], condition: Mapping[str, An
     from huggingface_hub import EvalResult
 
     row = condition['psnr']['predicted']
-    noise = f'Gaussian noise, sigma {condition["sigma"]} ({condition["reading"]}), {found.get("images")} images'
+    kind = 'noise of photons' if found.get('kind') == 'poisson' else 'Gaussian noise'
+    noise = f'{kind}, sigma {condition["sigma"]} ({condition["reading"]}), {found.get("images")} images'
     return EvalResult(
         task_type='image-to-image',
         dataset_type=_slug(str(found.get('protocol'))),

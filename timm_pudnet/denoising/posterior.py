@@ -29,6 +29,7 @@ BLOCKS = 2  # in each direction, that are taken together
 FINE = 8  # patterns of a block with so many half waves or more, of its two directions together, are looked at
 SMOOTH = 0.1  # share of what has one brightness that is taken to hold noise alone: where these are weakest
 LEAST_BLOCKS = 64  # of one brightness
+DARK = 0.03  # of the mean variance of noise: added to all where the noise of dark places is compared with that of others
 LEVEL_ERROR = 0.02  # of a brightness; levels no further apart than this say nothing about how noise grows with it
 
 
@@ -108,7 +109,8 @@ def estimate_noise(noisy: Tensor, guesses: Tensor) -> list[list[float]]:
     Of squares of 12x12 pixels the finest patterns are looked at (the last of the cosine transform of each 6x6): images
     have least there, noise that is independent from pixel to pixel as much as anywhere. Squares are sorted by how
     bright the guess is; among those of one brightness the tenth where these patterns are weakest is taken to be smooth,
-    so that it holds noise alone. A line is put through what these give.
+    so that it holds noise alone. A line is put through what these give, as a first guess of how noise grows with
+    brightness, by which squares of unlike brightness are compared once more.
 
     Args:
         noisy: `[n, c, h, w]`, black 0 and white 1, sides of 6 pixels or more.
@@ -162,8 +164,16 @@ def noise_by_level(noisy: Tensor, guesses: Tensor, components: Tensor) -> tuple[
     places, noise = [], []
     for variances, its_levels in zip(blocks, levels, strict=True):
         parts = its_levels.argsort().tensor_split(max(1, min(8, len(its_levels) // LEAST_BLOCKS)))
-        places.append(torch.stack([its_levels[part].mean() for part in parts]))
-        noise.append(torch.stack([variances[part].quantile(SMOOTH) for part in parts]) / below)
+        middles = torch.stack([its_levels[part].mean() for part in parts])
+        found = torch.stack([variances[part].quantile(SMOOTH) for part in parts]) / below
+        # Levels differ within a part, in the darkest one many times over. Where noise grows with them the least tenth
+        # has its darkest squares alone: so once more, each square brought to the part's level first.
+        black, white = line_through(middles, found)
+        grown = torch.lerp(its_levels.new_tensor(black), its_levels.new_tensor(white), its_levels)
+        grown = grown + DARK * grown.mean() + 1e-12
+        alike = [variances[part] * (grown[part].mean() / grown[part]) for part in parts]
+        places.append(middles)
+        noise.append(torch.stack([part.quantile(SMOOTH) for part in alike]) / below)
     return places, noise
 
 
