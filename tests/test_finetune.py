@@ -1,5 +1,6 @@
 """training/finetune.py: the head first, then all; what is kept aside; when it stops; what it refuses."""
 
+import copy
 import importlib
 import math
 
@@ -64,6 +65,19 @@ def test_a_tuned_model_is_timm_s_and_the_given_one_stays(model, pictures, tmp_pa
     assert_close(state(loaded), state(tuned), rtol=0, atol=0)
     assert loaded.pretrained_cfg['label_names'] == ['cup', 'jar', 'pan']
     assert measured(loaded, fresh)['accuracy'] > 80
+
+
+def test_a_model_in_another_precision_or_wrapped_by_a_compiler_is_tuned_as_it_is(model, pictures, one_line):
+    images = pictures(24)
+    expected = finetune(model, *images, epochs=np.int64(2), progress=False)
+    same = copy.deepcopy(model)
+    for given in (torch.compile(same), same.double()):
+        tuned = finetune(given, *images, epochs=2, progress=False)
+        assert type(tuned) is type(model)
+        assert_close(state(tuned), state(expected))
+    with pytest.raises(InputError) as error:
+        finetune(model.requires_grad_(False), *images, epochs=2, progress=False)
+    one_line(error, 'no weight of this model can be trained', 'requires_grad_(True)')
 
 
 def test_a_folder_may_be_named_as_timm_names_it(model, pictures, tmp_path):

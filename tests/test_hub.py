@@ -88,7 +88,11 @@ def test_the_first_shelf_goes_first(shelf, tmp_path, monkeypatch):
     ('name', 'kind', 'needles'),
     [
         ('test_resnet.tyni', NotFoundError, ["'test_resnet.tyni'", 'Did you mean test_resnet.tiny']),
-        ('test_resnt', InputError, ["'test_resnt'", 'Did you mean test_resnet']),
+        (
+            'test_resnt',
+            NotFoundError,
+            ["no hypernetwork 'test_resnt'", 'Did you mean test_resnet', 'At hand: test_resnet.tiny'],
+        ),
         ('org/name', NotFoundError, ['org/name', 'test_resnet.tiny']),
         (Path('org') / 'name', NotFoundError, ['org/name', 'test_resnet.tiny']),
         ('resnet50', UnsupportedTargetError, ['resnet50', 'test_resnet.tiny', 'Train one']),

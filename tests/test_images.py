@@ -184,6 +184,14 @@ def test_folder_errors(folder, tmp_path):
     with pytest.raises(InputError, match=r'holds splits, not classes: pass .*split.train'):
         open_images(tmp_path / 'split', input=RGB)
     assert len(open_images(tmp_path / 'split' / 'train', input=RGB)) == 1
+    for path in ('some/part/cat', 'some/part/dog', 'some/rest/cat', 'some/rest/dog', 'one/set/cat', 'one/set/dog'):
+        save(tmp_path / path / 'x.png', noise(16, 16, 3))
+    with pytest.raises(InputError, match=r'part, rest all hold the same folders \(cat, dog\): pass .*part or another'):
+        open_images(tmp_path / 'some', input=RGB)
+    with pytest.raises(InputError, match=r'set holds folders \(cat, dog\): pass .*set$'):
+        open_images(tmp_path / 'one', input=RGB)
+    save(tmp_path / 'some' / 'rest' / 'horse' / 'x.png', noise(16, 16, 3))
+    assert open_images(tmp_path / 'some', input=RGB).class_names == ('part', 'rest')
 
 
 # Lists, arrays, tensors
@@ -244,9 +252,33 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     with Image.open(png) as opened:
         assert opened.mode == 'I;16'
     assert [as_int.mode, as_float.mode] == ['I', 'F']
-    for images in ([png], [as_int], [as_float], [unit], pixels[None], torch.from_numpy(pixels)[None], [pixels]):
+    for images in ([png], [as_int], [as_float], [unit]):
+        with pytest.warns(PudNetWarning, match=r"more than 8 bits .*convert\('RGB'\)"):
+            same(read(open_images(images, input=GREY))[0], want)
+    for images in (pixels[None], torch.from_numpy(pixels)[None], [pixels]):
         same(read(open_images(images, input=GREY))[0], want)
     same(read(open_images(pixels.astype('>u2')[None], input=GREY))[0], want)
+
+
+def test_what_is_white_is_one_thing_for_all_images(one_line):
+    values = noise(16, 16).astype(np.float32) / 255
+    for other in (values * 255, values * 65535):
+        with pytest.raises(InputError) as error:
+            read(open_images([Image.fromarray(values), Image.fromarray(other)], input=GREY))
+        one_line(error, 'image 1', 'image 0', 'scale them alike')
+    black = Image.fromarray(np.zeros((16, 16), np.float32))
+    with pytest.warns(PudNetWarning, match='more than 8 bits'):
+        read(open_images([black, Image.fromarray(values * 255), black], input=GREY))
+    with pytest.raises(InputError, match=re.escape('(pixels down to -1, where 0 is black)')):
+        read(open_images([Image.fromarray(np.full((16, 16), -1, np.float32))], input=GREY))
+
+
+def test_of_images_that_use_little_of_their_range_it_is_said(tmp_path):
+    png = save(tmp_path / 'x.png', noise(16, 16).astype(np.uint16) * 16)
+    source = open_images([png], input=GREY)
+    with pytest.warns(PudNetWarning, match=r'the brightest pixel is 6\.\d% of white: scale them'):
+        read(source)
+    read(source.subset([0]))  # it is told once
 
 
 def test_arrays_of_all_kinds():
@@ -372,7 +404,31 @@ def test_wrong_labels(labels):
         open_images(noise(4, 8, 8), labels, input=RGB)
 
 
-@pytest.mark.parametrize('labels', [torch.zeros(4, 1), np.eye(4, dtype=int)])
+def test_a_column_of_labels_is_as_good_as_a_row():
+    images, row = noise(4, 8, 8, 3), [2, 0, 1, 2]
+    column = np.array(row)[:, None]
+    pairs = [(image, label) for image, label in zip(torch.from_numpy(images).permute(0, 3, 1, 2), column, strict=True)]
+    loader = DataLoader(TensorDataset(torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(column)), batch_size=3)
+    for source in (open_images(images, column, input=RGB), open_images(Pairs(pairs), input=RGB)):
+        assert read(source)[1].tolist() == row
+    assert read(open_images(loader, input=RGB))[1].tolist() == row
+
+
+def test_names_are_numbered_as_folders_of_these_names_are(tmp_path):
+    names = ['class10', 'Banana', 'class2', 'apple']
+    for name in names:
+        save(tmp_path / name / 'x.png', noise(8, 8, 3))
+    given = open_images(noise(4, 8, 8, 3), names, input=RGB)
+    assert given.class_names == open_images(tmp_path, input=RGB).class_names == ('apple', 'Banana', 'class2', 'class10')
+    assert given.labels.tolist() == [3, 1, 2, 0]
+
+
+def test_labels_in_no_order_are_refused():
+    with pytest.raises(InputError, match='labels: a set; pass one int or string for each image, in their order'):
+        open_images(noise(2, 8, 8, 3), {'a', 'b'}, input=RGB)
+
+
+@pytest.mark.parametrize('labels', [torch.zeros(4, 2), np.eye(4, dtype=int)])
 def test_labels_of_another_shape_are_told_theirs(labels):
     with pytest.raises(InputError, match=re.escape(f'shape {list(labels.shape)}: pass one int or string for each')):
         open_images(noise(4, 8, 8), labels, input=RGB)
@@ -439,6 +495,40 @@ def test_datasets_of_images_alone_and_of_pairs():
     assert stream.description == 'labelled images (Stream)'
     with pytest.raises(TypeError, match='only after reading'):
         len(stream)
+
+
+def test_items_with_other_labels_than_their_list_of_targets_are_no_guess(one_line):
+    items = [(pixels, label) for pixels, label in zip(noise(6, 8, 8, 3), [0, 1, 2, 0, 1, 2], strict=True)]
+    right = open_images(Pairs(items, targets=[0, 1, 2, 0, 1, 2]), input=RGB)
+    assert read(right.subset([5, 0]))[1].tolist() == [2, 0]
+    for targets in ([0, 1, 2, 0, 1, 1], [0, 1, 2, 0, 1, 5]):
+        for dataset in (Pairs(items, targets=targets), Subset(Pairs(items, targets=targets), [1, 5])):
+            with pytest.raises(InputError) as error:
+                read(open_images(dataset, input=RGB))
+            one_line(error, 'comes with label 2', f'its list of targets says {targets[-1]}', 'labels=')
+    # Items that say nothing of one class leave it to the list.
+    several = Pairs([(pixels, (label, 7)) for pixels, label in items], targets=[0, 1, 2, 0, 1, 2])
+    assert read(open_images(several, input=RGB))[1].tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_one_picture_many_times_is_read_each_time(tmp_path):
+    files = [save(tmp_path / f'{number}.png', noise(300, 300, 3, seed=number)) for number in range(20)]
+    opened = [Image.open(file) for file in files]
+    same(read(open_images(opened + opened + opened, input=RGB))[0], read(open_images(files * 3, input=RGB))[0])
+
+
+def test_a_table_s_column_of_paths_is_a_list_of_them(folder, monkeypatch):
+    pandas = pytest.importorskip('pandas')
+    paths = sorted(str(path) for path in folder.rglob('*.png'))
+    table = pandas.DataFrame({'path': paths, 'label': [number % 2 for number in range(len(paths))]})
+    x, y = read(open_images(table['path'], table['label'], input=RGB))
+    same(x, read(open_images(paths, input=RGB))[0])
+    assert y.tolist() == table['label'].tolist()
+    with pytest.raises(InputError, match='DataFrame is a table: pass its column of paths or images'):
+        open_images(table, input=RGB)
+    monkeypatch.setenv('HOME', str(folder))
+    homely = ['~' + path.removeprefix(str(folder)) for path in paths]
+    same(read(open_images(homely, input=RGB))[0], x)
 
 
 def test_a_split_that_is_not_there_is_no_other_one(tmp_path, write_folder):
@@ -723,6 +813,10 @@ def test_a_table_is_no_set_of_images_and_its_column_of_classes_may_have_another_
     table = datasets.load_dataset(str(folder), split='train', cache_dir=str(tmp_path))
     with pytest.raises(InputError, match='is a table'):
         open_images(table, input=RGB)
+    paths = sorted(folder.rglob('*.png'))
+    same(read(open_images(table['image'], table['label'], input=RGB))[0], read(open_images(paths, input=RGB))[0])
+    with pytest.raises(InputError, match=r'data_dir is where the package datasets keeps .* holds images'):
+        open_images('hfds/imagefolder', input=RGB, data_dir=folder)
     (tmp_path / 'set').mkdir()
     table.rename_column('label', 'labels').to_parquet(tmp_path / 'set' / 'train.parquet')
     source = open_images(f'hfds/{tmp_path / "set"}', input=RGB, split='train', data_dir=str(tmp_path))

@@ -775,16 +775,11 @@ def test_numbers_of_numpy_are_numbers(net, support, model, query):
 
 
 def test_pictures_of_32_bit_numbers_may_be_bytes(net, support, model, query):
-    same_model(
-        predict_model(
-            'test_resnet',
-            [Image.fromarray(one[..., 0].astype(np.int32)) for one in support[0]],
-            support[1],
-            hypernet=net,
-        ),
-        predict_model('test_resnet', [Image.fromarray(one[..., 0]) for one in support[0]], support[1], hypernet=net),
-        query[0],
-    )
+    deep = [Image.fromarray(one[..., 0].astype(np.int32)) for one in support[0]]
+    with pytest.warns(PudNetWarning, match='more than 8 bits'):
+        found = predict_model('test_resnet', deep, support[1], hypernet=net)
+    eight = [Image.fromarray(one[..., 0]) for one in support[0]]
+    same_model(found, predict_model('test_resnet', eight, support[1], hypernet=net), query[0])
 
 
 def test_a_hypernetwork_in_another_precision_predicts_and_stays_as_it_is(net, support, model, query):
@@ -1284,6 +1279,16 @@ def test_what_timm_refuses_of_a_feature_model_is_one_line(net, support, kwargs, 
     with pytest.raises(InputError) as error:
         create_model('test_resnet', pretrained_from=support[0], hypernet=net, **kwargs)
     one_line(error, 'test_resnet', *needles)
+
+
+def test_a_config_of_one_s_own_says_nothing_else_of_the_weights(net, support, one_line):
+    own = {'license': 'mit', 'tag': 'mine', 'num_classes': 3}
+    found = predict_model('test_resnet', *support, hypernet=net, pretrained_cfg_overlay=own)
+    assert own.items() <= found.pretrained_cfg.items()
+    for wrong in ({'input_size': (3, 224, 224)}, {'crop_pct': 0.5}, {'num_classes': 5}):
+        with pytest.raises(InputError) as error:
+            predict_model('test_resnet', *support, hypernet=net, pretrained_cfg_overlay=wrong)
+        one_line(error, 'pretrained_cfg_overlay', next(iter(wrong)), 'for these weights')
 
 
 def test_a_feature_model_is_not_saved(net, support, tmp_path, nothing_written, one_line):

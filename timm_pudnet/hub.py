@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
+
 from timm_pudnet import remote
 from timm_pudnet.config import (
     DamagedFileError,
@@ -337,6 +339,9 @@ def _without_org(text: str, refresh: bool = False) -> Path:
             raise NotFoundError(
                 f'no hypernetwork {text!r}.{close} {_known()}; a folder will do too. On the Hub: {error}'
             ) from error
+    if not timm.is_model(plain):
+        close = close_names(text, [*embedded(), *timm.list_models()])
+        raise NotFoundError(f'no hypernetwork {text!r}, and timm has no architecture of that name.{close} {_known()}')
     describe_target(plain)  # says what is wrong with the architecture, if anything
     try:
         names = sorted(row['id'] for row in remote.repos_of(HUB_ORG))

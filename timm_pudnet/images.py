@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -71,6 +71,7 @@ _ACCEPTED = (
     'or a timm dataset name (torch/cifar10)'
 )
 _FLOAT_TOLERANCE = 1e-3
+_DIM = 0.125  # of white: images of more bits whose pixels are all darker lose most of their grey levels
 _MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # the weights of PIL's convert('L')
 _quiet_lock = threading.Lock()
@@ -108,8 +109,10 @@ class ImageSource:
         strict: bool = False,
         with_labels: bool = True,
         renumber: Mapping[int, int] | None = None,
+        declared: Tensor | None = None,
     ) -> None:
         self.labels = labels
+        self._declared = declared  # the labels of all items, by the dataset's own list of them
         self._renumber = renumber  # from the labels that come with the images to ours, where they differ
         self.class_names = class_names
         self.skipped: list[tuple[str, str]] = []
@@ -334,7 +337,9 @@ class ImageSource:
         with quiet_pillow():
             started = time.perf_counter()
             found = read(slice(_PART))
-            if time.perf_counter() - started < _PART * _SMALL or _CORES < 2:
+            opened = [id(image) for image in images if isinstance(image, Image.Image)]
+            shared = len(set(opened)) < len(opened)  # which two threads must not decode at once
+            if time.perf_counter() - started < _PART * _SMALL or _CORES < 2 or shared:
                 return found + read(slice(_PART, None))
             parts = [slice(start, start + _PART) for start in range(_PART, len(images), _PART)]
             with ThreadPoolExecutor(_CORES) as pool:
@@ -346,6 +351,7 @@ class ImageSource:
         if self.labels is not None:
             if rows.stop > len(self.labels):
                 raise InputError(f'{len(self.labels)} labels for at least {rows.stop} images of {self._where}')
+            self._check_declared(rows, read_labels, kept)
             return self.labels[rows.start : rows.stop][kept]
         labels = _to_label_tensor(read_labels, self._where)
         if len(labels) != len(rows):
@@ -365,6 +371,37 @@ class ImageSource:
             )
         return torch.tensor(numbers)
 
+    def _tell_of_more_bits(self) -> None:
+        brightest = self._preprocess.brightest
+        told = ('', 'more than 8 bits')
+        if not brightest or told in self._reported:
+            return
+        self._reported.add(told)
+        dim = f'; the brightest pixel is {brightest:.1%} of white: scale them' if brightest < _DIM else ''
+        warnings.warn(
+            f"{self._where}: images of more than 8 bits are brought to 8 here, but PIL's convert('RGB'), which timm's "
+            f'datasets call, clips them at 255: show the model 8-bit ones too{dim}',
+            PudNetWarning,
+            stacklevel=5,
+        )
+
+    def _check_declared(self, rows: range, read_labels: Any, kept: list[int]) -> None:
+        """Raises InputError where items have another label than their dataset says without reading them."""
+        if self._declared is None:
+            return
+        try:
+            found = _to_label_tensor([read_labels[place] for place in kept], self._where)
+        except InputError:  # no single number, or none: the list tells
+            return
+        declared = self._declared[torch.from_numpy(self._positions[rows.start : rows.stop][kept].astype(np.int64))]
+        wrong = (found != declared).nonzero().flatten().tolist()
+        if wrong:
+            name = self.name(rows[kept[wrong[0]]])
+            raise InputError(
+                f'{self._where}: {name} comes with label {int(found[wrong[0]])}, but its list of targets says '
+                f'{int(declared[wrong[0]])}: give the right ones in labels=...'
+            )
+
     def check_classes(self, top: int, found: int) -> None:
         """Raises InputError where a largest label, or so many different ones, cannot be numbers of its classes."""
         if self.class_names is not None and top >= len(self.class_names):
@@ -383,6 +420,7 @@ class ImageSource:
             raise InputError(f'none of the {total:,} images of {self._where} could be read: {_name_some(skipped)}')
         if self.is_stream and self.labels is not None and len(self.labels) != total:
             raise InputError(f'{len(self.labels)} labels for {total} images of {self._where}')
+        self._tell_of_more_bits()
         fresh = [entry for entry in skipped if entry not in self._reported]
         if fresh:
             self._reported.update(fresh)
@@ -490,14 +528,16 @@ def open_images(
         if labels is not None or dataclasses.replace(images.input, crop_pct=input.crop_pct) != input:
             raise InputError(f'{images.description}: opened already, with its own labels and input')
         return images
-    names = found_labels = class_names = renumber = None
-    if isinstance(images, np.ndarray) and images.size and isinstance(images.flat[0], (str, os.PathLike)):
-        images = images.tolist()  # of paths: a column of a table
+    names = found_labels = class_names = renumber = declared = None
+    if _is_column(images):
+        images = list(images)
     if isinstance(images, str) and is_timm_name(images):
         where = images
         images = _timm_dataset(images, data_dir, split, input.input_size[0])
     elif isinstance(images, (str, os.PathLike)):
         where = os.path.expanduser(os.fspath(images))
+        if not where:
+            raise InputError('images: an empty name, of no folder')
         images, names, found_labels, class_names = scan_folder(where, with_labels)
     elif isinstance(images, Image.Image):
         raise InputError('one PIL image: pass a list of images, or the folder that holds them')
@@ -513,10 +553,10 @@ def open_images(
                 raise InputError(f'images[{index}] is a {type(image).__name__}, not a path, image, array or tensor')
     elif isinstance(images, (Dataset, DataLoader)):
         where = type(images).__name__
-    elif hasattr(images, 'column_names'):
+    elif hasattr(images, 'column_names') or hasattr(images, 'columns'):
         raise InputError(
-            f'images: a {type(images).__module__}.{type(images).__name__} is a table: pass a column of it that holds '
-            'images, as a list, and another one as labels; or hfds/NAME'
+            f'images: a {type(images).__module__}.{type(images).__name__} is a table: pass its column of '
+            'paths or images, and another one as labels'
         )
     else:
         raise InputError(f'images: a {type(images).__name__} cannot be read; pass {_ACCEPTED}')
@@ -542,7 +582,9 @@ def open_images(
                 if isinstance(dataset, Subset) or not torch.equal(numbers, values):  # of some classes
                     class_names, renumber = present, dict(zip(values.tolist(), numbers.tolist(), strict=True))
     elif is_dataset and with_labels:
-        found_labels, class_names = _dataset_labels(data)
+        declared, class_names = _dataset_targets(data)
+        if declared is not None:
+            found_labels, class_names = _index_labels(declared, class_names)
     return ImageSource(
         data,
         input,
@@ -553,7 +595,17 @@ def open_images(
         strict=strict,
         with_labels=with_labels,
         renumber=renumber,
+        declared=declared,
     )
+
+
+def _is_column(images: Any) -> bool:
+    """Whether this is a table's column of paths or images: an array of paths, a pandas Series, a column of datasets."""
+    if isinstance(images, np.ndarray):
+        return bool(images.size) and isinstance(images.flat[0], (str, os.PathLike))
+    known = (str, os.PathLike, list, tuple, Tensor, Dataset, DataLoader, Mapping, Set, Image.Image)
+    table = any(hasattr(images, name) for name in ('column_names', 'columns'))
+    return isinstance(images, Iterable) and hasattr(images, '__len__') and not isinstance(images, known) and not table
 
 
 def channel_statistics(input: InputConfig) -> tuple[Tensor, Tensor]:
@@ -581,6 +633,8 @@ class _Preprocess:
             normalize=False,
         )
         self.fill = (self.mean * 255).round() / 255  # timm's border colour
+        self.whites: dict[str, tuple[int, str]] = {}  # of float and int images: by mode, and of which image
+        self.brightest = 0.0  # of those of more than 8 bits, as a share of white
 
     def fits(self, height: int, width: int) -> bool:
         """Whether the transform would leave an image of this size as it is."""
@@ -597,21 +651,40 @@ class _Preprocess:
             raise image
         if isinstance(image, (str, os.PathLike)):
             with open_file(image) as opened:
-                return self.picture(opened)
+                return self.picture(opened, name)
         if isinstance(image, Image.Image):
-            return self.picture(image)
+            return self.picture(image, name)
         return self.arrays(image[None], [name])[0]
 
-    def picture(self, image: Image.Image) -> Tensor:
+    def picture(self, image: Image.Image, name: str) -> Tensor:
         """A PIL image as uint8 `[c, h, w]`."""
         if image.mode.startswith('I') or image.mode == 'F':
-            image = _to_8_bit(image)
+            image = self._to_8_bit(image, name)
         if image.mode != _MODES[self.channels]:
             image = image.convert(_MODES[self.channels])
         if self.fits(image.height, image.width):
             return pil_to_tensor(image)
         self._refuse_sliver(*image.size)
         return self.transform(image)
+
+    def _to_8_bit(self, image: Image.Image, name: str) -> Image.Image:
+        """16-bit, int and float images as grey ones; PIL's own conversion would clip at 255."""
+        values = np.asarray(image).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError('pixels that are NaN or infinite')
+        if values.min() < -_FLOAT_TOLERANCE:
+            raise ValueError(f'pixels down to {values.min():.3g}, where 0 is black')
+        white, brightest = 65535, values.max()
+        # Float images come in three ranges, 32-bit ones in two; but PGM files say theirs, and PIL scales them.
+        if image.mode in ('F', 'I') and image.format != 'PPM' and brightest:
+            white = 65535 if brightest > 255 else 255 if brightest > 1 or image.mode == 'I' else 1
+            other, its_name = self.whites.setdefault(image.mode, (white, name))
+            if white != other:
+                raise InputError(
+                    f'{name} has white at {white}, {its_name} at {other}, by their largest values: scale them alike'
+                )
+        self.brightest = max(self.brightest, brightest / white)
+        return Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
 
     def arrays(self, value: np.ndarray | Tensor, names: Sequence[str]) -> Tensor:
         """Arrays or tensors of one size as `[b, c, h, w]`: uint8 for uint8, float32 in 0-1 for floats."""
@@ -623,7 +696,7 @@ class _Preprocess:
         if self.fits(*x.shape[2:]) and (self.channels == 3 or self.channels == x.shape[1]):
             return self._adapt_channels(x)
         images = (Image.fromarray(image.permute(1, 2, 0).squeeze(2).contiguous().numpy()) for image in x)
-        return torch.stack([self.picture(image) for image in images])
+        return torch.stack([self.picture(*pair) for pair in zip(images, names, strict=True)])
 
     def _adapt_channels(self, x: Tensor) -> Tensor:
         if x.shape[1] == 4 and self.channels < 4:
@@ -661,6 +734,7 @@ class _Preprocess:
 def open_file(path: str | os.PathLike[str]) -> ImageFile.ImageFile:
     """Opens an image file of a format that images come in, by its content; raises what PIL raises."""
     Image.preinit()
+    path = os.path.expanduser(path)
     try:
         image = Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:  # maybe a format that PIL loads on demand, and that its build may lack
@@ -672,18 +746,6 @@ def open_file(path: str | os.PathLike[str]) -> ImageFile.ImageFile:
         image.close()  # PIL itself only warns up to twice the limit
         raise Image.DecompressionBombError
     return image
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit, int and float images as grey ones; PIL's own conversion would clip at 255."""
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError('pixels that are NaN or infinite')
-    top = 65535
-    # Float images come in three ranges, 32-bit ones in two; but PGM files say theirs, and PIL scales them.
-    if image.mode in ('F', 'I') and image.format != 'PPM' and values.max() <= 255:
-        top = 255 if values.max() > 1 or image.mode == 'I' else 1
-    return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
 
 
 def to_bchw(value: np.ndarray | Tensor, name: str) -> Tensor:
@@ -795,6 +857,13 @@ def scan_folder(
         return paths, [os.path.relpath(path, root) for path in paths], None, None
     if len(classes) > 1 and _are_splits(classes):
         raise InputError(f'{root} holds splits, not classes: pass {os.path.join(root, classes[0])} or another of them')
+    inside = [_folders_of_images(os.path.join(root, name), found[name]) for name in classes]
+    if len(inside[0]) > 1 and all(folders == inside[0] for folders in inside):
+        some = ', '.join(sorted(inside[0])[:3]) + (', ...' if len(inside[0]) > 3 else '')
+        alike, another = ('all hold the same folders', ' or another') if len(classes) > 1 else ('holds folders', '')
+        raise InputError(
+            f'{root}: {", ".join(classes[:3])} {alike} ({some}): pass {os.path.join(root, classes[0])}{another}'
+        )
     if loose:
         _warn(f'{root}: ignored {len(loose):,} images beside the class folders')
     if len(classes) < len(found):
@@ -802,6 +871,12 @@ def scan_folder(
     paths = [path for name in classes for path in found[name]]
     labels = torch.tensor([label for label, name in enumerate(classes) for _ in found[name]])
     return paths, [os.path.relpath(path, root) for path in paths], labels, tuple(classes)
+
+
+def _folders_of_images(folder: str, pictures: Sequence[str]) -> set[str]:
+    """Names of the folders right below that hold all of these images; none where some lie in it directly."""
+    parts = [os.path.relpath(path, folder).split(os.sep) for path in pictures]
+    return set() if any(len(part) == 1 for part in parts) else {part[0] for part in parts}
 
 
 def _warn(text: str) -> None:
@@ -839,15 +914,18 @@ def _index_labels(values: Any, names: Sequence[str] | None = None) -> tuple[Tens
     """Labels as 0 to k - 1, int64 `[n]`, and class names; `names` are those of the numbers, where known."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
-    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
-        raise InputError(f'labels: a {type(values).__name__}; pass one int or string for each image')
+    if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
+        raise InputError(f'labels: a {type(values).__name__}; pass one int or string for each image, in their order')
+    if isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
     if getattr(values, 'ndim', 1) != 1:
         shape = list(getattr(values, 'shape', ()))
         raise InputError(f'labels of shape {shape}: pass one int or string for each image, shape [n]')
     values = values if isinstance(values, np.ndarray) else list(values)
     if all(isinstance(value, str) for value in values):
-        class_names, numbers = np.unique(np.array(values, dtype=np.str_), return_inverse=True)
-        return torch.from_numpy(numbers.astype(np.int64)), tuple(class_names.tolist())
+        class_names = sorted({str(value) for value in values}, key=_natural_key)  # as folders of these names
+        numbers = {name: number for number, name in enumerate(class_names)}
+        return torch.from_numpy(np.array([numbers[value] for value in values], np.int64)), tuple(class_names)
     mixed = isinstance(values, list) or values.dtype == object
     if mixed and any(isinstance(value, str) for value in values):
         place, value = next((place, value) for place, value in enumerate(values) if not isinstance(value, str))
@@ -865,9 +943,10 @@ def _index_labels(values: Any, names: Sequence[str] | None = None) -> tuple[Tens
 def _to_label_tensor(values: Any, where: str) -> Tensor:
     """int64 `[b]` of ints in whatever form."""
     if isinstance(values, (Tensor, np.ndarray)):
-        values = values.tolist()
+        values = values.reshape(-1).tolist() if values.ndim == 2 and values.shape[1] == 1 else values.tolist()
+    one = (value.item() if math.prod(getattr(value, 'shape', (0,))) == 1 else value for value in values)
     try:
-        return torch.tensor([operator.index(value) for value in values], dtype=torch.int64)
+        return torch.tensor([operator.index(value) for value in one], dtype=torch.int64)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         wrong = next(((place, value) for place, value in enumerate(values) if not hasattr(value, '__index__')), None)
         reason = str(error) if wrong is None else f'number {wrong[0]} is {shown(wrong[1])}'
@@ -983,12 +1062,6 @@ def _dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | Non
     return values, names
 
 
-def _dataset_labels(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | None]:
-    """Labels as 0 to k - 1, and names of these classes, that a map-style dataset knows without reading an image."""
-    values, names = _dataset_targets(dataset)
-    return (None, names) if values is None else _index_labels(values, names)
-
-
 def is_timm_name(text: str) -> bool:
     """Whether it names a timm dataset, as `torch/cifar10` does unless there is a folder of that name."""
     return text.partition('/')[0] in _TIMM_PACKAGES and '/' in text and not os.path.exists(text)
@@ -1015,6 +1088,11 @@ def _timm_dataset(name: str, data_dir: str | os.PathLike[str] | None, split: str
     root = None if data_dir is None else os.path.expanduser(os.fspath(data_dir))
     if root is not None and ':' not in root and not os.path.exists(root):  # wds takes URLs too
         raise NotFoundError(f'{name}: data_dir {root}: no such folder; nothing is downloaded')
+    if prefix.startswith('hf') and root is not None and _holds_images(root):
+        raise InputError(
+            f'{name}: data_dir is where the package datasets keeps what it downloads, and {root} holds images: pass '
+            'that folder itself as the images'
+        )
     if name in _TRAIN_OR_TEST and split not in _SPLIT_NAMES:
         raise InputError(f'{name}: no split {split!r}: name train or test')
     mode = '' if prefix == 'hfds' else 'L' if channels == 1 else 'RGB'  # hfds: undecoded, so that we see what is broken
@@ -1031,6 +1109,13 @@ def _timm_dataset(name: str, data_dir: str | os.PathLike[str] | None, split: str
     if len(classes) > 1 and _are_splits(classes):
         raise InputError(f'{name}: {root} has no split {split!r}: name one of {", ".join(classes)}')
     return found
+
+
+def _holds_images(folder: str) -> bool:
+    """Whether images lie in a folder, or in one right below it."""
+    below = [os.path.join(folder, name) for name in _visible_names(folder)]
+    files = [*below, *(name for path in below if os.path.isdir(path) for name in _visible_names(path))]
+    return any(name.lower().endswith(IMAGE_EXTENSIONS) for name in files)
 
 
 def _are_splits(names: Sequence[str]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 import os
 import tempfile
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from timm_pudnet.adapt import HEADS, MOST_UNLABELLED, StreamingRidge, calibrate, self_training_classifier
 from timm_pudnet.config import (
+    InputConfig,
     InputError,
     NotFoundError,
     OutputExistsError,
@@ -41,6 +43,8 @@ from timm_pudnet.target import TargetSpec, check_loadable, keep_arguments, pretr
 Head = Literal['centroid', 'ridge', 'blend', 'none']
 # Arguments of timm.create_model that change what the model gives, not its weights.
 _NOT_OF_TARGET = ('num_classes', 'pretrained_cfg_overlay', 'features_only', 'out_indices', 'feature_cls')
+# Of a timm config, what is as it is for the predicted weights.
+_FIXED = {'state_dict', 'num_classes', 'first_conv', *(field.name for field in dataclasses.fields(InputConfig))}
 _WEIGHTS_FROM_ELSEWHERE = ('pretrained', 'checkpoint_path', 'pretrained_cfg')  # arguments of timm.create_model
 
 
@@ -455,7 +459,10 @@ def build_model(
         'label_offset': 0,
         'label_names': tuple(class_names or map(str, range(num_classes))) if num_classes else None,
     }
-    overlay.update(timm_kwargs.get('pretrained_cfg_overlay') or {})
+    for key, value in (timm_kwargs.get('pretrained_cfg_overlay') or {}).items():
+        if key in _FIXED and overlay.get(key) != value:
+            raise InputError(f'pretrained_cfg_overlay: {key} is {overlay.get(key)!r} for these weights, not {value!r}')
+        overlay[key] = value
     kwargs = {
         **network.config.model_kwargs,
         **timm_kwargs,

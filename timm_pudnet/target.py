@@ -170,7 +170,8 @@ def describe_target(
         raise UnsupportedTargetError(
             f'{model_name}: convs hold {spec.predicted_share:.1%} of its weights, only their kernels are predicted. '
             + (hint or 'Choose a convolutional network, resnet18 for instance')
-            + '; or share the rest (min_predicted=0), or predict Linear layers too (predict_linear=True).'
+            + '; or make a hypernetwork (PudNet.for_target, a recipe) that shares the rest (min_predicted=0) or '
+            'predicts Linear layers too (predict_linear=True).'
         )
     return spec
 

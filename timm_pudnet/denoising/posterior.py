@@ -29,7 +29,7 @@ BLOCKS = 2  # in each direction, that are taken together
 FINE = 8  # patterns of a block with so many half waves or more, of its two directions together, are looked at
 SMOOTH = 0.1  # share of what has one brightness that is taken to hold noise alone: where these are weakest
 LEAST_BLOCKS = 64  # of one brightness
-DARK = 0.03  # of the mean variance of noise: added to all where the noise of dark places is compared with that of others
+DARK = 0.03  # of the mean variance of noise: added to all where dark places are compared with others
 LEVEL_ERROR = 0.02  # of a brightness; levels no further apart than this say nothing about how noise grows with it
 
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from timm_pudnet.adapt import class_centroids
-from timm_pudnet.config import InputConfig, InputError, PudNetWarning
+from timm_pudnet.config import InputConfig, InputError, PudNetWarning, as_plain
 from timm_pudnet.files import local_path
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults, pretrained_model, usable_device
@@ -123,7 +123,8 @@ def finetune(
 
     Args:
         model: A timm model, which stays as it is; the folder of one (`save_model`); or the name of an architecture,
-            whose weights are then predicted for these images. A head for other classes is replaced.
+            whose weights are then predicted for these images. A head for other classes is replaced, and that of a model
+            which does not name its classes (`label_names` of its `pretrained_cfg`).
         images: Labelled images in any form that `predict_model` takes.
         labels: Class of every image, as numbers or names; else those of the data.
         mode: `few` keeps norm statistics, moves the lower layers less and takes small steps; `full` trains
@@ -219,7 +220,7 @@ class FineTuning:
             raise InputError(f'mode {mode!r}: use auto, {" or ".join(MODES)}')
         if not 0 <= holdout < 1:
             raise InputError(f'holdout must be in [0, 1), got {holdout}')
-        changes = {name: value for name, value in changes.items() if value is not None}
+        changes = {name: as_plain(value) for name, value in changes.items() if value is not None}
         for tuning in MODES.values():
             dataclasses.replace(tuning, **changes)  # refuses bad numbers before any work
         device = usable_device(device)
@@ -510,7 +511,10 @@ def copies_line(copies: int, config: InputConfig) -> str:
 def _opened(model: nn.Module | str | os.PathLike[str]) -> nn.Module | str:
     """A model of one's own, or the name of an architecture."""
     if isinstance(model, nn.Module):
-        return copy.deepcopy(model)
+        own: Any = copy.deepcopy(getattr(model, '_orig_mod', model))  # what torch.compile wraps
+        if not any(parameter.requires_grad for parameter in own.parameters()):
+            raise InputError('no weight of this model can be trained: model.requires_grad_(True) lets all')
+        return own.float()
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(f'model must be a timm model, its folder or an architecture, not a {type(model).__name__}')
     named = isinstance(model, str) and model.startswith('local-dir:')
