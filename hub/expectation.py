@@ -6,8 +6,8 @@ Sketches of groups of seen classes, drawn from the recipe's own data, are what d
 learned from held-out sets, each of 2 to 20 classes with 3 to 20 labels, tested on other images of these classes: of the
 unseen classes of each of the recipe's sets, of every --domain, and of three domains that are made here (letters in many
 fonts, textures, cells). A third of the sets is seen as it is, a third under an imaging condition as in training, a third
-under a stronger one than any in training. Fit and check share no image, no class and no domain: each domain is expected
-by a fit of the others alone. matplotlib brings the fonts (`pip install -e '.[train]'`).
+under a stronger one than any in training. Fit and check share no image and no domain: each domain is expected by a fit
+of the others alone. (Some of Tiny-ImageNet's classes show what classes of CIFAR-10 and unseen ones of CIFAR-100 do.) matplotlib brings the fonts (`pip install -e '.[train]'`).
 """
 
 import argparse

@@ -102,7 +102,8 @@ def test_unequal_classes_count_as_fewer_images():
     encoder = PudNet.for_target('test_resnet', sketch_width=8, input=SMALL).encoder
     images, labels = torch.randn(9, 3, 16, 16), torch.tensor([0, 1, 1, 1, 1, 1, 1, 1, 1])
     for balance, expected in (('none', 9), ('class', 4 / (1 + 1 / 8)), ('kmeans', 3)):
-        stream = StreamingSketch(encoder, balance, num_clusters=3)
+        stream = StreamingSketch(encoder, balance)
+        stream.num_clusters = 3
         assert stream.num_images == 0
         stream.add(images[:4], labels[:4])
         stream.add(images[4:], labels[4:])

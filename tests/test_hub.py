@@ -400,6 +400,16 @@ def test_the_widest_serves_resnet18_and_all_are_listed():
     assert set(PUBLISHED) <= set(list_hypernets())
 
 
+def test_denoisers_are_measured_on_the_same_images_whatever_the_noise():
+    spread = {}
+    for path in HUB.glob('*/results*.json'):
+        found = json.loads(path.read_text(encoding='utf-8'))
+        if 'noises' in found:
+            spread.setdefault((found['folder'], found['images']), set()).add(found['standard_deviation'])
+    assert len(spread) >= 3
+    assert all(len(values) == 1 for values in spread.values()), spread
+
+
 def test_the_published_table_is_that_of_the_results():
     done = subprocess.run([sys.executable, HUB / 'table.py', '--check'], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

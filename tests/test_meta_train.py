@@ -740,6 +740,20 @@ def break_losses(monkeypatch, steps, how, per_step=2):
     monkeypatch.setattr(loop, 'group_losses', broken)
 
 
+def test_a_term_that_is_only_watched_stops_nothing(make_recipe, bank, monkeypatch):
+    losses = loop.group_losses
+
+    def infinite(*args, **kwargs):
+        found = losses(*args, **kwargs)
+        return type(found)(found.metric, found.full, found.consistency * math.inf)
+
+    monkeypatch.setattr(loop, 'group_losses', infinite)
+    run_of = loop._MetaRun(make_recipe(3, losses=LossWeights(consistency=0.0)), [bank], 'cpu')
+    before = tensors_of(run_of)
+    assert not any('skipped' in entry for entry in run_of.steps(3))
+    assert not all(torch.equal(value, before[key]) for key, value in tensors_of(run_of).items() if key in before)
+
+
 BROKEN = pytest.mark.parametrize('how', ['loss', 'gradient'])
 
 

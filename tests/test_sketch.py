@@ -48,8 +48,9 @@ def plain_features(encoder, images):
     return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
 
 
-def sketch(images, labels=None, balance='none', chunk=5, **kwargs):
-    stream = StreamingSketch(ENCODER, balance, **kwargs)
+def sketch(images, labels=None, balance='none', chunk=5, num_clusters=8):
+    stream = StreamingSketch(ENCODER, balance)
+    stream.num_clusters = num_clusters
     for start in range(0, len(images), chunk):
         stream.add(images[start : start + chunk], None if labels is None else labels[start : start + chunk])
     return stream.result()

@@ -84,18 +84,18 @@ class StreamingSketch:
         encoder: The encoder; used in eval mode, and left in the mode that it has.
         balance: `none`: the mean over all images (eq. 3). `class`: the mean of the class means, for unequal classes.
             `kmeans`: the mean of k-means centroids, for unequal classes without labels (paper III-C, discussion).
-        num_clusters: `k` of `kmeans`.
 
     Raises:
         InputError: `class` without labels; an empty set.
     """
 
     sample_size = 4096
+    num_clusters = 8  # of `kmeans`
 
-    def __init__(self, encoder: SketchEncoder, balance: Balance = 'none', num_clusters: int = 8) -> None:
+    def __init__(self, encoder: SketchEncoder, balance: Balance = 'none') -> None:
         if balance not in ('none', 'class', 'kmeans'):
             raise InputError(f'balance {balance!r}: use none, class or kmeans')
-        self.encoder, self.balance, self.num_clusters = encoder, balance, num_clusters
+        self.encoder, self.balance = encoder, balance
         self.sums: dict[int, Tensor] = {}
         self.counts: dict[int, int] = {}
         self.sample = ImageSample(self.sample_size)  # of the images' features, for k-means

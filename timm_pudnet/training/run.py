@@ -134,7 +134,7 @@ def bfloat16_slowdown(device: torch.device) -> float:
 class Run:
     """The whole state of a training run: modules, optimisers, step, log."""
 
-    modules: dict[str, nn.Module]  # what is saved; of a hypernetwork's `target` norm statistics alone
+    modules: dict[str, nn.Module]  # what is saved; of a hypernetwork's `target` only the norm statistics change
 
     def __init__(self, recipe: Recipe, device: str | torch.device | None) -> None:
         self.recipe, self.step, self.seconds, self.skipped = recipe, 0, 0.0, 0
@@ -250,12 +250,12 @@ class Run:
                 for group in optimizer.param_groups:
                     group['lr'] = rate * optimizer.defaults['lr']
             before = [buffer.clone() for buffer in self.statistics]
-            sums = self._gradients(before)
+            loss, sums = self._gradients(before)
             # By the norm of each optimiser: large gradients of what the sketch steers would else slow down the rest.
             held = [[value for group in one.param_groups for value in group['params']] for one in self.optimizers]
             norm = math.hypot(*(float(nn.utils.clip_grad_norm_(values, schedule.clip)) for values in held))
             entry = {'step': self.step + 1, 'rate': rate * schedule.rate, **sums}
-            if all(map(math.isfinite, [norm, *sums.values()])):
+            if math.isfinite(norm) and math.isfinite(loss):  # a term of weight 0 is watched alone
                 self.skipped = 0
                 for optimizer in self.optimizers:
                     optimizer.step()
@@ -271,8 +271,8 @@ class Run:
             self.log.append(entry)
             yield sums
 
-    def _gradients(self, before: list[Tensor]) -> dict[str, float]:
-        """Gradients of one step, and the mean terms of its loss.
+    def _gradients(self, before: list[Tensor]) -> tuple[float, dict[str, float]]:
+        """Gradients of one step; its mean loss, and the mean terms of that.
 
         Every part starts from the norm statistics `before` the step, and the mean of what they become is kept: so it
         does not matter in which order the parts run, or in which process.
@@ -280,6 +280,7 @@ class Run:
         wide = torch.float32 if self.device.type == 'mps' else torch.float64  # which Apple's GPUs do not have
         totals = [torch.zeros_like(buffer, dtype=wide) for buffer in self.statistics]
         values: dict[str, Tensor] = {}
+        mean = torch.zeros((), device=self.device)
         for part in range(self.processes.rank, self.parts, self.processes.count):
             number = self.step * self.parts + part
             for buffer, start in zip(self.statistics, before, strict=True):
@@ -289,16 +290,17 @@ class Run:
                 torch.manual_seed(zlib.crc32(f'{self.recipe.seed} target {number}'.encode()))
                 loss, terms = self.losses(number)
                 (loss / self.parts).backward()
+            mean += loss.detach() / self.parts
             for total, buffer in zip(totals, self.statistics, strict=True):
                 total.add_(buffer)
             for name, value in terms.items():
                 values[name] = values.get(name, 0.0) + value.detach() / self.parts
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self.processes.sum_([*gradients, *totals, *values.values()])
+        self.processes.sum_([*gradients, *totals, mean, *values.values()])
         with torch.no_grad():
             for total, buffer in zip(totals, self.statistics, strict=True):
                 buffer.copy_(total / self.parts)
-        return {name: float(value) for name, value in values.items()}
+        return float(mean), {name: float(value) for name, value in values.items()}
 
     def _skip(self, sums: dict[str, float], norm: float, before: list[Tensor]) -> None:
         """Leaves a step out whose loss or gradient is not finite; too many in a row stop the run."""
