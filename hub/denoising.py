@@ -49,13 +49,12 @@ from timm_pudnet.denoising import (
     blind_spot_loss,
     blind_spots,
     denoiser_of,
-    estimate_noise,
     noisy_patches,
     psnr,
     sketch_of,
     ssim,
 )
-from timm_pudnet.denoising.clipping import Unclip, estimate_clipped
+from timm_pudnet.denoising.clipping import Unclip, known_noise
 from timm_pudnet.denoising.pictures import list_pictures, read_picture
 from timm_pudnet.evaluation import mean_interval
 from timm_pudnet.evaluation.scratch import centralise_gradients
@@ -248,7 +247,7 @@ def know_noise(model: nn.Module, patches: Tensor) -> None:
     model.set_noise(None)
     with torch.inference_mode():
         guesses = model(patches)
-        model.set_noise(estimate_noise(patches, guesses), estimate_clipped(patches, guesses))
+        model.set_noise(*known_noise(patches, guesses))
 
 
 def timed_prediction(network: PudNet, noisy: list[Tensor]) -> tuple[float, nn.Module, Tensor]:

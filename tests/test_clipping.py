@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 import timm_pudnet
 from timm_pudnet.denoising import add_noise, denoise, predict_denoiser, psnr
-from timm_pudnet.denoising.clipping import Unclip, clipped_moments, estimate_clipped
+from timm_pudnet.denoising.clipping import Unclip, clipped_moments, clipped_share, estimate_clipped, known_noise
+from timm_pudnet.denoising.posterior import Posterior
 
 
 def generator(seed=0):
@@ -63,6 +64,44 @@ def test_noise_before_clipping_is_found_and_otherwise_none(sigma, shown):
     framed = held.clone()
     framed[..., :40] = 0.0  # black without any noise, where the guesses are bright
     assert estimate_clipped(framed, means) is None
+
+
+@pytest.mark.parametrize('variances', [(0.01, 0.01), (0.0, 0.18), (0.5, 0.5)])
+def test_the_share_of_noise_that_is_left_is_that_of_many_draws(variances):
+    share = clipped_share(variances)
+    for level in (0.03, 0.3, 0.5, 0.7, 0.97):
+        variance = variances[0] + (variances[1] - variances[0]) * level
+        drawn = (level + variance**0.5 * torch.randn(200_000, generator=generator(5))).clamp(0, 1)
+        place = round(float(drawn.mean()) * (len(share) - 1))
+        assert float(share[place]) == pytest.approx(float(drawn.var()) / variance, rel=0.03)
+
+
+def test_clipped_noise_is_told_as_it_was_before_and_unclipped_as_it_is():
+    for channels, expected in ((1, [1]), (3, [1, 1, 1])):
+        clean = 0.1 + 0.8 * slopes()[:, :channels]
+        noisy = add_noise(clean, 'gaussian', 0.3, generator(1))
+        noise, clipped = known_noise(noisy, clean)
+        assert clipped is None
+        assert_close(torch.tensor(noise), torch.full((channels, 2), 0.09), rtol=0.15, atol=0)
+        means = clipped_moments(clean.double(), torch.tensor(0.3, dtype=torch.float64))[0].float()
+        noise, clipped = known_noise(as_a_file(noisy), means)
+        assert_close(torch.tensor(noise).mean(1), 0.09 * torch.tensor(expected).float(), rtol=0.3, atol=0)
+    grey, means = (images[:, :1].expand(-1, 3, -1, -1) for images in (as_a_file(noisy), means))
+    brightness, *colours = known_noise(grey, means)[0]
+    assert sum(brightness) / 2 == pytest.approx(3 * 0.09, rel=0.3)
+    assert max(map(sum, colours)) < 1e-6
+
+
+@pytest.mark.parametrize('level', [0.0, 0.1, 0.5, 0.95, 1.3])
+def test_clipped_noise_is_weighed_by_what_is_left_of_it(level):
+    lines, share = [[0.04, 0.09], [0.02, 0.01], [0.05, 0.05]], clipped_share([0.0625, 0.0625])
+    noisy, guess = torch.rand(2, 3, 40, 40, generator=generator(4)), torch.full((2, 3, 40, 40), level)
+    kept = min(level, 1)
+    left = float(share[round(kept * (len(share) - 1))])
+    of_here = [[left * (black + (white - black) * kept)] * 2 for black, white in lines]
+    assert_close(Posterior(lines, share)(noisy, guess), Posterior(of_here)(noisy, guess))
+    guess[0, 0, 0, 0] = math.nan
+    assert Posterior(lines, share)(noisy, guess).isnan().any()
 
 
 def test_strong_noise_of_few_photons_is_left_alone():

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from timm_pudnet.denoising.posterior import line_through, noise_by_level
+from timm_pudnet.denoising.posterior import estimate_noise, line_through, noise_by_level
 
 STEPS = 1024  # of the table that turns means round
 LEAST_CLIPPED = 0.005  # share of pixels that are black, or white, below which clipping moves nothing there
@@ -76,6 +76,42 @@ def clipped_moments(clean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
     square = (clean.square() + deviation.square()) * inside + over
     square += deviation * (clean * at_low - (clean + 1) * at_high)
     return mean, (square - mean.square()).clamp_min(0)
+
+
+def clipped_share(variances: Sequence[float]) -> Tensor:
+    """The share of the noise's variance that clipping leaves, by the mean after clipping: `[k]`, of means from 0 to 1.
+
+    Args:
+        variances: Of the noise before clipping, in black and in white, linear between.
+
+    Example:
+        >>> share = clipped_share([0.01, 0.01])
+        >>> [round(float(share[round(mean * (len(share) - 1))]), 2) for mean in (0.0, 0.1, 0.5)]
+        [0.34, 0.63, 1.0]
+    """
+    clean = _levels()
+    deviation = _deviation(variances, clean)
+    means, left = clipped_moments(clean, deviation)
+    places = torch.searchsorted(means.cummax(0).values, clean).clamp(max=STEPS)
+    return (left / deviation.square())[places].float()
+
+
+def known_noise(noisy: Tensor, guesses: Tensor) -> tuple[list[list[float]], list[float] | None]:
+    """`noise` and `clipped` of a `BlindSpotUNet`, from noisy images and blind guesses of them.
+
+    Where the noise was clipped its variance is told by what it was before: no line fits what is left, which is less in
+    black and in white than between. How the components share it (grey images have it in their brightness alone) is told
+    by what they have.
+
+    Args:
+        noisy: As of `estimate_noise`.
+        guesses: As of `estimate_noise`.
+    """
+    noise, clipped = estimate_noise(noisy, guesses), estimate_clipped(noisy, guesses)
+    total = sum(map(sum, noise))
+    if clipped is None or not total:
+        return noise, clipped
+    return [[len(noise) * sum(line) / total * value for value in clipped] for line in noise], clipped
 
 
 def estimate_clipped(noisy: Tensor, guesses: Tensor) -> list[float] | None:

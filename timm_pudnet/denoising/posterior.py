@@ -47,13 +47,16 @@ class Posterior(nn.Module):
     Args:
         noise: For each colour component the variance of its noise in black and in white, as `estimate_noise` gives
             them; linear between, in the guessed channels that the component is made of.
+        left: Where files clipped the noise, the share of that variance which is left `[k]`, of guesses from 0 to 1
+            (`clipped_share`).
     """
 
     black: Tensor
     white: Tensor
     components: Tensor
+    left: Tensor | None
 
-    def __init__(self, noise: Sequence[Sequence[float]]) -> None:
+    def __init__(self, noise: Sequence[Sequence[float]], left: Tensor | None = None) -> None:
         super().__init__()
         variances = torch.tensor(noise, dtype=torch.float32)
         if variances.ndim != 2 or variances.shape[1] != 2 or not variances.isfinite().all() or variances.min() < 0:
@@ -61,6 +64,7 @@ class Posterior(nn.Module):
         self.register_buffer('black', variances[:, :1, None], persistent=False)
         self.register_buffer('white', variances[:, 1:, None], persistent=False)
         self.register_buffer('components', colour_components(len(variances)), persistent=False)
+        self.register_buffer('left', left, persistent=False)
 
     def forward(self, noisy: Tensor, guess: Tensor) -> Tensor:
         """Images `[n, c, h, w]` of such, both with black 0 and white 1; of the guess's type, weighed in float32."""
@@ -68,9 +72,8 @@ class Posterior(nn.Module):
             return self._weighed(_exact(noisy), _exact(guess)).to(guess.dtype)
 
     def _weighed(self, noisy: Tensor, guess: Tensor) -> Tensor:
-        black, white, components = (tensor.to(guess) for tensor in (self.black, self.white, self.components))
+        components, noise = self.components.to(guess), self._noise(guess)
         rest = torch.einsum('kc,nchw->nkhw', components, noisy - guess)
-        noise = torch.lerp(black, white, _levels(guess, components))
         # Measured over so many pixels, the variance of noise alone is above `noise` as often as below.
         error = _around(rest.square() - noise * (1 + math.sqrt(2) / WINDOW)).clamp_min(0)
         contrast = _contrast(torch.einsum('kc,nchw->nkhw', components, guess))
@@ -78,6 +81,17 @@ class Posterior(nn.Module):
         error = error * (contrast + EVEN * its_mean) / ((1 + EVEN) * its_mean)
         share = error / (error + noise).clamp_min(1e-12)
         return guess + torch.einsum('kc,nkhw->nchw', components, share * rest)
+
+    def _noise(self, guess: Tensor) -> Tensor:
+        """Variances of the components' noise around each pixel."""
+        black, white, components = (tensor.to(guess) for tensor in (self.black, self.white, self.components))
+        if self.left is None:
+            return torch.lerp(black, white, _levels(guess, components))
+        levels = guess.nan_to_num().clamp(0, 1)
+        left = self.left.to(guess)[(levels * (len(self.left) - 1)).round().long()]
+        shares = components.square()
+        dark, bright = (torch.einsum('kc,nchw->nkhw', shares, part) for part in (left * (1 - levels), left * levels))
+        return black * dark + white * bright
 
 
 def _exact(values: Tensor) -> Tensor:

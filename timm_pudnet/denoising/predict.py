@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from timm_pudnet.adapt import calibrate
 from timm_pudnet.config import InputError
-from timm_pudnet.denoising.clipping import estimate_clipped
+from timm_pudnet.denoising.clipping import known_noise
 from timm_pudnet.denoising.pictures import check_range, check_whites, list_pictures, read_picture, white_of
-from timm_pudnet.denoising.posterior import estimate_noise
 from timm_pudnet.denoising.unet import BlindSpotUNet
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, on_device, own_defaults, usable_device
@@ -105,11 +104,8 @@ def denoiser_of(network: PudNet, sketch: Tensor, patches: Tensor, scale: float =
         weights = network(sketch)
     blind = build_model(network, network.target, weights, 0, None, {}).to(patches.device)
     guesses = calibrate(blind, patches, weights, **network.config.calibration)
-    known = {
-        'noise': estimate_noise(patches, guesses),
-        'clipped': estimate_clipped(patches, guesses),
-        'scale': scale,
-    }
+    noise, clipped = known_noise(patches, guesses)
+    known = {'noise': noise, 'clipped': clipped, 'scale': scale}
     model = build_model(network, network.target, blind.state_dict(), 0, None, known).to(patches.device).eval()
     assert isinstance(model, BlindSpotUNet)
     return model

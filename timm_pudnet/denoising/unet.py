@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from timm_pudnet.denoising.clipping import Unclip
+from timm_pudnet.denoising.clipping import Unclip, clipped_share
 from timm_pudnet.denoising.posterior import WINDOW, Posterior
 from timm_pudnet.target import register_architecture
 
@@ -93,10 +93,11 @@ class BlindSpotUNet(nn.Module):
         depth: How often the size is halved.
         transposed: Whether a transposed conv makes maps larger, in place of a block and nearest upsampling.
         noise: For each channel (colour component, rather) the variance of the noise in black and in white, as
-            `estimate_noise` gives it; in eval mode the answer then takes each noisy pixel itself into account. Without
+            `known_noise` gives it; in eval mode the answer then takes each noisy pixel itself into account. Without
             it, and in training, it is the blind guess alone.
-        clipped: Where files clipped the noise, its variance before, in black and in white (`estimate_clipped`); in eval
-            mode the answer then is the clean pixel of which it would be the mean after clipping.
+        clipped: Where files clipped the noise, its variance before, in black and in white (`known_noise`, whose `noise`
+            is then that before clipping too); in eval mode the answer then is the clean pixel of which it would be the
+            mean after clipping.
         scale: Pixels of this brightness are its white, for `noise` and `clipped` too.
 
     Before it is trained on against clean images `set_noise(None)`, or what it learns is corrected once more.
@@ -155,8 +156,10 @@ class BlindSpotUNet(nn.Module):
         """Puts another `noise` and `clipped` in place, or none; they are saved with the model."""
         if noise is not None and len(noise) != self.in_chans:
             raise ValueError(f'noise must be of {self.in_chans} channels, got {len(noise)}')
-        self.posterior = None if noise is None else Posterior(noise).to(self.output.weight.device)
-        self.unclip = None if clipped is None else Unclip(clipped).to(self.output.weight.device)
+        device = self.output.weight.device
+        left = None if clipped is None else clipped_share(clipped)
+        self.posterior = None if noise is None else Posterior(noise, left).to(device)
+        self.unclip = None if clipped is None else Unclip(clipped).to(device)
         made = getattr(self, '_model_args', None)  # where timm saves the arguments of a model from
         if made is not None:
             made |= {'noise': noise, 'clipped': clipped}
