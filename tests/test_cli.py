@@ -480,7 +480,7 @@ def test_images_of_odd_kinds_are_fine(images, work, predict):
     picture.resize((301, 17)).save(odd / 'wide.jpeg')
     result = succeeds(*predict(images, '--holdout', '0', '--strict'))
     assert '35 images in 3 classes' in result.stdout
-    assert result.stderr == ''
+    assert re.fullmatch(r'Warning: .*: images of more than 8 bits are brought to 8 here.*\n', result.stderr)
     state = timm.create_model('local-dir:model', pretrained=True).state_dict()
     assert all(value.isfinite().all() for value in state.values())
 
@@ -593,6 +593,25 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(images, work, predict, full_
 
         monkeypatch.setattr(timm.models, 'save_for_hf', fails_midway)
         fails(*predict(images), needles=['No space left on device'])
+
+
+def test_a_folder_among_the_images_is_no_place_for_output(images, predict, work, nothing_written, tiny_folder):
+    with nothing_written(work):
+        for line in (
+            predict(images, out=images / 'model'),
+            ('finetune', 'test_resnet', images, '--hypernet', tiny_folder, '--out', images / 'model'),
+            ('compare', 'test_resnet', images, '--hypernet', tiny_folder, '--out', images / 'model'),
+        ):
+            fails(*line, needles=['--out', 'is IMAGES or lies in it', 'choose a folder outside'])
+
+
+def test_no_work_is_lost_when_nobody_reads_what_is_said(images, work, tiny_folder):
+    words = f'predict test_resnet {shlex.quote(str(images))} --hypernet {shlex.quote(str(tiny_folder))} --out heard'
+    line = f'{shlex.quote(sys.executable)} -m timm_pudnet.cli {words} | head -1'
+    done = subprocess.run(line, shell=True, cwd=work, capture_output=True, text=True, check=False, timeout=300)
+    assert done.stdout.startswith('Found ')
+    assert done.stderr == ''
+    assert {path.name for path in (work / 'heard').iterdir()} >= {'config.json', 'model.safetensors', 'report'}
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(images, work, predict, monkeypatch, nothing_written):
@@ -1188,6 +1207,7 @@ def test_compare_interrupted_has_on_disk_what_was_measured(images, work, tiny_fo
     line = ('compare', 'test_resnet', images, '--hypernet', tiny_folder, '--epochs', 2, '--pretrained', 'none')
     out = succeeds(*line, '--out', 'found').stdout
     assert list(on_disk[0]['arms']) == ['predicted', 'fine_tuned']
+    assert on_disk[0]['ended'] == 'running'
     assert 'Ended early by the interrupt' in out
     assert 'from scratch, Adam          left out: interrupted before' in out
     assert json.loads((work / 'found' / 'compare.json').read_text())['ended'] == 'interrupt'
@@ -1398,8 +1418,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
             text=True,
             check=False,
         )
-    assert 'Error' not in done.stderr
-    assert done.returncode == 1
+    assert (done.stderr, done.returncode) == ('', 0)
 
 
 def test_a_tuned_model_is_saved_before_a_closed_pipe_is_noticed(trained, shapes, tmp_path, monkeypatch):

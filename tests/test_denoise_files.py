@@ -360,10 +360,10 @@ class Average(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(1))
+        self.strength = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
-        return self.scale * nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        return self.strength * nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
 @pytest.fixture
@@ -459,7 +459,7 @@ def test_grey_images_and_those_in_colour_are_each_denoised_by_their_own_network(
 
     def predict_denoiser(images, **_):
         model = Average().eval()
-        nn.init.constant_(model.scale, 0.0 if all(Path(image).name.startswith('grey') for image in images) else 1.0)
+        nn.init.constant_(model.strength, 0.0 if all(Path(image).name.startswith('grey') for image in images) else 1.0)
         return model
 
     monkeypatch.setattr(module, 'predict_denoiser', predict_denoiser)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import io
@@ -24,6 +25,35 @@ import timm_pudnet
 from timm_pudnet.config import InputError, OutputExistsError, PudNetError, PudNetWarning
 
 
+class _Unheard:
+    """Standard output that nobody may read to its end (`timm-pudnet predict ... | head`): work goes on all the same."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As of any text stream."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            return self._leave() or len(text)
+
+    def flush(self) -> None:
+        """As of any text stream."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._leave()
+
+    def _leave(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
 class _Commands(click.Group):
     """Turns what goes wrong into one line and exit code 2; keeps the command line for those who report it."""
 
@@ -36,10 +66,10 @@ class _Commands(click.Group):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors='backslashreplace')
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), contextlib.redirect_stdout(_Unheard(sys.stdout)):  # type: ignore[type-var]
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
-        except BrokenPipeError:  # as of `timm-pudnet list | head`; click ends quietly then
+        except BrokenPipeError:  # of another pipe; click ends quietly then
             raise
         except (PudNetError, OSError, FloatingPointError) as error:
             text = ' '.join(str(error).split())
@@ -166,6 +196,7 @@ def predict(
         raise InputError(f'--holdout must be in [0, 1), got {holdout}')
     if out is not None:
         room.check_output(out)
+        _check_outside(out, **{'IMAGES': images, '--unlabelled': unlabelled})
     _check_data_dir(data_dir, images, unlabelled)
     _check_split(images, unlabelled)
     network = resolve_hypernet(model_name, hypernet)
@@ -243,10 +274,12 @@ def predict(
         )
     without = 'no head' if source.labelled else 'no labels'
     classes = f'{model.num_classes:,} classes' if model.num_classes else without
-    gave = f'{classes}; {len(kept):,} gave the weights' if tested is not None else f'{classes}; all gave the weights'
+    gave = 'all gave the weights'
+    if tested is not None or (kept.skipped and not kept.is_stream):
+        gave = f'{len(kept) - len(kept.skipped):,} gave the weights'
     tiles = [('Predicted in', f'{seconds:.2f} s', f'{count / 1e6:.1f}M weights, on {where}')]
     if source.labels is not None:
-        tiles.append(('Images', f'{len(source.labels):,}', gave))
+        tiles.append(('Images', f'{len(source.labels):,}', f'{classes}; {gave}'))
     page = None
     if report:
         page = evaluation.make_report(
@@ -581,6 +614,8 @@ def evaluate(
         raise InputError(f'--protocol {protocol}: needs --save, and a name of letters, digits, - and _')
     if save and not Path(hypernet).is_dir():
         raise InputError(f'--save needs the folder of a hypernetwork, {hypernet} is none')
+    if save and not os.access(hypernet, os.W_OK):
+        raise InputError(f'--save: {hypernet} cannot be written to: copy it, or leave --save out')
     network = load_hypernet(Path(hypernet).resolve() if save else hypernet)  # the folder, whatever else has its name
     hashes: dict[str, Any] = {}
     if save:  # now: the files may be others when the measuring is done
@@ -666,7 +701,9 @@ def evaluate(
             beside.write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
             drawn.save(listed)
         click.echo(f'{verb} {results}, {listed}. Next:')
-        click.echo(f'\n    {shlex.join(["timm-pudnet", "push", hypernet, f"ORG/{network.name}", "--dry-run"])}\n')
+        licence = [] if (Path(hypernet) / 'README.md').exists() else ['--license', 'LICENCE']
+        words = ['timm-pudnet', 'push', hypernet, f'ORG/{network.name}', *licence, '--dry-run']
+        click.echo(f'\n    {shlex.join(words)}\n')
 
 
 def _read_controls(paths: Sequence[Path]) -> dict[str, Any]:
@@ -758,6 +795,7 @@ def finetune(
     from timm_pudnet.training import FineTuning
 
     room.check_output(out)
+    _check_outside(out, IMAGES=images)
     _check_data_dir(data_dir, images)
     _check_split(images)
     run = FineTuning(
@@ -809,6 +847,13 @@ def finetune(
             f'{low:.1%} to {high:.1%}{was}). They chose the epoch: new images may do a little worse'
         )
     click.echo(f'Wrote      {out} (timm format). {_loading(out)}\n')
+
+
+def _check_outside(out: Path, **given: str | Path | None) -> None:
+    """Refuses an output folder among the images, which would be a class of them, or images, the next time."""
+    for name, folder in given.items():
+        if folder is not None and Path(folder).is_dir() and out.resolve().is_relative_to(Path(folder).resolve()):
+            raise InputError(f'--out {out} is {name} or lies in it ({folder}): choose a folder outside')
 
 
 def _loading(out: Path) -> str:
@@ -874,6 +919,7 @@ def compare(
 
     if out is not None:
         room.check_output(out)
+        _check_outside(out, IMAGES=images)
     _check_data_dir(data_dir, images)
     _check_split(images)
     where = usable_device(device)
@@ -959,9 +1005,7 @@ def denoise(
     from timm_pudnet.hub import resolve_hypernet
     from timm_pudnet.hypernet import folder_written_whole, usable_device
 
-    for given, folder in (('IMAGES', images), ('--clean', clean)):
-        if folder is not None and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f'--out {out} is {given} or lies in it ({folder}): choose a folder outside')
+    _check_outside(out, IMAGES=images, **{'--clean': clean})
     if clean is not None and clean.resolve().is_relative_to(images.resolve()):
         raise InputError(f'--clean {clean} is IMAGES or lies in it ({images}): keep clean images apart')
     room.check_output(out)
@@ -1032,6 +1076,9 @@ def denoise(
             versions = [picture.pixels, pixels]
             if partners:
                 versions.append(pictures.read_picture(partners[name]).pixels)
+            white = getattr(models[facts['channels']], 'scale', 1.0)  # of images that use a part of their range
+            versions = [version / white for version in versions]
+            if partners:
                 facts.update(_measured(*versions))
             if len(rows) < 4:
                 rows.append([pictures.middle(version) for version in versions])

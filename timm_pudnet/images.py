@@ -677,11 +677,13 @@ class _Preprocess:
         white, brightest = 65535, values.max()
         # Float images come in three ranges, 32-bit ones in two; but PGM files say theirs, and PIL scales them.
         if image.mode in ('F', 'I') and image.format != 'PPM' and brightest:
-            white = 65535 if brightest > 255 else 255 if brightest > 1 or image.mode == 'I' else 1
+            # Bright pixels of floats go beyond white: the nearest white as ratios go, as of noisy images.
+            white = 65535 if brightest > (255 if image.mode == 'I' else 4096) else 255
+            white = 1 if image.mode == 'F' and brightest <= 16 else white
             other, its_name = self.whites.setdefault(image.mode, (white, name))
             if white != other:
                 raise InputError(
-                    f'{name} has white at {white}, {its_name} at {other}, by their largest values: scale them alike'
+                    f'{name} has white at {white}, {its_name} at {other}, by their largest values: save them as 16 bits'
                 )
         self.brightest = max(self.brightest, brightest / white)
         return Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
@@ -857,13 +859,10 @@ def scan_folder(
         return paths, [os.path.relpath(path, root) for path in paths], None, None
     if len(classes) > 1 and _are_splits(classes):
         raise InputError(f'{root} holds splits, not classes: pass {os.path.join(root, classes[0])} or another of them')
-    inside = [_folders_of_images(os.path.join(root, name), found[name]) for name in classes]
-    if len(inside[0]) > 1 and all(folders == inside[0] for folders in inside):
-        some = ', '.join(sorted(inside[0])[:3]) + (', ...' if len(inside[0]) > 3 else '')
-        alike, another = ('all hold the same folders', ' or another') if len(classes) > 1 else ('holds folders', '')
-        raise InputError(
-            f'{root}: {", ".join(classes[:3])} {alike} ({some}): pass {os.path.join(root, classes[0])}{another}'
-        )
+    inside = _folders_of_images(os.path.join(root, classes[0]), found[classes[0]]) if len(classes) == 1 else []
+    if len(inside) > 1:
+        some = ', '.join(inside[:3]) + (', ...' if len(inside) > 3 else '')
+        raise InputError(f'{root} holds one folder, with others ({some}): pass {os.path.join(root, classes[0])}')
     if loose:
         _warn(f'{root}: ignored {len(loose):,} images beside the class folders')
     if len(classes) < len(found):
@@ -873,10 +872,10 @@ def scan_folder(
     return paths, [os.path.relpath(path, root) for path in paths], labels, tuple(classes)
 
 
-def _folders_of_images(folder: str, pictures: Sequence[str]) -> set[str]:
+def _folders_of_images(folder: str, pictures: Sequence[str]) -> list[str]:
     """Names of the folders right below that hold all of these images; none where some lie in it directly."""
     parts = [os.path.relpath(path, folder).split(os.sep) for path in pictures]
-    return set() if any(len(part) == 1 for part in parts) else {part[0] for part in parts}
+    return [] if any(len(part) == 1 for part in parts) else list(dict.fromkeys(part[0] for part in parts))
 
 
 def _warn(text: str) -> None:
@@ -1119,4 +1118,5 @@ def _holds_images(folder: str) -> bool:
 
 
 def _are_splits(names: Sequence[str]) -> bool:
-    return _SPLIT_NAMES.issuperset(name.lower() for name in names)
+    plain = (re.sub(r'[ _-]?(set|data|images|split)$', '', name.lower()) for name in names)
+    return _SPLIT_NAMES.issuperset(plain)

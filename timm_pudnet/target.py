@@ -295,7 +295,7 @@ def _meta_model(model_name: str, model_kwargs: dict[str, Any], num_classes: int)
         except NotImplementedError:  # a RegNet of an earlier timm works its widths out with tensors
             with torch.random.fork_rng(devices=[]):
                 return timm.create_model(model_name, **made)
-    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError, NotImplementedError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError, ArithmeticError) as error:
         raise InputError(f'timm.create_model({model_name!r}) refused {model_kwargs}: {first_line(error)}') from error
 
 

@@ -115,7 +115,8 @@ def compare(
         A mapping that JSON can hold: `arms` with the points of each, `seconds`, `accuracy` in percent with its 95 %
         interval `low` to `high` (Wilson's) and `epoch`; `left_out`: why an arm is not there, or ended early;
         `break_even`: for each training from scratch the seconds until it is as good as `predicted`, and until it is as
-        good as `fine_tuned` was by then, None where it never was; `ended`: by `epochs`, `budget` or `interrupt`.
+        good as `fine_tuned` was by then, None where it never was; `ended`: by `epochs`, `budget` or `interrupt`;
+        `running` in a file whose comparison was killed.
 
     Raises:
         InputError: The images, labels or arguments cannot be used.
@@ -213,7 +214,7 @@ def compare(
         'arms': {},
         'left_out': {},
         'break_even': {},
-        'ended': 'epochs',
+        'ended': 'running',
         'library_versions': library_versions(),
         'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {device.type}',
     }
@@ -281,6 +282,8 @@ def compare(
                 spent[name] = point['seconds']
                 if 'accuracy' in point:
                     add(name, point)
+            if result['ended'] == 'running':
+                result['ended'] = 'epochs'
     except KeyboardInterrupt:
         if not result['arms']:
             raise

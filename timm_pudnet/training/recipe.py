@@ -282,7 +282,7 @@ class Recipe:
         if not path.is_file():
             raise NotFoundError(f'{path}: no such recipe file')
         try:
-            return cls.from_dict(tomllib.loads(path.read_text(encoding='utf-8')), str(path))
+            return cls.from_dict(tomllib.loads(path.read_text(encoding='utf-8-sig')), str(path))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f'{path} is no recipe: {error}') from error
 
