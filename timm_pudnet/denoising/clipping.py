@@ -87,7 +87,7 @@ def clipped_share(variances: Sequence[float]) -> Tensor:
     Example:
         >>> share = clipped_share([0.01, 0.01])
         >>> [round(float(share[round(mean * (len(share) - 1))]), 2) for mean in (0.0, 0.1, 0.5)]
-        [0.34, 0.63, 1.0]
+        [0.34, 0.71, 1.0]
     """
     clean = _levels()
     deviation = _deviation(variances, clean)
