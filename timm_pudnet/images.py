@@ -553,7 +553,7 @@ def open_images(
                 raise InputError(f'images[{index}] is a {type(image).__name__}, not a path, image, array or tensor')
     elif isinstance(images, (Dataset, DataLoader)):
         where = type(images).__name__
-    elif hasattr(images, 'column_names') or hasattr(images, 'columns'):
+    elif _is_table(images):
         raise InputError(
             f'images: a {type(images).__module__}.{type(images).__name__} is a table: pass its column of '
             'paths or images, and another one as labels'
@@ -604,8 +604,12 @@ def _is_column(images: Any) -> bool:
     if isinstance(images, np.ndarray):
         return bool(images.size) and isinstance(images.flat[0], (str, os.PathLike))
     known = (str, os.PathLike, list, tuple, Tensor, Dataset, DataLoader, Mapping, Set, Image.Image)
-    table = any(hasattr(images, name) for name in ('column_names', 'columns'))
-    return isinstance(images, Iterable) and hasattr(images, '__len__') and not isinstance(images, known) and not table
+    listed = isinstance(images, Iterable) and hasattr(images, '__len__')
+    return listed and not isinstance(images, known) and not _is_table(images)
+
+
+def _is_table(images: Any) -> bool:
+    return hasattr(images, 'column_names') or hasattr(images, 'columns')  # of datasets and pandas
 
 
 def channel_statistics(input: InputConfig) -> tuple[Tensor, Tensor]:
