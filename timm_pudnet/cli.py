@@ -1073,11 +1073,9 @@ def denoise(
             pixels = picture.rounded(denoise(models[facts['channels']], picture.pixels, turns=int(turns)))
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             pictures.write_picture(picture, pixels, beside / name)
-            versions = [picture.pixels, pixels]
-            if partners:
-                versions.append(pictures.read_picture(partners[name]).pixels)
+            clean_one = [pictures.read_picture(partners[name]).pixels] if partners else []
             white = getattr(models[facts['channels']], 'scale', 1.0)  # of images that use a part of their range
-            versions = [version / white for version in versions]
+            versions = [version / white for version in (picture.pixels, pixels, *clean_one)]
             if partners:
                 facts.update(_measured(*versions))
             if len(rows) < 4:
