@@ -29,25 +29,25 @@ HEAD = """# Hypernetworks
 
 Accuracy in percent on classes that were never seen in training, with its 95 % interval over groups drawn from the same classes and images
 (other classes would spread more: `resnet18.cifar100_superclass` has six choices of them). Each line is from a results file that
-`timm-pudnet evaluate` wrote on the committed weights; the commands are in the README of each folder.
+`timm-pudnet evaluate` wrote on the committed weights; the commands are in the README of each folder. A dash: not measured.
 
 - *Protocol*: `cifar100-set` is of the 20 unseen classes of CIFAR-100; `1-label`, `5-labels`, `conditions` (each group under a random
   imaging condition), `train-support` (labels from the training images) are of the same classes. `cifar10`: all ten classes;
-  `cifar10-all`: the same with the first 1,000 training images of each class as labels, some of them nearly the same picture.
-- *Plain*: the same architecture trained as an ordinary classifier on as many images of the same classes (what a sketch encoder alone saw
-  besides is not counted; the cards say it), with the same head and calibration; in brackets with its own norm statistics. *Its start*: the
-  base network alone, without any change by the sketch, where it was measured; *plain* was trained on from it.
+  `cifar10-all`: the same with the first 1,000 training images of each class as labels, some of them nearly the same picture (one group,
+  its interval over test images).
 - *Predicted* is by class centroids (eq. 7), and so is all that follows in its line but for *ridge head* and *blend head*: the same networks
-  with these [heads](#heads); in brackets *plain* with the blend head, by the better of its two statistics. A dash: measured before there
-  was one.
-- *Swapped*: predicted from another group's sketch; *gain*: what the right sketch adds to it; *gain, other domain*: what it adds to the
-  sketch of another data set. *Gain over plain* is over the calibrated one, group by group; in brackets over that with its own norm
-  statistics, the difference of the means: where that is below zero ordinary training is ahead.
+  with these [heads](#heads); in brackets ordinary training with the blend head, by the better of its two statistics.
+- *Ordinary training*: the same architecture trained as a classifier on as many images of the same classes (what a sketch encoder alone saw
+  besides is not counted; the cards or `config.json` say it), with the same head and calibration; in brackets with its own norm statistics.
+  *Base alone*: the network that the sketch changes, as it is; ordinary training went on from it.
+- *Another's sketch*: predicted from the sketch of another group; *own sketch over another's*: what the right one adds to that; *over
+  another domain's*: what it adds to the sketch of another data set. *Over ordinary training* is over the calibrated one, group by group; in
+  brackets over that with its own norm statistics (without an interval: the difference of the means alone).
 - *Scratch*: training on all images of the group's classes, by Adam with and without gradient centralisation: the seconds until it is as
   good as the predicted network, over the seconds of predicting.
 
-| hypernetwork | protocol | labels a class | predicted | ridge head | blend head | plain | its start | swapped | gain | gain, other domain | gain over \
-plain | scratch | paper |
+| hypernetwork | protocol | labels a class | predicted | ridge head | blend head | ordinary training | base alone | another's sketch | \
+own sketch over another's | over another domain's | over ordinary training | scratch | paper |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 UNLABELLED = """
@@ -56,11 +56,10 @@ UNLABELLED = """
 The same groups and networks, with as many further images of each of their classes and of no other, labels hidden; these teach
 the head by self-training (`predict_model(..., unlabelled=...)`), that of every network alike. *Labels alone*: the head that it begins
 from, the ridge one in results from before there was the blend. The paper and the table above have no such images. Self-training's settings
-were chosen on training images of CIFAR-10 and on the 40 unseen classes of Tiny-ImageNet. *Gain over plain*: in brackets over *plain* by its
-own norm statistics.
+were chosen on training images of CIFAR-10 and on the 40 unseen classes of Tiny-ImageNet.
 
-| hypernetwork | protocol | labels + images without, a class | predicted | labels alone | gain over labels alone | plain | raw pixels | \
-gain over plain | paper |
+| hypernetwork | protocol | labels + images without, a class | predicted | labels alone | over labels alone | ordinary training | raw pixels | \
+over ordinary training | paper |
 |---|---|---|---|---|---|---|---|---|---|
 """
 # Of its tables X and XI, PudNet, PSNR and SSIM.
@@ -75,24 +74,30 @@ PAPER_DENOISING = {
 DENOISERS = """
 ## Denoisers
 
-PSNR in dB on images that were never seen, with its 95 % interval over images, from what `hub/denoising.py` wrote on the
-committed weights. Gaussian noise, or that of counted *photons*, where sigma is that of a grey of 0.5 and grows with the root of
-brightness (non-local means then works behind Anscombe's transform); sigma in units of the set's standard deviation (*standard*), or of pixels in 0-1
-(*unit*); in brackets what that is in 0-1. *Predicted*: in brackets its guesses without the noisy pixel itself, which all
-other denoisers by the network take into account too. *Plain* is one denoiser for all noise, trained on as many patches,
-calibrated in the same way (in brackets: with its own norm statistics). *Gains* are those of the predicted denoiser over one
-from the sketch of the same images with another sigma, over one predicted wholly for another sigma, and over *plain*.
-*Scratch* is the same network trained for 100 epochs on these very noisy images, all of their pixels an epoch, by Adam
-(rate 1e-3) without and with gradient centralisation (in brackets: by guesses alone), and its seconds over those of
-predicting. With *turned copies* every denoiser by the network gives the mean over them (`--turns 4`); the classical filters do
-not. Paper: PudNet at width not stated, trained on ImageNet; the unit of its sigma and the size of its images are not
-stated, so its numbers stand beside both readings. Noisy images are floats that go beyond 0-1, but for those that are
-*clipped*, as a file of 8 bits holds them: there non-local means is told how strong the noise is that is left, and stands in
-brackets with the mean that clipping moves put back by the true sigma, which ours estimates. Ours has seen, noisy alone, the training photographs of BSDS500,
-Tiny-ImageNet, and CIFAR-100, which comes from the same source as CIFAR-10; Fashion-MNIST is a set of another kind.
+PSNR in dB on images that were never seen, with its 95 % interval over images, from what `hub/denoising.py` wrote on the committed weights;
+of what every denoiser gives, and of the noisy images, clipped to 0-1.
 
-| hypernetwork | set, images | sigma | noisy | non-local means | predicted (blind) / SSIM | plain | gain, sketch | gain, sigma | gain over \
-plain | scratch | paper |
+- *Noise*: Gaussian, or that of counted *photons*, which grows with the root of brightness (sigma is that of a grey of 0.5). It is added to
+  floats and goes beyond 0-1, but where it is *clipped*, as a file of 8 bits holds it. Sigma is in units of the set's standard deviation
+  (*standard*; in brackets what that is in 0-1), or of pixels in 0-1 (*unit*).
+- *Non-local means* is told sigma and its best strength. Of photons it works behind Anscombe's transform; of clipped noise it is told what
+  strength is left, and stands in brackets with the mean that clipping moves put back by the true sigma, which ours estimates.
+- *Predicted*: in brackets its guesses without the noisy pixel itself, which all other denoisers by the network take into account too. With
+  *turned copies* every denoiser by the network gives the mean over them (`--turns 4`).
+- *Plain training*: one denoiser for all noise, trained on as many patches, calibrated in the same way (in brackets: with its own norm
+  statistics).
+- *Over another sigma's sketch*: what the sketch of the right images adds to that of the same images with another sigma; *over another
+  sigma's denoiser*: over one predicted wholly for that, which takes the noise to be of that strength, too.
+- *Scratch*: the same network trained for 100 epochs on these very noisy images, all of their pixels an epoch, by Adam (rate 1e-3) without
+  and with gradient centralisation (in brackets: by guesses alone), and its seconds over those of predicting.
+- *Paper*: PudNet at a width that is not stated, trained on ImageNet; the unit of its sigma and the size of its images are not stated
+  either, so its numbers stand beside both readings.
+
+Ours has seen, noisy alone, the training photographs of BSDS500, Tiny-ImageNet, and CIFAR-100, which comes from the same source as CIFAR-10;
+Fashion-MNIST is a set of another kind.
+
+| hypernetwork | set, images | sigma | noisy | non-local means | predicted (blind) / SSIM | plain training | over another sigma's sketch | \
+over another sigma's denoiser | over plain training | scratch | paper |
 |---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
@@ -140,7 +145,10 @@ def gain_over_plain(result: dict[str, Any]) -> str:
     """What is gained over the control, calibrated, and in brackets over that with its own statistics."""
     accuracy = result['accuracy']
     own = accuracy.get('plain_own_statistics')
-    more = '' if own is None else f' ({accuracy["predicted"]["mean"] - own["mean"]:+.2f})'
+    if (measured := result.get('gain_over_plain_own_statistics')) is not None:
+        more = f' ({cell(measured, signed=True)})'
+    else:
+        more = '' if own is None else f' ({accuracy["predicted"]["mean"] - own["mean"]:+.2f})'
     return cell(result.get('gain_over_plain'), signed=True) + more
 
 
@@ -164,7 +172,9 @@ def unlabelled_row(folder: str, protocol: str, result: dict[str, Any]) -> str:
 def self_training_gain_over_plain(result: dict[str, Any]) -> str:
     """Over the calibrated control, in brackets over that by its own norm statistics."""
     own = result.get('self_training_gain_over_plain_own_statistics')
-    return cell(result.get('self_training_gain_over_plain'), signed=True) + (f' ({own["mean"]:+.2f})' if own else '')
+    return cell(result.get('self_training_gain_over_plain'), signed=True) + (
+        f' ({cell(own, signed=True)})' if own else ''
+    )
 
 
 def row(folder: str, protocol: str, result: dict[str, Any]) -> str:
@@ -226,7 +236,7 @@ def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, A
 def text() -> str:
     """The whole README."""
     lines, unlabelled, denoisers = [], [], []
-    for path in sorted(HUB.glob('*/results*.json')):
+    for path in sorted(HUB.glob('*/results*.json'), key=lambda path: (path.parent.name, path.stem)):
         protocol = path.stem.removeprefix('results.')
         result = json.loads(path.read_text(encoding='utf-8'))
         if 'noises' in result:

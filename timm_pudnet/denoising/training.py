@@ -26,6 +26,8 @@ from timm_pudnet.images import scan_folder
 from timm_pudnet.training.recipe import Data, Denoising, Recipe
 from timm_pudnet.training.run import Run, config_fields, go
 
+PIXELS_SEEN = 4_000_000  # about so many of a data set tell what serves as white
+
 
 class PatchBank:
     """Images held in memory at their own sizes, to cut patches from.
@@ -90,7 +92,8 @@ class PatchBank:
             if os.environ.get('RANK', '0') == '0':  # of several processes the first one speaks
                 message = f'skipped {len(skipped):,} of {len(skipped) + len(images):,} images: {some}'
                 warnings.warn(message, PudNetWarning, stacklevel=2)
-        seen = torch.cat([_as_floats(image.flatten()[:: image.numel() // 10_000 + 1]) for image in images])
+        each = PIXELS_SEEN // len(images) + 1
+        seen = torch.cat([_as_floats(image.flatten()[:: image.numel() // each + 1]) for image in images])
         scale = white_used(seen)  # as for a prediction
         return cls(images if scale == 1 else [(_as_floats(image) / scale).half() for image in images])
 
