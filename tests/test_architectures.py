@@ -25,6 +25,7 @@ SAMPLE = [
     *('convnextv2_atto', 'resnet26t', 'densenet121', 'dla46_c', 'levit_conv_128s', 'repvit_m0_9', 'coat_lite_tiny'),
     *('efficientformer_l1', 'edgenext_xx_small', 'hrnet_w18_small', 'selecsls42', 'ghostnet_050', 'rexnet_100'),
     *('fastvit_t8', 'poolformer_s12', 'test_vit2', 'csatv2', 'starnet_s1', 'mobileone_s0', 'visformer_tiny'),
+    *('test_efficientnet_evos', 'resnetv2_50d_frn'),
 ]
 
 

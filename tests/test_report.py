@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
@@ -461,6 +462,21 @@ def test_images_of_which_the_first_cannot_be_read_have_a_page_without_them(image
     predict(images, '--holdout', '0')
     assert (tmp_path / 'model' / 'model.safetensors').is_file()
     assert 'A map of the features' in (tmp_path / 'model/report/index.html').read_text(encoding='utf-8')
+
+
+def test_a_report_that_cannot_be_written_leaves_the_model(images, tiny_folder, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Report, 'write', full)
+    words = ['predict', 'test_resnet', str(images), '--hypernet', str(tiny_folder), '--out', 'model']
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0
+    assert 'report could not be written' in result.stderr
+    assert 'No space left' in result.stderr
+    assert 'Wrote      model' in result.stdout
+    assert timm.create_model('local-dir:model', pretrained=True).num_classes == 3
 
 
 def test_an_interrupt_in_the_middle_leaves_nothing(images, tiny_folder, tmp_path, monkeypatch, nothing_written):

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -341,6 +342,18 @@ def test_without_a_start_a_hypernetwork_in_the_current_folder_is_none(earlier, m
         assert_close(here.state_dict()[key], value, rtol=0, atol=0)
 
 
+def test_a_start_that_keeps_its_classes_to_itself_is_told_of(start, make_recipe, bank):
+    recipe = make_recipe(1, start=str(start[1]), hypernet=RESIDUAL, data=(Data(images='nowhere', unseen=('lid',)),))
+    with pytest.warns(PudNetWarning, match='does not say which classes it has seen'):
+        meta_train(recipe, banks=[bank], device='cpu', progress=False)
+
+
+def test_a_large_hypernetwork_by_the_paper_is_told_of(make_recipe, bank, monkeypatch):
+    monkeypatch.setattr(loop, 'MOST_PARAMETERS', 1000)
+    with pytest.warns(PudNetWarning, match='generator = "residual"'):
+        meta_train(make_recipe(1), banks=[bank], device='cpu', progress=False)
+
+
 def test_a_hypernetwork_of_another_make_is_no_start(earlier, make_recipe, bank, one_line):
     fields = {'sketch_width': 8, 'generator_kwargs': {'embed_kernels': 9}}
     with pytest.raises(InputError) as error:
@@ -357,6 +370,15 @@ def test_a_hypernetwork_of_another_make_is_no_start(earlier, make_recipe, bank, 
         ({'losses': LossWeights(distillation=1.0)}, ('distillation', 'start')),
         ({'schedule': {'optimizer': 'sgd', 'rate': 0.0}, 'losses': LossWeights(full=0.0, consistency=0.0)}, ('start',)),
         ({'schedule': {'optimizer': 'sgd', 'rate': 0.0}, 'start': 'somewhere'}, ('rate of 0', 'full')),
+        (
+            {
+                'schedule': {'optimizer': 'sgd', 'rate': 0.0},
+                'losses': LossWeights(full=0.0, consistency=0.0),
+                'hypernet': {'generator': 'auto'},
+                'start': 'somewhere',
+            },
+            ('rate of 0', 'generator', 'residual'),
+        ),
     ],
 )
 def test_what_distillation_and_a_rate_of_zero_need(changes, needles, make_recipe, one_line):
@@ -385,6 +407,12 @@ def test_a_start_that_does_not_fit_is_one_line(start, make_recipe, bank, tmp_pat
     with pytest.raises(InputError) as error:
         meta_train(make_recipe(1, start=str(tmp_path / 'empty'), hypernet=RESIDUAL), banks=[bank], progress=False)
     one_line(error, 'empty', 'no timm model')
+    folder = shutil.copytree(start[1], tmp_path / 'pickled')
+    torch.save(start[0].state_dict(), folder / 'pytorch_model.bin')
+    (folder / 'model.safetensors').unlink()
+    with pytest.raises(InputError) as error:  # timm would read it
+        meta_train(make_recipe(1, start=str(folder), hypernet=RESIDUAL), banks=[bank], progress=False)
+    one_line(error, 'pickled', 'no model.safetensors')
     other = save_model(timm.create_model('test_resnet', num_classes=0, in_chans=1), tmp_path / 'grey')
     with pytest.raises(InputError) as error:
         train_plain(make_recipe(1, start=str(other)), banks=[bank], progress=False)

@@ -92,6 +92,15 @@ def test_a_transformer_is_refused_with_its_share(one_line):
     one_line(error, 'vit_tiny_patch16_224', '2.7%')
 
 
+def test_an_architecture_without_any_conv_is_told_what_is_left(one_line):
+    for more in ({}, {'min_predicted': 0.0}):
+        with pytest.raises(UnsupportedTargetError) as error:
+            describe_target('naflexvit_base_patch16_gap', **more)
+        one_line(error, 'no conv', 'predict_linear=True')
+        assert 'min_predicted' not in str(error.value)
+    assert describe_target('naflexvit_base_patch16_gap', predict_linear=True).predicted_share > 0.5
+
+
 def test_a_convnext_is_refused_with_a_hint_and_taken_with_it(one_line):
     with pytest.raises(UnsupportedTargetError) as error:
         describe_target('convnext_tiny')

@@ -218,9 +218,8 @@ def predict(
         if single:
             click.echo(f'Only one image each, none kept aside: {_some(tuple(single))}')
         click.echo(f'Kept aside {len(tested):,} of them for the test, {len(kept):,} give the weights')
-    chans, height, width = config.input_size
     where = usable_device(device)
-    click.echo(f'Device     {where}; images are seen at {chans}x{height}x{width}')
+    click.echo(f'Device     {where}; images are seen at {_size(config)}')
     notes, started = [], time.perf_counter()
     try:
         model = room.predict_model(model_name, kept, unlabelled=others, hypernet=network, head=head, device=where)
@@ -304,7 +303,7 @@ def predict(
             **({'Sketch': sketch} if sketch else {}),
             'Head': head if model.num_classes else 'none',
             **({'Unlabelled images': others.description} if others is not None else {}),
-            'Input': f'{chans}x{height}x{width}',
+            'Input': _size(config),
             'Model': f'{count:,} weights, {size:.1f} MB on disk',
             'sha256 of model.safetensors': sha256(files['model.safetensors']),
             'Seconds of predicting': f'{seconds:.2f}, reading the images included',
@@ -313,7 +312,10 @@ def predict(
             'Versions': ', '.join(f'{name} {version}' for name, version in library_versions().items()),
             'Python': platform.python_version(),
         }
-        written = dataclasses.replace(page, facts=facts).write(out / 'report')
+        try:
+            written = dataclasses.replace(page, facts=facts).write(out / 'report')
+        except OSError as error:  # the model is there all the same
+            click.echo(f'Warning: the report could not be written: {error}', err=True)
     click.echo(f'Wrote      {out} ({size:.0f} MB, timm format). {_loading(out)}')
     click.echo('    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n')
     if written:
@@ -458,8 +460,8 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         _say_found(banks)
         kind = 'images' if loaded.denoising is None else 'patches'
         click.echo(
-            f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} {kind}'
-            f'{"" if several else f", on {where}"}; stop and resume at will'
+            f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} {kind} of '
+            f'{_size(loaded.hypernet.input)}{"" if several else f", on {where}"}; stop and resume at will'
         )
     if plain:
         whitening = None
@@ -623,7 +625,7 @@ def evaluate(
     if not network.target.classifiers:
         raise InputError(
             f'{network.name} predicts a {network.config.model_name}, which does not classify; denoisers are '
-            'measured by hub/denoising.py, or by timm-pudnet denoise --clean'
+            'measured by timm-pudnet denoise --clean, or by hub/denoising.py of a checkout'
         )
     rivals = _read_controls(controls)
     network = network.to(usable_device(device))
@@ -631,6 +633,8 @@ def evaluate(
     source = open_images(images, input=config, split=split, data_dir=data_dir)
     whole = None
     names = source.class_names
+    if not network.config.class_names:
+        click.echo(f'Note       {network.name} does not say which classes it was trained on: all are taken for unseen')
     if names is None and source.labelled:  # the classes are numbers, known when all is read
         if not all(name.isdigit() for name in network.config.class_names):
             raise InputError(
@@ -673,7 +677,7 @@ def evaluate(
         conditions=conditions,
         n_unlabelled=n_unlabelled,
     )
-    click.echo(f'Measuring  {len(drawn):,} groups on {network.device}')
+    click.echo(f'Measuring  {len(drawn):,} groups of images of {_size(config)}, on {network.device}')
     result = evaluation.evaluate(
         network,
         bank,
@@ -690,7 +694,9 @@ def evaluate(
             network, bank, drawn, support_bank, scratch, num_epochs=scratch_epochs, seed=seed
         )
     click.echo(evaluation.format_table(result))
-    if save:
+    if not save:
+        click.echo('Not saved: add --save to keep numbers and groups beside the hypernetwork')
+    else:
         named = Path(images).name if Path(images).is_absolute() else images
         folder = Path(images).is_dir()  # which has no splits
         result.update(**hashes, images=named, split=None if folder else split, support_split=support_split)
@@ -792,6 +798,7 @@ def finetune(
     is kept.
     """
     from timm_pudnet import predict as room
+    from timm_pudnet.target import input_of
     from timm_pudnet.training import FineTuning
 
     room.check_output(out)
@@ -820,8 +827,9 @@ def finetune(
     click.echo(f'Classes    {_some(run.images.class_names)}')
     click.echo(f'Kept aside {kept:,} of them to know when to stop, {len(run.images.labels):,} are trained on')
     click.echo(
-        f'Tuning     {total / 1e6:.1f}M weights on {next(run.model.parameters()).device}, {_MODES[run.mode]}: '
-        f'first the head, then all, at most {run.tuning.epochs} epochs'
+        f'Tuning     {total / 1e6:.1f}M weights on {next(run.model.parameters()).device}, on images of '
+        f'{_size(input_of(run.model))}, {_MODES[run.mode]}: first the head, then all, at most '
+        f'{run.tuning.epochs} epochs'
     )
     try:
         run.run()
@@ -1036,7 +1044,7 @@ def denoise(
         raise InputError(f'none of the {len(paths):,} images of {images} can be denoised: {some}')
     pictures.check_whites(whites)
     partners = {} if clean is None else pictures.pair_pictures({name: paths[name] for name in found}, clean)
-    for name, partner in partners.items():
+    for name, partner in tqdm(partners.items(), desc='Comparing', unit='pair', delay=2):
         pictures.check_pair(paths[name], pictures.read_picture(paths[name]), partner, pictures.read_picture(partner))
     if skipped:
         warnings.warn(f'skipped {len(skipped):,} of {len(paths):,} images: {some}', PudNetWarning, stacklevel=2)
@@ -1307,6 +1315,10 @@ def push(folder: Path, repo: str, dry_run: bool, private: bool, license_: str | 
         click.echo('Nothing sent: leave out --dry-run to publish')
     else:
         click.echo(f'Published  {pushed.address}')
+
+
+def _size(config: Any) -> str:
+    return 'x'.join(map(str, config.input_size))
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -639,6 +639,8 @@ def pretrained_model(source: str | Path, model_kwargs: Mapping[str, Any]) -> nn.
     folder = isinstance(source, Path)
     if folder and not source.is_dir():
         raise NotFoundError(f'{source}: no such folder of a timm model (`timm-pudnet predict --out` writes one)')
+    if folder and not (source / WEIGHTS_NAME).is_file():  # timm would take a pickle then
+        raise InputError(f'{source} holds no timm model that can be loaded: no {WEIGHTS_NAME}')
     try:
         model = timm.create_model(f'local-dir:{source}' if folder else source, pretrained=True, **model_kwargs)
         of_file = json.loads((source / CONFIG_NAME).read_text(encoding='utf-8')).get('model_args') if folder else None

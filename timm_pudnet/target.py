@@ -166,7 +166,12 @@ def describe_target(
             ) from error
     key = json.dumps(model_kwargs, sort_keys=True)
     spec, hint = _describe(model_name, predict_norm, predict_linear, key)
-    if not spec.layers or spec.predicted_share < min_predicted:
+    if not spec.layers:
+        raise UnsupportedTargetError(
+            f'{model_name} has no conv whose kernels could be predicted: choose a convolutional network, resnet18 for '
+            'instance, or have its Linear layers predicted (predict_linear=True of PudNet.for_target or a recipe)'
+        )
+    if spec.predicted_share < min_predicted:
         raise UnsupportedTargetError(
             f'{model_name}: convs hold {spec.predicted_share:.1%} of its weights, only their kernels are predicted. '
             + (hint or 'Choose a convolutional network, resnet18 for instance')

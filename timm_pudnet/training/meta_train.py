@@ -25,7 +25,15 @@ from timm_pudnet.adapt import Whitening, calibrate, centroid_logits, class_centr
 from timm_pudnet.config import DamagedFileError, InputError, PudNetWarning
 from timm_pudnet.files import CONFIG_NAME, local_path, read_json
 from timm_pudnet.hub import embedded
-from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults, pretrained_model, read_config, target_of
+from timm_pudnet.hypernet import (
+    MOST_PARAMETERS,
+    PudNet,
+    forked_rng,
+    own_defaults,
+    pretrained_model,
+    read_config,
+    target_of,
+)
 from timm_pudnet.images import ImageSource, is_timm_name, open_images
 from timm_pudnet.target import batch_norms, channels_last, create_feature_model, with_own_config
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input, mixed
@@ -169,6 +177,8 @@ def _read(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     if recipe.denoising is not None:
         raise InputError('the recipe has a table [denoising]: meta_train_denoiser takes recipes of denoisers')
+    if banks:
+        check_start(recipe)
     return recipe, banks or load_banks(recipe)
 
 
@@ -180,9 +190,10 @@ def load_banks(
     With `progress`, a bar shows what takes longer than two seconds.
 
     Raises:
-        InputError: A set cannot be read, has no labels, or lacks a class that the recipe names; or a class of one set
-            is unseen in another.
+        InputError: A set cannot be read, has no labels, or lacks a class that the recipe names; a class of one set is
+            unseen in another; or `check_start` refuses what the recipe starts from.
     """
+    check_start(recipe)
     for data in recipe.data:
         if not is_timm_name(data.images) and (data.data_dir is not None or data.split != 'train'):
             name = 'split' if data.data_dir is None else 'data_dir'
@@ -294,16 +305,50 @@ def fit_gate(hypernet: PudNet, recipe: Recipe, banks: Sequence[ImageBank]) -> No
 
 
 def classes_seen(recipe: Recipe, banks: Sequence[ImageBank]) -> tuple[str, ...]:
-    """Every class that a training by this recipe, and what it starts from, has seen, as far as that says.
+    """Every class that a training by this recipe, and what it starts from, has seen, as far as that says."""
+    names = seen_by(recipe.start)
+    return tuple(dict.fromkeys((*names, *(name for bank in banks for name in bank.class_names))))
+
+
+def check_start(recipe: Recipe) -> None:
+    """Looks at what a training starts from, before any image is read.
 
     Raises:
-        InputError: The recipe keeps one of them for the test.
+        InputError: It is not there, is a hypernetwork of another make than `[hypernet]` says, or was trained on a class
+            that the recipe keeps for the test.
+
+    Warns:
+        PudNetWarning: The recipe keeps classes for the test, and what it starts from does not say which it has seen.
     """
-    names = seen_by(recipe.start)
-    kept = {name for data in recipe.data for name in data.unseen}
+    start, config = recipe.start, recipe.hypernet
+    if not start:
+        return
+    folder = _hypernet_folder(start)
+    if folder is not None:
+        found = read_config(folder / CONFIG_NAME)
+        fields = [(name, found, config) for name in config_fields(config) if name not in _FREE]
+        fields += [(name, found.input, config.input) for name in ('mean', 'std')]
+        # As text: lists that were read from a file are tuples in Python.
+        lines = [[f'{name} = {_as_toml(getattr(one, name))}' for one in both] for name, *both in fields]
+        if wrong := [wanted for wanted, given in lines if wanted != given]:
+            raise InputError(
+                f'start {start} is a hypernetwork of another make than [hypernet] (and its input) says; set there: '
+                + ', '.join(wrong)
+            )
+    elif not local_path(start).is_dir() and start.partition('.')[0] != config.model_name:
+        raise InputError(
+            f'start {start} is neither the folder of a timm model or hypernetwork, nor a hypernetwork that ships '
+            f'with the package, nor timm weights of {config.model_name} ({config.model_name}.TAG)'
+        )
+    kept, names = {name for data in recipe.data for name in data.unseen}, seen_by(start)
     if both := sorted(kept.intersection(names)):
-        raise InputError(f'start {recipe.start} was trained on class {both[0]!r}: leave it out of unseen')
-    return tuple(dict.fromkeys((*names, *(name for bank in banks for name in bank.class_names))))
+        raise InputError(f'start {start} was trained on class {both[0]!r}: leave it out of unseen')
+    if kept and not names:
+        warnings.warn(
+            f'start {start} does not say which classes it has seen: see to it that the unseen ones are not among them',
+            PudNetWarning,
+            stacklevel=2,
+        )
 
 
 def seen_by(start: str) -> tuple[str, ...]:
@@ -358,11 +403,6 @@ class _ClassifierRun(Run):
         """State dict, without classifier, of the model that the recipe starts from."""
         start, config = self.recipe.start, self.recipe.hypernet
         folder = local_path(start)
-        if not folder.is_dir() and start.partition('.')[0] != config.model_name:
-            raise InputError(
-                f'start {start} is neither the folder of a timm model or hypernetwork, nor a hypernetwork that ships '
-                f'with the package, nor timm weights of {config.model_name} ({config.model_name}.TAG)'
-            )
         model = pretrained_model(folder if folder.is_dir() else start, config.model_kwargs)
         found, expected = model.state_dict(), self.target.state_dict()
         for key, value in expected.items():
@@ -380,20 +420,10 @@ class _ClassifierRun(Run):
 
     def _started_hypernet(self) -> PudNet | None:
         """The hypernetwork that the recipe starts from, where it starts from one."""
-        start, config = self.recipe.start, self.recipe.hypernet
-        folder = _hypernet_folder(start) if start else None
+        folder = _hypernet_folder(self.recipe.start) if self.recipe.start else None
         if folder is None:
             return None
         found = PudNet.from_pretrained(folder)
-        fields = [(name, found.config, config) for name in config_fields(config) if name not in _FREE]
-        fields += [(name, found.config.input, config.input) for name in ('mean', 'std')]
-        # As text: lists that were read from a file are tuples in Python.
-        lines = [[f'{name} = {_as_toml(getattr(one, name))}' for one in both] for name, *both in fields]
-        if wrong := [wanted for wanted, given in lines if wanted != given]:
-            raise InputError(
-                f'start {start} is a hypernetwork of another make than [hypernet] (and its input) says; set there: '
-                + ', '.join(wrong)
-            )
         self.started = dict(found.state_dict())
         return found
 
@@ -457,6 +487,14 @@ class _MetaRun(_ClassifierRun):
         self.head = self.make_head()
         started = self._started_hypernet()
         self.hypernet = PudNet.for_target(**config_fields(self.recipe.hypernet, class_names=self.seen))
+        size = sum(value.numel() for value in self.hypernet.parameters())
+        if self.recipe.hypernet.generator == 'paper' and size > MOST_PARAMETERS:
+            warnings.warn(
+                f'the generator "paper" makes a hypernetwork of {size / 1e6:.0f} million parameters: generator = '
+                '"residual" in [hypernet] makes it about as large as the target',
+                PudNetWarning,
+                stacklevel=2,
+            )
         self.least_limit = 0.0 if started is None else started.config.sketch_limit
         if started is not None:
             ours = {key: value for key, value in self.hypernet.state_dict().items() if key.startswith('gate.')}

@@ -257,7 +257,7 @@ class Recipe:
             )
         if self.schedule.frozen and (not self.start or weigh.full or weigh.consistency):
             raise InputError('schedule: a rate of 0 needs start, and losses with full = 0.0 and consistency = 0.0')
-        if self.schedule.frozen and self.hypernet.generator == 'paper':
+        if self.schedule.frozen and self.hypernet.generator in ('paper', 'auto'):
             raise InputError(
                 'schedule: a rate of 0 leaves the base of a network as it is, and generator "paper" has none: use '
                 '"residual"'
