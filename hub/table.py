@@ -80,10 +80,11 @@ of what every denoiser gives, and of the noisy images, clipped to 0-1.
 - *Noise*: Gaussian, or that of counted *photons*, which grows with the root of brightness (sigma is that of a grey of 0.5). It is added to
   floats and goes beyond 0-1, but where it is *clipped*, as a file of 8 bits holds it. Sigma is in units of the set's standard deviation
   (*standard*; in brackets what that is in 0-1), or of pixels in 0-1 (*unit*).
-- *Non-local means* is told sigma and its best strength. Of photons it works behind Anscombe's transform; of clipped noise it is told what
-  strength is left, and stands in brackets with the mean that clipping moves put back by the true sigma, which ours estimates.
+- *Gaussian filter* and *non-local means* are told sigma and their best strength. Of photons they work behind Anscombe's transform; of clipped
+  noise they are told what strength is left, and stand in brackets with the mean that clipping moves put back by the true sigma, which ours
+  estimates.
 - *Predicted*: in brackets its guesses without the noisy pixel itself, which all other denoisers by the network take into account too. With
-  *turned copies* every denoiser by the network gives the mean over them (`--turns 4`).
+  *turned copies* every denoiser by the network gives the mean over them (`--turns 4`). *Seconds*: of predicting it from these images.
 - *Plain training*: one denoiser for all noise, trained on as many patches, calibrated in the same way (in brackets: with its own norm
   statistics).
 - *Over another sigma's sketch*: what the sketch of the right images adds to that of the same images with another sigma; *over another
@@ -96,9 +97,9 @@ of what every denoiser gives, and of the noisy images, clipped to 0-1.
 Ours has seen, noisy alone, the training photographs of BSDS500, Tiny-ImageNet, and CIFAR-100, which comes from the same source as CIFAR-10;
 Fashion-MNIST is a set of another kind.
 
-| hypernetwork | set, images | sigma | noisy | non-local means | predicted (blind) / SSIM | plain training | over another sigma's sketch | \
+| hypernetwork | set, images | sigma | noisy | Gaussian filter | non-local means | predicted (blind) / SSIM | seconds | plain training | over another sigma's sketch | \
 over another sigma's denoiser | over plain training | scratch | paper |
-|---|---|---|---|---|---|---|---|---|---|---|---|
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -198,13 +199,18 @@ def row(folder: str, protocol: str, result: dict[str, Any]) -> str:
     return f'| {" | ".join(cells)} |'
 
 
+def classical(psnr: dict[str, dict[str, float]], name: str) -> str:
+    """A classical filter, and in brackets with the mean that clipping moves put back."""
+    unclipped = psnr.get(f'{name}, unclipped')
+    return cell(psnr[name]) + (f' ({unclipped["mean"]:.2f})' if unclipped else '')
+
+
 def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, Any]]) -> list[str]:
     """Lines of the denoisers' table, one for each noise; `scratch` are the rivals' conditions."""
     lines = []
     protocol = result['protocol'].removesuffix('-turned').removesuffix('-clipped').removesuffix('-photons')
     for one in result['noises']:
         found, gain = one['psnr'], one['gain']
-        told = found.get('non-local means, unclipped')
         rivals = [row for row in scratch if (row['sigma'], row['reading']) == (one['sigma'], one['reading'])]
         ends = [
             f'{row[name][-1]["psnr"]:.2f} ({row[name][-1]["psnr_blind"]:.2f}) in '
@@ -218,8 +224,9 @@ def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, A
             f'{", photons" * (result.get("kind") == "poisson")}{", clipped" * result.get("clipped", False)}',
             f'{one["sigma"]} {one["reading"]} ({one["absolute"]:.3f})',
             cell(found['noisy']),
-            cell(found['non-local means']) + (f' ({told["mean"]:.2f})' if told else ''),
+            *(classical(found, name) for name in ('gaussian filter', 'non-local means')),
             f'{cell(found["predicted"])} ({found["predicted, blind"]["mean"]:.2f}) / {one["ssim"]["predicted"]["mean"]:.3f}',
+            f'{one["seconds"]:.1f}',
             f'{found["plain, calibrated"]["mean"]:.2f} ({found["plain, its own statistics"]["mean"]:.2f})'
             if 'plain, calibrated' in found
             else '-',

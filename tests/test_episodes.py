@@ -1,4 +1,5 @@
 import importlib
+import math
 import random
 
 import numpy as np
@@ -350,6 +351,18 @@ def test_augmentation_of_nothing_changes_nothing_and_of_something_stays_in_range
     assert (changed - images).abs().flatten(1).amax(1).min() > 0.05
     with pytest.raises(InputError, match='shift must be in 0-1'):
         Augmentation(shift=1.5)
+
+
+def test_oblong_images_are_turned_not_sheared():
+    """A spot goes where a turn by the angle takes it, in pixels."""
+    rows, columns = torch.meshgrid(torch.arange(32.0) - 15.5, torch.arange(96.0) - 47.5, indexing='ij')
+    spot = torch.exp(-((rows + 2) ** 2 + (columns - 10) ** 2) / 8).expand(8, 3, -1, -1)
+    how = Augmentation(flip=False, shift=0, rotation=60, scale=0, brightness=0)
+    moved = augment(spot, how, torch.Generator().manual_seed(1))[:, 0]
+    angles = (torch.rand(8, generator=torch.Generator().manual_seed(1)) * 2 - 1) * math.radians(60)
+    found = torch.stack([(moved * axis).sum((1, 2)) / moved.sum((1, 2)) for axis in (columns, rows)], 1)
+    wanted = torch.stack([angles.cos() * 10 + angles.sin() * -2, angles.cos() * -2 - angles.sin() * 10], 1)
+    assert_close(found, wanted, rtol=0, atol=0.2)
 
 
 # timm's augmentation

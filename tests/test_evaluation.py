@@ -292,6 +292,7 @@ def test_every_arm_gets_its_own_sketch(hypernet, bank, groups, monkeypatch):
 
     monkeypatch.setattr(PudNet, 'forward', recording)
     evaluate(hypernet, bank, groups, progress=False)
+    hypernet.eval()
     with torch.no_grad():
         sketches = torch.stack(
             [hypernet.encoder(bank.images[s.flatten()].float() / 127.5 - 1).mean(0) for s in groups.support]
@@ -550,7 +551,7 @@ def test_the_sketch_of_all_images_is_the_mean_of_the_class_means(hypernet, bank,
         small_batches(monkeypatch, size)
         evaluate(hypernet, bank, groups, support_bank=support_bank, progress=False)
         with torch.no_grad():
-            features = hypernet.encoder(support_bank.images.float() / 127.5 - 1)
+            features = hypernet.eval().encoder(support_bank.images.float() / 127.5 - 1)
         means = torch.stack([features[support_bank.labels == label].mean(0) for label in range(4)])
         assert_close(used[-1], means.mean(0), rtol=1e-4, atol=1e-5)
         assert (means.mean(0) - features.mean(0)).abs().max() > 1e-4
@@ -1013,3 +1014,24 @@ def test_two_controls_of_one_name_are_refused(bank, hypernet, groups):
     control = (create_feature_model(hypernet.target), torch.eye(hypernet.whitening.shape[0]))
     with pytest.raises(InputError, match='cannot be called plain_own_statistics'):
         evaluate(hypernet, bank, groups, controls={'plain': control, 'plain_own_statistics': control})
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_a_hypernetwork_in_training_or_in_another_type_is_measured_and_left_as_it_is(dtype, hypernet, bank, groups):
+    wanted = evaluate(hypernet, bank, groups, progress=False, without=['random_weights', 'raw_pixels'])
+    other = copy.deepcopy(hypernet).to(dtype).train()
+    other.encoder.blocks[0].eval()
+    modes = [part.training for part in other.modules()]
+    found = evaluate(other, bank, groups, progress=False, without=['random_weights', 'raw_pixels'])
+    assert [part.training for part in other.modules()] == modes
+    assert {value.dtype for value in other.parameters()} == {dtype}
+    assert abs(found['accuracy']['predicted']['mean'] - wanted['accuracy']['predicted']['mean']) <= 10
+    assert other.eval().sketch(bank.images).dtype == torch.float32
+
+
+def test_training_from_scratch_takes_two_images_at_least_at_a_time(bank):
+    images = bank.images[:5].float() / 255
+    points = list(
+        train_from_scratch('resnet18', {}, images, bank.labels[:5], images, bank.labels[:5], num_epochs=1, batch_size=1)
+    )
+    assert points[0]['epoch'] == 1

@@ -513,3 +513,19 @@ def test_a_loss_that_is_not_finite_ends_it(model, pictures, one_line):
     with pytest.raises(FloatingPointError) as error:
         finetune(model, *pictures(24), epochs=2, progress=False)
     one_line(error, 'epoch 1', 'features')
+
+
+def test_a_frozen_head_stays_as_it_is(model, small):
+    model = copy.deepcopy(model)
+    model.get_classifier().requires_grad_(False)
+    before = copy.deepcopy(model.get_classifier().state_dict())
+    for _ in finetune_epochs(model, small[0], None, MODES['few']):
+        break
+    assert_close(dict(model.get_classifier().state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_an_answer_that_is_no_number_is_wrong(model, small):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.get_classifier().weight.fill_(math.nan)
+    assert measured(model, small[0])['right'] == 0

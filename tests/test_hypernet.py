@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import hashlib
 import json
@@ -272,6 +273,15 @@ def test_half_precision_halves_the_file_and_keeps_the_statistics(trained, tmp_pa
     assert_close(loaded.state_dict(), trained.state_dict(), rtol=1e-3, atol=1e-6)
     again = PudNet.from_pretrained(loaded.save_pretrained(tmp_path / 'again', half=True))
     assert_close(again.state_dict(), loaded.state_dict(), rtol=0, atol=0)
+
+
+def test_what_half_precision_cannot_hold_is_saved_as_it_is(trained, tmp_path):
+    large = copy.deepcopy(trained)
+    with torch.no_grad():
+        key, value = next((key, value) for key, value in large.named_parameters() if value.ndim > 1)
+        value.view(-1)[0] = 70_000
+    loaded = PudNet.from_pretrained(large.save_pretrained(tmp_path / 'large', half=True))
+    assert_close(loaded.state_dict()[key], value.detach(), rtol=0, atol=0)
 
 
 def test_loading_draws_no_random_numbers_and_new_ones_follow_the_seed(saved):

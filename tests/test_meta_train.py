@@ -435,6 +435,39 @@ def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(make_recipe, bank, 
     assert_close(run(meta_train, recipe, tmp_path, bank), straight, rtol=0, atol=0)
 
 
+def test_a_busy_moment_does_not_change_the_precision_of_a_run(make_recipe, bank, tmp_path, monkeypatch):
+    recipe = make_recipe(3, schedule={'precision': 'bfloat16'})
+    monkeypatch.setattr(engine, 'bfloat16_slowdown', lambda device: 1.0)
+    straight = run(meta_train, recipe, None, bank)
+    run(meta_train, recipe, tmp_path, bank, max_steps=1)
+    monkeypatch.setattr(engine, 'bfloat16_slowdown', lambda device: 1.6)
+    with pytest.warns(PudNetWarning, match='float32'):
+        assert_close(run(meta_train, recipe, tmp_path, bank), straight, rtol=0, atol=0)
+
+
+def test_a_folder_belongs_to_one_training_at_a_time(make_recipe, bank, tmp_path):
+    run(meta_train, make_recipe(2), tmp_path, bank, max_steps=1)
+    (tmp_path / '.checkpoint.safetensors.abc').write_text('being written')
+    with engine._held(tmp_path), pytest.raises(InputError, match='another training is at work there'):
+        run(meta_train, make_recipe(2), tmp_path, bank)
+    assert (tmp_path / '.checkpoint.safetensors.abc').exists()
+    run(meta_train, make_recipe(2), tmp_path, bank)
+    assert not (tmp_path / '.checkpoint.safetensors.abc').exists()
+
+
+def test_the_control_sees_as_many_images_as_the_groups_hold(make_recipe, bank, monkeypatch):
+    """Of fewer classes than n_way, which do not divide it, a group is smaller."""
+    recipe = make_recipe(2, groups={'n_way': 7, 'n_shot': 2, 'n_query': 1, 'turns': 1, 'per_step': 2})
+    sampler, seen = loop.group_sampler(recipe, [bank]), []
+    assert sampler.images_of(0) == 18  # where 7 classes would have 21
+    original = loop.GroupSampler.batch
+    monkeypatch.setattr(
+        loop.GroupSampler, 'batch', lambda self, number, size: (seen.append(size), original(self, number, size))[1]
+    )
+    train_plain(recipe, None, banks=[bank], device='cpu', progress=False)
+    assert seen == [36, 36]
+
+
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
 def test_the_cost_of_training_names_its_precision(precision, make_recipe, bank, monkeypatch, recwarn):
     monkeypatch.setattr(engine, 'bfloat16_slowdown', lambda device: 1.0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -19,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import safetensors.torch
 import timm
@@ -59,6 +60,8 @@ from timm_pudnet.target import TargetSpec, create_feature_model, describe_target
 if TYPE_CHECKING:
     from timm_pudnet.hub import Pushed
 
+P = ParamSpec('P')
+Result = TypeVar('Result')
 MAX_SHARD_BYTES = 4_000_000_000  # weights above this size are saved as several files and an index
 MOST_PARAMETERS = 15_000_000  # of a hypernetwork with the paper's generators: 30 MB in half precision
 # Width of the sketch and rank of the changes, for residual generators where nobody asks for a width: the first with
@@ -74,6 +77,31 @@ def on_device(network: PudNet, device: torch.device, given: Any) -> PudNet:
     if there and network.temperature.dtype == torch.float32:
         return network
     return (copy.deepcopy(network) if network is given else network).to(device, torch.float32)
+
+
+def with_hypernet_as_saved(
+    function: Callable[Concatenate[PudNet, P], Result],
+) -> Callable[Concatenate[PudNet, P], Result]:
+    """Gives a function the hypernetwork in eval mode and float32, and leaves the caller's as it was."""
+
+    @functools.wraps(function)
+    def wrapped(hypernet: PudNet, *args: P.args, **kwargs: P.kwargs) -> Result:
+        with in_eval_mode(hypernet):
+            return function(on_device(hypernet, hypernet.device, hypernet), *args, **kwargs)
+
+    return wrapped
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards every part in the mode that it had."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 @contextmanager
@@ -396,8 +424,10 @@ class PudNet(nn.Module):
                 if (folder / name).exists():
                     raise OutputExistsError(f'{folder / name} exists: choose another folder or pass overwrite=True')
         state = {}
+        most = torch.finfo(torch.float16).max
         for key, value in self.state_dict().items():
             narrow = half and value.is_floating_point() and not key.startswith(_EXACT)
+            narrow = narrow and not (value.abs() > most).any()  # which would be infinite
             state[key] = value.detach().cpu().to(torch.float16 if narrow else value.dtype).contiguous()
         shards = _shards(state, max_shard_bytes)
         config = dataclasses.replace(self.config, library_versions=library_versions())

@@ -103,9 +103,11 @@ class StreamingSketch:
     @torch.inference_mode()
     def add(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Takes in a batch `[n, c, h, w]` and its labels `[n]`."""
-        was_training = self.encoder.training
-        features = self.encoder.eval()(images).cpu().double()
-        self.encoder.train(was_training)
+        was_training, dtype = self.encoder.training, next(self.encoder.parameters()).dtype
+        try:
+            features = self.encoder.eval()(images.to(dtype)).cpu().double()
+        finally:
+            self.encoder.train(was_training)
         if self.balance == 'kmeans':
             self.sample.add(features, keys=content_keys(images))
         if self.balance == 'class':

@@ -83,8 +83,8 @@ class PatchBank:
                 whites.setdefault(picture.white, path)
                 check_whites(whites)
             pixels = picture.pixels.mean(0, keepdim=True) if channels == 1 else picture.pixels.expand(3, -1, -1)
-            # What has more than 8 bits keeps them: its own noise may lie there.
-            images.append((pixels * 255).round().to(torch.uint8) if picture.depth <= 8 else pixels.half())
+            # What has more than 8 bits keeps 11 of them: its own noise may lie there.
+            images.append(pixels.mul(255).round_().to(torch.uint8) if picture.depth <= 8 else pixels.half())
         if skipped:
             some = in_short(skipped)
             if not images:
@@ -218,8 +218,9 @@ def load_patches(recipe: Recipe) -> list[PatchBank]:
     """Reads the images of a recipe into memory, a bank a data set."""
     channels = recipe.hypernet.input.input_size[0]
     for data in recipe.data:
-        if data.data_dir is not None:
-            raise InputError(f'{data.images}: a denoiser learns from a folder of images, leave data_dir out')
+        if data.data_dir is not None or data.split != 'train':
+            name = 'split' if data.data_dir is None else 'data_dir'
+            raise InputError(f'{data.images}: a denoiser learns from a folder of images, leave {name} out')
     return [PatchBank.from_folder(data, channels) for data in recipe.data]
 
 

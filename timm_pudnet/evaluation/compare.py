@@ -177,10 +177,11 @@ def compare(
 
     @functools.cache  # for both that train from scratch
     def as_shown() -> list[Tensor]:
-        return [
-            torch.cat([normalised(some.float() / 255, config).to(device) for some in part.images.split(1024)])
-            for part in (used, tested)
-        ]
+        found = [torch.empty(part.images.shape, device=device) for part in (used, tested)]
+        for part, floats in zip((used, tested), found, strict=True):
+            for some, room in zip(part.images.split(256), floats.split(256), strict=True):
+                room.copy_(normalised(some.float() / 255, config))
+        return found
 
     def scratch(centralise: bool) -> Iterator[dict[str, Any]]:
         shown, asked = as_shown()

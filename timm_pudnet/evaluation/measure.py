@@ -28,7 +28,7 @@ from timm_pudnet.config import PRIOR_IMAGES, Calibration, InputError
 from timm_pudnet.evaluation.holdout import raw_pixels
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
-from timm_pudnet.hypernet import PudNet, forked_rng, library_versions, own_defaults
+from timm_pudnet.hypernet import PudNet, forked_rng, library_versions, own_defaults, with_hypernet_as_saved
 from timm_pudnet.target import channels_last, create_feature_model
 from timm_pudnet.training.episodes import ImageBank
 
@@ -42,6 +42,7 @@ OVER_QUERIES = "95 %, over the queries of the one group: half of Wilson's binomi
 
 @own_defaults()
 @torch.inference_mode()
+@with_hypernet_as_saved
 def evaluate(
     hypernet: PudNet,
     bank: ImageBank,
@@ -64,7 +65,8 @@ def evaluate(
 
     - `predicted`: the hypernetwork with the group's own sketch;
     - `predicted_without_whitening`: the same network, eq. 7 of its features as they are, as in the paper;
-    - `swapped_sketch`: with the sketch of the group before it (not where there is one group);
+    - `swapped_sketch`: with the sketch of the group before it (not where there is one group; where all groups have all
+      classes, it is one of other images of the same);
     - `mean_sketch`: with the mean sketch of all groups (not where there is one group);
     - `other_domain_sketch`: with the sketch of as many images of another data set as the support has; each of these
       sketches passes the hypernetwork's gate, where it has one;
@@ -97,7 +99,6 @@ def evaluate(
         `gain_over_<control>` of the differences in `accuracy` group by group. With one group the intervals are over
         its queries; `interval` says which.
     """
-    hypernet.eval()
     groups.check(bank, support_bank)
     for images_of in (bank, support_bank, other):
         if images_of is not None:

@@ -20,7 +20,7 @@ from timm_pudnet.config import InputError
 from timm_pudnet.evaluation.measure import accuracy_interval, group_sketch, support_features
 from timm_pudnet.evaluation.metrics import mean_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
-from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults
+from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults, with_hypernet_as_saved
 from timm_pudnet.target import create_feature_model
 from timm_pudnet.training.episodes import ImageBank
 from timm_pudnet.training.finetune import seconds_since
@@ -81,8 +81,9 @@ def train_from_scratch(
         with forked_rng(images.device):
             torch.manual_seed(seed + epoch)
             model.train()
-            # Parts of nearly equal size: a last one of a single image would have no batch statistics.
-            for picks in torch.randperm(len(images)).tensor_split(-(-len(images) // batch_size)):
+            # Parts of nearly equal size, of two images at least: one alone would have no batch statistics.
+            parts = max(1, min(-(-len(images) // batch_size), len(images) // 2))
+            for picks in torch.randperm(len(images)).tensor_split(parts):
                 loss = F.cross_entropy(model(_flipped_and_shifted(images[picks])), labels[picks])
                 optimizer.zero_grad()
                 loss.backward()
@@ -123,6 +124,7 @@ def _flipped_and_shifted(images: Tensor) -> Tensor:
 
 
 @own_defaults()
+@with_hypernet_as_saved
 def compare_scratch(
     hypernet: PudNet,
     bank: ImageBank,
@@ -163,7 +165,6 @@ def compare_scratch(
         over the seconds of prediction. Means have 95 % intervals over groups; with one group those of accuracies are
         over its queries and those of seconds None.
     """
-    hypernet.eval()
     groups.check(bank, support_bank)
     if not 1 <= count <= len(groups):
         raise InputError(f'scratch is asked for {count} groups, there are {len(groups)}')

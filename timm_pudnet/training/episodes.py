@@ -25,7 +25,7 @@ from torchvision.transforms.functional import to_pil_image
 from timm_pudnet.config import InputConfig, InputError, first_line
 from timm_pudnet.hypernet import forked_rng
 from timm_pudnet.images import ImageSource, channel_statistics, open_images
-from timm_pudnet.sketch import content_keys
+from timm_pudnet.sketch import ImageSample, content_keys
 from timm_pudnet.training.conditions import Condition
 
 
@@ -83,14 +83,15 @@ class ImageBank:
             places = slice(None) if classes is None else _numbers(chosen, names, source.description)
             number[places] = torch.arange(len(chosen))
         images, labels = [], []
-        source.progress = progress
-        for batch, batch_labels in source.batches(1024):
+        was, source.progress = source.progress, progress
+        for batch, batch_labels in source.batches(ImageSample.for_size(source.input.input_size).size):
             assert batch_labels is not None
             if names is not None and len(batch_labels):
                 source.check_classes(int(batch_labels.max()), len(names))
             label = batch_labels if number is None else number[batch_labels]
-            images.append((batch[label >= 0] * 255).round().to(torch.uint8))
+            images.append(batch[label >= 0].mul_(255).round_().to(torch.uint8))
             labels.append(label[label >= 0])
+        source.progress = was
         if number is None:
             numbers = torch.cat(labels)
             found = numbers.unique()
@@ -248,10 +249,11 @@ def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Te
     angle, size = uniform(math.radians(how.rotation)), 1 + uniform(how.scale)
     mirror = torch.where(uniform(1) < 0, -1.0, 1.0) if how.flip else torch.ones(count)
     cos, sin = angle.cos() * size, angle.sin() * size
+    tall = images.shape[2] / images.shape[3]  # the grid is of -1 to 1 in both directions
     matrix = torch.stack(
         [
-            torch.stack([cos * mirror, -sin, uniform(2 * how.shift)], 1),
-            torch.stack([sin * mirror, cos, uniform(2 * how.shift)], 1),
+            torch.stack([cos * mirror, -sin * tall, uniform(2 * how.shift)], 1),
+            torch.stack([sin * mirror / tall, cos, uniform(2 * how.shift)], 1),
         ],
         1,
     )

@@ -332,6 +332,8 @@ def finetune_epochs(
     """
     config = input_of(model)
     device = next(model.parameters()).device
+    if not any(value.requires_grad for value in model.get_classifier().parameters()):  # type: ignore[operator]
+        tuning = dataclasses.replace(tuning, head_first=False)  # a frozen head stays as it is
     parts = -(-len(images.labels) // tuning.batch_size)
     if not tuning.frozen_statistics:  # which need two images
         parts = max(1, min(parts, len(images.labels) // 2))
@@ -443,7 +445,7 @@ def measured(model: nn.Module, tested: ImageBank) -> dict[str, Any]:
     model.eval()
     device = next(model.parameters()).device
     logits = torch.cat([model(part).float().cpu() for part in _batches(tested, input_of(model), device)])
-    right = int((logits.argmax(1) == tested.labels).sum())
+    right = int(((logits.argmax(1) == tested.labels) & logits.isfinite().all(1)).sum())
     loss = float(F.cross_entropy(logits, tested.labels))
     return {'right': right, 'accuracy': 100 * right / len(tested.labels), 'test_loss': loss}
 

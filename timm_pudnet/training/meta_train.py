@@ -29,6 +29,7 @@ from timm_pudnet.hypernet import (
     MOST_PARAMETERS,
     PudNet,
     forked_rng,
+    in_eval_mode,
     own_defaults,
     pretrained_model,
     read_config,
@@ -143,6 +144,8 @@ def try_recipe(
         measure of quality), `chance`, `images` and `seconds` of the squeezed training, and `images_per_second`, from
         which the time of the whole recipe follows.
     """
+    if not seconds > 0:
+        raise InputError(f'seconds must be above zero, got {seconds}')
     if int(os.environ.get('WORLD_SIZE', '1')) > 1:
         raise InputError('a short try is for one process: start it without torchrun or accelerate launch')
     recipe, banks = _read(recipe, banks)
@@ -434,16 +437,14 @@ class _ClassifierRun(Run):
             model = create_feature_model(target_of(self.recipe.hypernet)).to(self.device)
         sampler = group_sampler(self.recipe, self.sampler.banks)
         sampler.augmentation = None
-        modes = {module: module.training for one in self.modules.values() for module in one.modules()}
-        for number in range(groups):
-            group = sampler.draw(number, what)
-            support, query = group.support.to(self.device), group.query.to(self.device)
-            weights = self.weights_of(support)
-            model.load_state_dict(weights)
-            features = calibrate(model, support, weights, **self.recipe.hypernet.calibration)
-            yield group, features, model(query)
-        for module, mode in modes.items():
-            module.training = mode
+        with in_eval_mode(nn.ModuleDict(self.modules)):
+            for number in range(groups):
+                group = sampler.draw(number, what)
+                support, query = group.support.to(self.device), group.query.to(self.device)
+                weights = self.weights_of(support)
+                model.load_state_dict(weights)
+                features = calibrate(model, support, weights, **self.recipe.hypernet.calibration)
+                yield group, features, model(query)
 
     def whitening(self) -> Tensor:
         """The whitening of the features within classes; the identity where the recipe wants none."""
@@ -641,7 +642,7 @@ class _MetaRun(_ClassifierRun):
         if self.hypernet.gate is not None:
             fit_gate(self.hypernet, self.recipe, self.sampler.banks)
         self.hypernet.whitening.copy_(self.whitening())
-        return self.hypernet.cpu().eval()
+        return self.hypernet.cpu().requires_grad_(True).eval()
 
     @torch.inference_mode()
     def longest_sketch(self) -> float:
@@ -653,7 +654,7 @@ class _MetaRun(_ClassifierRun):
 
     def weights_of(self, support: Tensor) -> dict[str, Tensor]:
         """The hypernetwork's weights, with the norm statistics of training."""
-        return self.hypernet.eval()(self.hypernet.encoder(support).mean(0), len(support))
+        return self.hypernet(self.hypernet.encoder(support).mean(0), len(support))
 
 
 class _PlainRun(_ClassifierRun):
@@ -680,8 +681,11 @@ class _PlainRun(_ClassifierRun):
         return self.processes.count
 
     def losses(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward pass of an ordinary batch, cross-entropy of the full head."""
-        images, labels = self.sampler.batch(number, self.recipe.images_per_step // self.parts)
+        """Forward pass of an ordinary batch, as large as the groups of that step; cross-entropy of the full head."""
+        per_step = self.recipe.groups.per_step
+        first = number // self.parts * per_step
+        count = sum(self.sampler.images_of(group) for group in range(first, first + per_step))
+        images, labels = self.sampler.batch(number, count // self.parts)
         if mixup := self.recipe.augmentation.mixup:
             generator = self.sampler.generator('mixup', number)
             images, labels = mixed(images, labels, self.sampler.num_classes, mixup, generator)

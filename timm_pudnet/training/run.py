@@ -21,6 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,6 +65,15 @@ def go(
             run.check_room(checkpoint)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
     main = run.processes.rank == 0
+    with _held(checkpoint.parent if checkpoint is not None and main else None) as free:
+        if run.processes.any_(not free):
+            raise InputError(f'{folder}: another training is at work there: wait for it, or choose another folder')
+        _go(run, checkpoint, last, checkpoint_seconds, progress)
+
+
+def _go(run: Run, checkpoint: Path | None, last: int, checkpoint_seconds: float, progress: bool) -> None:
+    """Trains a run up to step `last`."""
+    main = run.processes.rank == 0
     if checkpoint is not None and main:
         # What a run killed while it wrote has left: our own files beside, and those of safetensors.
         for pattern in (f'.{CHECKPOINT_NAME}.*', f'.{LOG_NAME}.*', f'.{PLOT_NAME}.*', '.tmp??????'):
@@ -93,6 +107,26 @@ def go(
     if checkpoint is not None and main and run.step == run.num_steps and any('skipped' not in e for e in run.log):
         plot_losses(run.log, checkpoint.with_name(PLOT_NAME), title=run.recipe.hypernet.model_name)
     run.processes.wait()
+
+
+@contextlib.contextmanager
+def _held(folder: Path | None) -> Iterator[bool]:
+    """Keeps a folder for this process, and says whether it could; it is free again however the process ends."""
+    if folder is None or fcntl is None:
+        yield True
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # a file system that knows no locks
+            pass
+        yield True
+    finally:
+        os.close(held)
 
 
 def rate_at(step: int, num_steps: int, recipe: Recipe) -> float:
@@ -411,8 +445,10 @@ class Run:
             self.average.module.load_state_dict(_taken(tensors, 'average.'))
         for name, module in self.modules.items():
             module.load_state_dict(_taken(tensors, f'{name}.'))
-        if about.get('precision') == 'float32':  # as it was begun, on another machine perhaps
-            self.precision = 'float32'
+        # As it was begun, on another machine perhaps; but for bfloat16 where that is out of the question.
+        begun = about.get('precision', self.precision)
+        if begun == 'float32' or not self.processes.any_(bfloat16_slowdown(self.device) > 2 * MOST_SLOWDOWN):
+            self.precision = begun
         self.step, self.seconds, self.skipped = int(about['step']), float(about['seconds']), int(about['skipped'])
         self.log = json.loads(tensors['log'].numpy().tobytes())
 
