@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -14,12 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 import timm_pudnet
 from timm_pudnet import InputConfig, PudNet
 from timm_pudnet.config import PudNetConfig
 from timm_pudnet.training import Data, Groups, ImageBank, Recipe, Schedule
+
+settings.register_profile('tests', derandomize=True, database=None, deadline=None)  # the same examples in every run
+settings.load_profile('tests')
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -46,9 +51,12 @@ def no_hub(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same global random state and leaves the one it found."""
+    states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
 
 
 @pytest.fixture(scope='session')
@@ -203,10 +211,12 @@ def make_recipe():
 def fresh_process():
     """Runs `python ARGS` in a new process, one thread, that can import this package; gives what it printed."""
 
+    path = [str(Path(timm_pudnet.__file__).parents[1]), os.environ.get('PYTHONPATH')]  # .ci/run has an older timm there
+
     def run(*args, cwd=None):
         done = subprocess.run(
             [sys.executable, *map(str, args)],
-            env={**os.environ, 'PYTHONPATH': str(Path(timm_pudnet.__file__).parents[1]), 'OMP_NUM_THREADS': '1'},
+            env={**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, path)), 'OMP_NUM_THREADS': '1'},
             cwd=cwd,
             capture_output=True,
             text=True,

@@ -107,8 +107,10 @@ def no_work_yet(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError('work began before the arguments were checked')
 
-    monkeypatch.setattr('timm_pudnet.images.open_images', refuse)
-    monkeypatch.setattr('timm_pudnet.hub.resolve_hypernet', refuse)
+    for room in ('images', 'training.finetune', 'evaluation.compare'):
+        monkeypatch.setattr(importlib.import_module(f'timm_pudnet.{room}'), 'open_images', refuse)
+    for room in ('hub', 'training.finetune', 'evaluation.compare'):
+        monkeypatch.setattr(importlib.import_module(f'timm_pudnet.{room}'), 'resolve_hypernet', refuse)
 
 
 def truncated_jpeg():
@@ -1037,9 +1039,9 @@ def test_evaluation_refuses_where_no_classes_are_unseen(trained, shapes, tmp_pat
 BAD_EVALUATIONS = {
     'no group': (['--groups', '0'], ['--groups must be at least 1']),
     'groups in words': (['--groups', 'many'], ['groups', 'many']),
-    'too many classes': (['--n-way', '3'], ['3', '2 classes']),
-    'one class': (['--n-way', '1'], ['1']),
-    'no class': (['--n-way', '0'], ['0']),
+    'too many classes': (['--n-way', '3'], ['n_way', 'from 2 to 2', 'got 3']),
+    'one class': (['--n-way', '1'], ['n_way', 'got 1']),
+    'no class': (['--n-way', '0'], ['n_way', 'got 0']),
     'no shot': (['--n-shot', '0'], ['n_shot must be at least 1']),
     'no query': (['--n-query', '0'], ['n_query must be at least 1']),
     'negative shot': (['--n-shot', '-1'], ['-1']),
@@ -1239,6 +1241,10 @@ def test_tuning_and_comparing_refuse_what_exists_before_any_work(command, images
         (('finetune', '--epochs', '0'), ['epochs', '0']),
         (('finetune', '--holdout', '1'), ['holdout', '1']),
         (('finetune', '--layer-decay', '0'), ['layer_decay']),
+        (('finetune', '--rate', '-1'), ['rate']),
+        (('finetune', '--batch-size', '0'), ['batch_size']),
+        (('finetune', '--device', 'gpu'), ['gpu']),
+        (('compare', '--device', 'gpu'), ['gpu']),
         (('compare', '--budget', '0'), ['budget']),
         (('compare', '--holdout', '0'), ['holdout']),
         (('compare', '--pretrained', 'resnet81'), ['resnet81']),
@@ -1306,6 +1312,24 @@ def test_the_readme_names_commands_and_options_that_exist():
         _, name, *words = shlex.split(line)
         known = {opt for parameter in main.commands[name].params for opt in parameter.opts}
         assert {word for word in words if word.startswith('--')} <= known, line
+
+
+def test_the_readme_s_python_runs_and_its_recipe_is_one(work):
+    root = Path(timm_pudnet.__file__).parents[1]
+    readme = (root / 'README.md').read_text(encoding='utf-8')
+    (work / 'examples').mkdir()
+    for name in ('examples/fashion', 'labelled', 'the-rest', 'noisy'):
+        (work / name).symlink_to(root / 'examples' / 'fashion')
+    paths = sorted((root / 'examples/fashion/Bag').glob('*.png'))[:2]
+    scope = {'folders': ['labelled'], 'paths': paths, 'image': torch.rand(3, 28, 28)}
+    blocks = re.findall(r'^```python\n(.*?)^```', readme, re.MULTILINE | re.DOTALL)
+    here = [code for code in blocks if not re.search(r'org/|cuda\(\)|a1_in1k', code)]  # the Hub, a GPU, timm's weights
+    assert len(here) == 6
+    for code in here:
+        exec(code.replace('fashion-model', 'my-model'), scope)
+    assert len(scope['answers']) == 2
+    (recipe,) = re.findall(r'^```toml\n(.*?)^```', readme, re.MULTILINE | re.DOTALL)
+    assert timm_pudnet.Recipe.from_dict(tomllib.loads(recipe)).data[0].unseen == ('cup', 'jar')
 
 
 def test_the_script_of_the_package_is_this_command():

@@ -212,7 +212,7 @@ def test_a_file_without_groups_is_told_in_one_line(text, tmp_path, one_line):
 @pytest.mark.parametrize(
     ('changes', 'needles'),
     [
-        ({'n_way': 5}, ['n_way is 5', '4 classes']),
+        ({'n_way': 5}, ['n_way', 'from 2 to 4', 'got 5']),
         ({'n_shot': 8, 'n_query': 3}, ["'red'", '10 images', '11']),
         ({'n_shot': 0}, ['n_shot must be at least 1']),
         ({'n_query': 0}, ['n_query must be at least 1']),

@@ -386,7 +386,7 @@ def test_an_interrupt_leaves_the_best_so_far(model, pictures, scripted):
 # what it takes and what it refuses
 
 
-@pytest.mark.parametrize('name', ['test_efficientnet', 'test_convnext', 'test_nfnet', 'test_vit'])
+@pytest.mark.parametrize('name', ['test_efficientnet', 'test_convnext', 'test_nfnet', 'test_vit', 'convnet3'])
 def test_other_architectures_are_tuned(name, pictures):
     model = timm.create_model(name)
     tuned = finetune(model, *pictures(6), epochs=2, holdout=0, progress=False)

@@ -1205,5 +1205,5 @@ def test_a_web_dataset(tmp_path, write_web_dataset):
 
 
 def test_every_error_is_ours():
-    assert issubclass(InputError, (PudNetError, ValueError))
-    assert issubclass(NotFoundError, FileNotFoundError)
+    assert all(issubclass(InputError, base) for base in (PudNetError, ValueError))
+    assert all(issubclass(NotFoundError, base) for base in (PudNetError, FileNotFoundError))

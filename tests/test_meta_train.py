@@ -723,7 +723,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(make_recipe, bank, tmp_path, 
     """For native code too: no file can grow past 8 kB."""
     run(meta_train, make_recipe(), tmp_path, bank, max_steps=1)
     before = (tmp_path / engine.CHECKPOINT_NAME).read_bytes()
-    with full_disk(), pytest.raises(OSError, match=engine.CHECKPOINT_NAME + '|large|written'):
+    with full_disk(), pytest.raises(OSError, match='large'):
         run(meta_train, make_recipe(), tmp_path, bank, max_steps=2)
     assert (tmp_path / engine.CHECKPOINT_NAME).read_bytes() == before
     run(meta_train, make_recipe(), tmp_path, bank, max_steps=2)

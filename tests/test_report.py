@@ -154,7 +154,7 @@ def test_names_are_text_whatever_they_hold(make):
     plain = Page(make(names=tuple('abcdef'), title='a', facts={'b': 'a'}, notes=['b']).page())
     assert [tag for tag, _ in page.elements] == [tag for tag, _ in plain.elements]
     for name in (*NASTY[:2], NASTY[2], NASTY[3], NASTY[5]):
-        assert name in page.text or name[:12] in page.text
+        assert name in page.text
     assert 'x' * 70 not in page.text  # cut short, whole under the pointer
     assert any(attributes.get('title') == 'x' * 300 for _, attributes in page.elements)
 

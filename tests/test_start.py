@@ -166,7 +166,7 @@ def test_a_rate_of_zero_leaves_the_start_as_it_is_and_learns_the_change(learned,
     hypernet = meta_train(recipe, tmp_path / 'run', banks=[bank], device='cpu', progress=False)
     given, changed = dict(model.named_parameters()), []
     for name, value in hypernet.named_parameters():
-        assert value.requires_grad == (not name.startswith('shared.') and not name.endswith('.base')), name
+        assert value.requires_grad, name  # of what is handed over, as of what is loaded
         changed += [name] if name.endswith('.steer') and value.abs().sum() > 0 else []
     assert changed
     unmoved = PudNet.for_target(**config_fields(recipe.hypernet, class_names=tuple('abcdef')))
@@ -422,11 +422,12 @@ def test_a_start_that_does_not_fit_is_one_line(start, make_recipe, bank, tmp_pat
 def test_a_short_try_tells_whether_a_recipe_learns(make_recipe, bank):
     noise = ImageBank(torch.randint(0, 256, bank.images.shape, dtype=torch.uint8), bank.labels, bank.class_names)
     found, hopeless = (
-        try_recipe(make_recipe(400), banks=[one], device='cpu', seconds=2, progress=False) for one in (bank, noise)
+        try_recipe(make_recipe(60), banks=[one], device='cpu', seconds=20, progress=False) for one in (bank, noise)
     )
     assert found['chance'] == pytest.approx(1 / 3)
     assert 0.9 < found['after'] <= 1
     assert 0 <= hopeless['before'] < 0.6
+    assert 0 <= hopeless['after'] < 0.7
     for one in (found, hopeless):
         assert one['images'] > 0
         assert one['seconds'] > 0

@@ -177,7 +177,7 @@ KINDS = ['eca_resnet33ts', 'lambda_resnet26t', 'lowformer_b0', 'efficientnet_cc_
 @pytest.mark.parametrize('name', KINDS)
 def test_every_kind_of_conv_is_predicted(name):
     spec, model = describe_target(name, min_predicted=0.0), meta_model(name)
-    layers = {layer.key: layer for layer in spec.layers}
+    layers, seen = {layer.key: layer for layer in spec.layers}, 0
     for module_name, module in model.named_modules():
         if 'conv' in type(module).__name__.lower() and getattr(module, 'weight', None) is not None:
             layer = layers[f'{module_name}.weight']
@@ -191,6 +191,8 @@ def test_every_kind_of_conv_is_predicted(name):
                 assert layer.fan_in == module.in_channels // groups * taps
             assert math.prod(layer.kernel) == layer.numel == module.weight.numel()
             assert layer.shape == tuple(module.weight.shape)
+            seen += 1
+    assert seen > 10
 
 
 @pytest.mark.parametrize(

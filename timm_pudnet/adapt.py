@@ -1,4 +1,4 @@
-"""What turns predicted weights into a usable model: norm calibration, and heads by class centroids and by ridge.
+"""What turns predicted weights into a usable model: norm calibration, and heads: centroids, ridge, blend.
 
 Images without labels take part by self-training.
 
@@ -213,11 +213,7 @@ class StreamingBlend(StreamingRidge):
     regression, which needs many labels: it weighs `n / 2d` times as much, of `n` images in all.
     """
 
-    def __init__(
-        self, num_classes: int, class_names: Sequence[str] | None = None, strength: float = RIDGE_STRENGTH
-    ) -> None:
-        super().__init__(num_classes, class_names, strength)
-        self.lowest = math.inf  # of all features
+    lowest = math.inf  # of all features
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Takes in features `[n, d]` and labels `[n]` in `0..k-1`."""
@@ -368,11 +364,8 @@ def _ridge_penalty(strength: float, spread: Tensor, mean: Tensor) -> Tensor:
     return strength * torch.maximum(spread, 1e-12 * mean.square().sum()).clamp(min=1e-300)
 
 
-HEADS = {
-    'centroid': StreamingCentroids,
-    'ridge': StreamingRidge,
-    'blend': StreamingBlend,
-}  # by the name that `predict_model` takes
+# By the name that `predict_model` takes.
+HEADS = {'centroid': StreamingCentroids, 'ridge': StreamingRidge, 'blend': StreamingBlend}
 
 
 def _refuse_empty_classes(counts: Tensor, class_names: Sequence[str]) -> None:

@@ -17,12 +17,14 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import click
+import torch
 
 import timm_pudnet
-from timm_pudnet.config import InputError, OutputExistsError, PudNetError, PudNetWarning
+from timm_pudnet.config import MIN_PREDICTED, InputError, OutputExistsError, PudNetError, PudNetWarning
+from timm_pudnet.predict import Head
 
 
 class _Unheard:
@@ -55,7 +57,7 @@ class _Unheard:
 
 
 class _Commands(click.Group):
-    """Turns what goes wrong into one line and exit code 2; keeps the command line for those who report it."""
+    """Prints an error as one line and exits with code 2; keeps the command line for the report."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta['command'] = f'{ctx.info_name} {shlex.join(args)}'
@@ -75,9 +77,7 @@ class _Commands(click.Group):
             text = ' '.join(str(error).split())
             click.echo(f'Error: {text}', err=True)
             ctx.exit(2)
-        except RuntimeError as error:
-            if type(error).__name__ != 'OutOfMemoryError':  # torch's; it is not imported for `--help`
-                raise
+        except torch.OutOfMemoryError as error:
             remedy = 'make the groups of the recipe smaller, or ' if ctx.invoked_subcommand == 'train' else ''
             click.echo(f'Error: {str(error).partition(". ")[0]}: {remedy}use --device cpu', err=True)
             ctx.exit(2)
@@ -146,7 +146,7 @@ def _any_timm_name(images: Sequence[str | None]) -> bool:
 )
 @click.option(
     '--head',
-    type=click.Choice(['centroid', 'ridge', 'blend', 'none']),
+    type=click.Choice(get_args(Head)),
     help='Classifier: class centroids (default), ridge regression, a blend of naive Bayes and ridge (for any number of '
     'labels; default with --unlabelled), or none for a feature model.',
 )
@@ -170,7 +170,7 @@ def predict(
     images: str,
     out: Path | None,
     hypernet: str | None,
-    head: Literal['centroid', 'ridge', 'blend', 'none'] | None,
+    head: Head | None,
     unlabelled: str | None,
     holdout: float,
     seed: int,
@@ -183,7 +183,6 @@ def predict(
     """Predict MODEL_NAME's weights for IMAGES, a folder (one subfolder a class) or a timm dataset name."""
     by_default = head is None
     head = head or ('centroid' if unlabelled is None else 'blend')
-    import torch
 
     from timm_pudnet import evaluation
     from timm_pudnet import predict as room
@@ -226,7 +225,7 @@ def predict(
     except InputError:
         if tested is None or kept.labels is None or not _a_class_is_unread(kept):
             raise
-        # What was kept aside of it may be readable.
+        # The class may have readable images among those that were kept aside: all are used.
         notes = ['Too few images of a class can be read to keep one aside: all gave the weights, none is tested.']
         click.echo(f'Warning: {notes[0]}', err=True)
         kept, tested, started = source, None, time.perf_counter()
@@ -330,8 +329,6 @@ def _has_many_labels(source: Any, model: Any) -> bool:
 
 def _said_by_sketch(network: Any, model: Any) -> str:
     """What came of the sketch of a hypernetwork with a gate, in words; nothing of one without."""
-    import torch
-
     if network.gate is None:
         return ''
     found = model.state_dict()
@@ -375,8 +372,6 @@ def _expectation_of(network: Any) -> Any:
 
 def _expect(expectation: Any, network: Any, model: Any, used: Any, head: str) -> dict[str, Any]:
     """Says what to expect of the model, and gives it as the report wants it."""
-    import torch
-
     from timm_pudnet.evaluation import read_traits
     from timm_pudnet.evaluation.expectation import IN_WORDS, MOST_IMAGES
     from timm_pudnet.evaluation.report import first_images
@@ -1185,7 +1180,10 @@ def _free_name(name: str, taken: set[str]) -> str:
 @click.option('--predict-norm', is_flag=True, help="Predict the norms' affine parameters too.")
 @click.option('--predict-linear', is_flag=True, help='Predict Linear layers inside blocks too, as 1x1 convs.')
 @click.option(
-    '--min-predicted', default=0.5, show_default=True, help='Least share of the weights that must be predicted, 0 to 1.'
+    '--min-predicted',
+    default=MIN_PREDICTED,
+    show_default=True,
+    help='Least share of the weights that must be predicted, 0 to 1.',
 )
 @click.option('--sketch-width', type=int, help='Width of the dataset sketch; by default one that suits the target.')
 @click.option('--model-kwargs', multiple=True, metavar='KEY=VALUE', help="An argument of timm's, conv_mlp=true say.")

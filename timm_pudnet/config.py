@@ -16,6 +16,7 @@ __version__ = '0.1.0'
 FORMAT_VERSION = 1
 # Statistics of so many images' weight are taken from training, so that a handful of images calibrates a network too.
 PRIOR_IMAGES = 8.0
+MIN_PREDICTED = 0.5  # of a target's weights, below which it is refused
 _CONTROL = re.compile(r'[\x00-\x1f\x7f-\x9f]')
 
 
@@ -167,9 +168,9 @@ class PudNetConfig:
         min_predicted: Least share of the target's weights that must be predicted, in [0, 1].
         gain: Predicted kernels are scaled by `sqrt(gain / fan_in)`.
         prior_images: Weight, in images, of the norm statistics of training when a model is calibrated.
-        deep_share: Most that the images given count then in all norms but the first, in [0, 1], however many they are.
-            What was trained by the norm statistics of training works best by these; most of what calibration is worth
-            is the first norm's, which sees brightness and contrast.
+        deep_share: Upper limit, in [0, 1], on the weight of the given images in every norm but the first. A network
+            that was trained with fixed statistics works best with those; most of what calibration is worth is the first
+            norm's, which sees brightness and contrast.
         sketch_limit: Longer sketches are shortened to this norm; 0 for none. Meta-training of classifiers sets it,
             where it is 0, to the longest norm of its own sketches: images of kinds that it never saw have sketches
             of any length.
@@ -200,7 +201,7 @@ class PudNetConfig:
     generator_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     predict_norm: bool = False
     predict_linear: bool = False
-    min_predicted: float = 0.5
+    min_predicted: float = MIN_PREDICTED
     gain: float = 2.0
     prior_images: float = PRIOR_IMAGES
     deep_share: float = 1.0

@@ -208,7 +208,7 @@ def _psnr(folder: Path) -> dict[str, Any] | None:
         with contextlib.suppress(DamagedFileError, KeyError, TypeError, ValueError, IndexError, OverflowError):
             one = read_json(path)['noises'][0]
             row = {name: float(one['psnr']['predicted'][name]) for name in ('mean', 'interval')}
-            return {**row, 'sigma': float(one['sigma']), 'reading': shown(one['reading']), 'file': path.name}
+            return {**row, 'sigma': float(one['sigma']), 'reading': shown(one['reading'])}
     return None
 
 
@@ -540,16 +540,11 @@ def hypernet_card(
             evaluated += [_psnr_result(file, found, one) for one in found['noises']]
             continue
         kind = str(found.get('images') or (listed[0] if len(listed) == 1 else 'unnamed'))
-        heads = {
-            'accuracy': 'centroid',
-            'accuracy_ridge': 'ridge',
-            'accuracy_blend': 'blend',
-            'accuracy_self_training': 'self-trained ridge',
-        }
-        for key, head in heads.items():
+        for key in ('accuracy', *(key for key in found if key.startswith('accuracy_'))):
             row = found.get(key, {}).get('predicted')
             if row is None:
                 continue
+            head = key.removeprefix('accuracy').lstrip('_').replace('self_training', 'self-trained ridge') or 'centroid'
             evaluated.append(
                 EvalResult(
                     task_type='image-classification',

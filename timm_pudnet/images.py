@@ -795,7 +795,7 @@ def _check_range(x: Tensor, names: Sequence[str]) -> None:
 
 
 def _refuse_single(images: np.ndarray | Tensor, labels: Any) -> None:
-    """`[h, w, 3]` and `[3, h, w]` are far likelier one colour image than grey images; labels settle it."""
+    """An array `[h, w, 3]` or tensor `[3, h, w]` is most likely one colour image, unless labels say otherwise."""
     shape = tuple(images.shape)
     is_array = isinstance(images, np.ndarray)
     is_colour = len(shape) == 3 and (shape[2] in (3, 4) if is_array else shape[0] == 3)
@@ -919,8 +919,7 @@ def _index_labels(values: Any, names: Sequence[str] | None = None) -> tuple[Tens
         values = values.detach().cpu().numpy()
     if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
         raise InputError(f'labels: a {type(values).__name__}; pass one int or string for each image, in their order')
-    if isinstance(values, np.ndarray) and values.ndim == 2 and values.shape[1] == 1:
-        values = values[:, 0]
+    values = _column(values)
     if getattr(values, 'ndim', 1) != 1:
         shape = list(getattr(values, 'shape', ()))
         raise InputError(f'labels of shape {shape}: pass one int or string for each image, shape [n]')
@@ -943,10 +942,15 @@ def _index_labels(values: Any, names: Sequence[str] | None = None) -> tuple[Tens
     return numbers, tuple(str(number) for number in unique.tolist())
 
 
+def _column(values: Any) -> Any:
+    """Labels `[n, 1]` as `[n]`; others as they are."""
+    return values[:, 0] if getattr(values, 'ndim', 1) == 2 and values.shape[1] == 1 else values
+
+
 def _to_label_tensor(values: Any, where: str) -> Tensor:
     """int64 `[b]` of ints in whatever form."""
     if isinstance(values, (Tensor, np.ndarray)):
-        values = values.reshape(-1).tolist() if values.ndim == 2 and values.shape[1] == 1 else values.tolist()
+        values = _column(values).tolist()
     one = (value.item() if math.prod(getattr(value, 'shape', (0,))) == 1 else value for value in values)
     try:
         return torch.tensor([operator.index(value) for value in one], dtype=torch.int64)

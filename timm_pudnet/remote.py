@@ -270,17 +270,10 @@ def is_public(repo: str) -> bool:
     Raises:
         HubError: The Hub cannot be asked, or refuses.
     """
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    def ask() -> bool:
-        try:
-            return not _api().model_info(repo).private
-        except GatedRepoError:
-            raise
-        except RepositoryNotFoundError:
-            return False
-
-    return _again(ask, repo)
+    try:
+        return not _again(lambda: _api().model_info(repo).private, repo)
+    except NotFoundError:
+        return False
 
 
 def changes(repo: str, files: Mapping[str, bytes | Path], ours: Callable[[str], bool]) -> dict[str, str]:
@@ -294,17 +287,14 @@ def changes(repo: str, files: Mapping[str, bytes | Path], ours: Callable[[str], 
     Raises:
         HubError: The Hub cannot be asked, or refuses.
     """
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     def listing() -> dict[str, Any]:
-        try:
-            return {file.path: file for file in _api().list_repo_tree(repo) if hasattr(file, 'blob_id')}
-        except GatedRepoError:
-            raise
-        except RepositoryNotFoundError:
-            return {}
+        return {file.path: file for file in _api().list_repo_tree(repo) if hasattr(file, 'blob_id')}
 
-    there = _again(listing, repo)
+    try:
+        there = _again(listing, repo)
+    except NotFoundError:
+        there = {}
     found = {}
     for name, content in files.items():
         if name not in there:

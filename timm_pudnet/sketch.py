@@ -89,7 +89,7 @@ class StreamingSketch:
         InputError: `class` without labels; an empty set.
     """
 
-    sample_size = 4096
+    sample_size = 4096  # most features that are kept for k-means
     num_clusters = 8  # of `kmeans`
 
     def __init__(self, encoder: SketchEncoder, balance: Balance = 'none') -> None:

@@ -22,6 +22,7 @@ from timm.models import model_entrypoint, register_model
 from torch import nn
 
 from timm_pudnet.config import (
+    MIN_PREDICTED,
     InputConfig,
     InputError,
     PudNetError,
@@ -32,7 +33,6 @@ from timm_pudnet.config import (
 )
 
 Role = Literal['predicted', 'shared', 'calibrated', 'classifier']
-MIN_PREDICTED = 0.5
 BATCH_NORM_BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _MARK = 9973  # classes of the target that is walked: no other dimension is this prime

@@ -284,9 +284,6 @@ class _HypernetRun(_DenoiserRun):
         self.target.requires_grad_(False)
         return {'hypernet': self.hypernet, 'target': self.target}
 
-    def is_ordinary(self, name: str) -> bool:
-        return name.startswith('hypernet.shared.') or name.endswith('.base')
-
     def weights_of(self, noisy: Tensor) -> dict[str, Tensor]:
         """Those that the sketch of the noisy patches gives."""
         with self.mixed_precision():
@@ -309,6 +306,3 @@ class _PlainRun(_DenoiserRun):
 
     def build(self) -> dict[str, nn.Module]:
         return {'target': self.target}
-
-    def is_ordinary(self, name: str) -> bool:
-        return True

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -165,7 +166,8 @@ class Expectation:
 
         `like`: as near as 95 % of them; `edge`: as near as some; `unlike`: farther than all.
         """
-        inner, outer = (_between(images, self.sizes, [row[part] for row in self.familiar]) for part in (0, 1))
+        at = np.log([max(1, images), *self.sizes])  # between the sizes, on a logarithmic scale
+        inner, outer = (np.interp(at[0], at[1:], [row[part] for row in self.familiar]) for part in (0, 1))
         return 'like' if distance <= inner else 'edge' if distance <= outer else 'unlike'
 
     def in_words(self) -> str:
@@ -364,8 +366,8 @@ def fit_expectation(
         'sets': len(sets),
         **_scores(pooled),
         'rank_correlation_at_equal_classes': _at_equal_classes(pooled),
-        'rank_correlation_of_sketch': _ranked(guesses, truth),
-        'rank_correlation_of_leave_one_out': _ranked([one.traits.leave_one_out for one, _ in pooled], truth),
+        'rank_correlation_of_sketch': rank_correlation(guesses, truth),
+        'rank_correlation_of_leave_one_out': rank_correlation([one.traits.leave_one_out for one, _ in pooled], truth),
         'domains': {domain: {'sets': len(rows), **_scores(rows)} for domain, rows in found.items()},
     }
     return Expectation(**fixed, **_regress(sets), check=check)
@@ -375,7 +377,7 @@ def _scores(rows: Sequence[tuple[HeldOutSet, tuple[float, float, float]]]) -> di
     truth = [one.right / one.total for one, _ in rows]
     return {
         'mean_accuracy': sum(truth) / len(truth),
-        'rank_correlation': _ranked([expected[0] for _, expected in rows], truth),
+        'rank_correlation': rank_correlation([expected[0] for _, expected in rows], truth),
         'mean_error': sum(abs(expected[0] - true) for (_, expected), true in zip(rows, truth, strict=True)) / len(rows),
         'coverage': sum(low <= true <= high for (_, (_, low, high)), true in zip(rows, truth, strict=True)) / len(rows),
     }
@@ -387,14 +389,8 @@ def _at_equal_classes(rows: Sequence[tuple[HeldOutSet, tuple[float, float, float
     for k in {one.traits.num_classes for one, _ in rows}:
         inside = [(expected[0], one.right / one.total) for one, expected in rows if one.traits.num_classes == k]
         if len(inside) > 1:
-            found += len(inside) * [_ranked(*zip(*inside, strict=True))]
+            found += len(inside) * [rank_correlation(*zip(*inside, strict=True))]
     return sum(found) / max(1, len(found))
-
-
-def _ranked(guesses: Sequence[float], truth: Sequence[float]) -> float:
-    """Rank correlation; 0 where one of the two is all equal."""
-    found = rank_correlation(guesses, truth)
-    return 0.0 if math.isnan(found) else found
 
 
 def _regress(sets: Sequence[HeldOutSet]) -> dict[str, Any]:
@@ -434,16 +430,3 @@ def _ridge(sets: Sequence[HeldOutSet]) -> Tensor:
     )
     slopes = slopes / scale
     return torch.cat([slopes, (truth.mean() - slopes @ mean)[None]])
-
-
-def _between(images: float, sizes: Sequence[int], values: Sequence[float]) -> float:
-    """The value for a number of images, straight lines between the sizes, which are taken as logarithms."""
-    at = math.log(max(1, images))
-    places = [math.log(size) for size in sizes]
-    if at <= places[0]:
-        return values[0]
-    for number in range(1, len(places)):
-        if at <= places[number]:
-            share = (at - places[number - 1]) / (places[number] - places[number - 1])
-            return values[number - 1] + share * (values[number] - values[number - 1])
-    return values[-1]

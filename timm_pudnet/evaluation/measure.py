@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_pudnet.adapt import (
+    HEADS,
     StreamingBlend,
     StreamingRidge,
     calibrate,
@@ -187,7 +188,7 @@ def evaluate(
     arms = {name: arm for name, arm in arms.items() if name not in without}
 
     # Whether each query of each group is classified rightly, by head and score.
-    right: dict[str, dict[str, list[Tensor]]] = {'centroid': {}, 'ridge': {}, 'blend': {}, 'self_training': {}}
+    right: dict[str, dict[str, list[Tensor]]] = {head: {} for head in (*HEADS, 'self_training')}
     support_images, n_way = 0, groups.query.shape[1]
     for number in tqdm(range(count), disable=not progress, unit='group'):
         support, query = images(number)
@@ -396,7 +397,7 @@ def format_table(result: dict[str, Any]) -> str:
     budget = f'{labels} labels' + (' a class' if result['n_shot'] != 'all' else '')
     if result.get('n_unlabelled'):
         budget += f', and {result["n_unlabelled"]} images without'
-    heads = [head for head in ('ridge', 'blend', 'self_training') if f'accuracy_{head}' in result]
+    heads = [head for head in (*HEADS, 'self_training') if f'accuracy_{head}' in result]
     titles = ''.join(f'{head.replace("_", "-"):^16}' for head in ('centroid', *heads))
     lines = [
         f'{result["hypernet"]}: {result["groups"]} groups, {result["n_way"]}-way, {budget}',

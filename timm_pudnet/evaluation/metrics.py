@@ -1,8 +1,9 @@
-"""Means with their intervals."""
+"""Means and shares with their intervals, and rank correlation."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 # 97.5 % quantiles of Student's t, by degrees of freedom from 1 on.
@@ -52,7 +53,7 @@ def share_interval(right: int, total: int) -> tuple[float, float]:
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation; equal values share the mean of their ranks. NaN where a side is all equal.
+    """Spearman's rank correlation; equal values share the mean of their ranks. 0 where a side is all equal.
 
     Example:
         >>> rank_correlation([1, 2, 3, 4], [10, 20, 40, 30])
@@ -64,8 +65,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
             sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values
         ]
 
-    (a, b), count = (ranks(first), ranks(second)), len(first)
-    mean = sum(a) / count
-    cross = sum((x - mean) * (y - mean) for x, y in zip(a, b, strict=True))
-    spread = math.sqrt(sum((x - mean) ** 2 for x in a) * sum((y - mean) ** 2 for y in b))
-    return cross / spread if spread else math.nan
+    try:
+        return statistics.correlation(ranks(first), ranks(second))
+    except statistics.StatisticsError:
+        return 0.0

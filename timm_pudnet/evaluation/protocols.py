@@ -82,7 +82,7 @@ class TestGroups:
             if not isinstance(value, int) or value < 1:
                 raise InputError(f'{name} must be at least 1, got {value}')
         if not 2 <= n_way <= len(bank.class_names):
-            raise InputError(f'n_way is {n_way}, but there are {len(bank.class_names)} classes')
+            raise InputError(f'n_way must be from 2 to {len(bank.class_names)}, the number of classes; got {n_way}')
         if not isinstance(n_unlabelled, int) or not 0 <= n_unlabelled * n_way <= MOST_UNLABELLED:
             raise InputError(
                 f'n_unlabelled must be a whole number from 0 to {MOST_UNLABELLED // n_way}, for a head is fitted to '

@@ -577,9 +577,6 @@ class _MetaRun(_ClassifierRun):
         if self.average is not None:
             self.average.set(nn.ModuleDict(self.modules))
 
-    def is_ordinary(self, name: str) -> bool:
-        return name.startswith(('head.', 'hypernet.shared.')) or name.endswith('.base')
-
     @property
     def parts(self) -> int:
         return self.recipe.groups.per_step
@@ -659,9 +656,6 @@ class _MetaRun(_ClassifierRun):
 
 class _PlainRun(_ClassifierRun):
     """The control *plain*: the target itself as an ordinary classifier of the seen classes."""
-
-    def is_ordinary(self, name: str) -> bool:
-        return True
 
     def weights_of(self, support: Tensor) -> dict[str, Tensor]:
         """The target's own weights, whatever the group."""

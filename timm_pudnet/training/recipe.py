@@ -107,10 +107,10 @@ class LossWeights:
         full: Of L2, cross-entropy of the full head.
         consistency: Of L3, the divergence of the two.
         sketch: Of the sketch's own loss; it needs `sketch_groups`.
-        distillation: Of the distance of the features, and of what the norm layers give, from those of `start` (of what
-            it predicts, if it is a hypernetwork) for the same images before a condition changed their pixels' values;
-            it needs `start`. So the hypernetwork learns to undo conditions (but turns, which a plain training with
-            `turns = 4` knows).
+        distillation: Of the distance between the features (and the outputs of the norm layers) of the predicted network
+            for images under a condition and those of `start` (of what it predicts, if it is a hypernetwork) for the
+            same images without it; it needs `start`. So the hypernetwork learns to undo conditions (but turns, which a
+            plain training with `turns = 4` knows).
         undoing: Of the distance of the first kernel, and of the bias of the norm behind it, from those that undo what
             the condition did to order and sign of the channels, which is hardly learned through the layers behind. The
             hypernetwork learns it by itself before the first step, from the sketches of as many groups as training
