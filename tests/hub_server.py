@@ -40,6 +40,7 @@ class LoopbackHub(ThreadingHTTPServer):
         self.refs = {}  # repo -> {revision: sha}
         self.cards = {}
         self.private = set()
+        self.messages = []  # of the commits
         self.lfs = {}  # sha256 -> content
         self.faults = {}  # repo -> kind
         self.asked = []  # (method, path)
@@ -259,7 +260,9 @@ class Handler(BaseHTTPRequestHandler):
         for line in body.splitlines():
             item = json.loads(line)
             value = item['value']
-            if item['key'] == 'file':
+            if item['key'] == 'header':
+                hub.messages.append(value['summary'])
+            elif item['key'] == 'file':
                 files[value['path']] = base64.b64decode(value['content'])
             elif item['key'] == 'lfsFile':
                 files[value['path']] = hub.lfs[value['oid']]

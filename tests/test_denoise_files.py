@@ -589,6 +589,11 @@ def test_float_files_share_one_range_and_go_with_clean_ones_of_other_depths(tmp_
         put(tmp_path / 'clean' / f'{root}.png', smooth(20, 30, 1), 0)
         tifffile.imwrite(tmp_path / 'noisy' / f'{root}.tif', smooth(20, 30, 1).astype(np.float32))
     succeeds(tmp_path / 'noisy', '--out', tmp_path / 'out', '--clean', tmp_path / 'clean')
+    (tmp_path / 'clean' / 'noisy.png').unlink()
+    tifffile.imwrite(tmp_path / 'clean' / 'noisy.tif', 200 * smooth(20, 30, 1).astype(np.float32))
+    with nothing_written(tmp_path):
+        needles = ['noisy.tif has white at 1,', 'at 255', 'scale one']
+        fails(tmp_path / 'noisy', '--out', tmp_path / 'more', '--clean', tmp_path / 'clean', needles=needles)
     tifffile.imwrite(tmp_path / 'noisy' / 'clean.tif', 200 * smooth(20, 30, 1).astype(np.float32))
     with nothing_written(tmp_path):
         needles = ['white at 255', 'at 1,', 'clean.tif', 'noisy.tif', 'scale them alike']

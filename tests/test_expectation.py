@@ -217,7 +217,7 @@ def test_a_damaged_file_is_one_line(text, fitted, tmp_path, one_line):
     one_line(error, path, 'fit it again')
 
 
-def test_traits_of_a_folder_are_those_of_its_images(tiny, fitted, pictures):
+def test_traits_of_a_folder_are_those_of_its_images(tiny, fitted, pictures, monkeypatch):
     pixels, names = pictures(24)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
     fitted = dataclasses.replace(fitted, references=tuple(map(tuple, torch.randn(8, 16).tolist())))
@@ -234,6 +234,10 @@ def test_traits_of_a_folder_are_those_of_its_images(tiny, fitted, pictures):
     assert found.leave_one_out > 0.6  # a pattern each
     assert (found.num_classes, found.images) == (3, 24)
     assert read_traits(tiny, model, open_images(images, input=tiny.config.input), fitted) is None
+    monkeypatch.setattr('timm_pudnet.evaluation.expectation.MOST_IMAGES', 1)  # of a large set, 20 of each class
+    pixels, names = pictures(90)
+    large = open_images(torch.from_numpy(pixels).permute(0, 3, 1, 2), names, input=tiny.config.input)
+    assert read_traits(tiny, model, large, fitted).images == 60
     alone = open_images(images[:3], names[:3], input=tiny.config.input)
     assert read_traits(tiny, model, alone, fitted) is None
 

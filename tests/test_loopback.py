@@ -230,7 +230,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         'gone',
     ]
     names += ['cli dry', 'cli', 'cli again', 'cli conflict', 'release dry', 'release', 'release again']
-    names += ['hidden', 'hidden again', 'public', 'public, nothing new', 'public, dry']
+    names += ['hidden', 'hidden again', 'public', 'public, nothing new', 'public, dry', 'cli hidden']
     outcomes = client(
         home,
         ['push', str(whole), 'org/test_resnet.tiny', {**license, 'dry_run': True}],
@@ -257,6 +257,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         ['push', str(shards), 'org/cli', {**license, 'private': True}],
         ['push', str(whole), 'org/cli', {'license': 'mit', 'private': True}],
         ['push', str(shards), 'org/cli', {**license, 'private': True, 'dry_run': True}],
+        ['cli', 'push', str(whole), 'org/cli-hidden', '--license', 'mit', '--private', '--message', 'Mine alone'],
     )
     return dict(zip(names, outcomes, strict=True)), whole
 
@@ -286,7 +287,9 @@ def test_what_is_to_be_private_is_never_sent_to_a_public_repository(pushed, serv
     outcomes, whole = pushed
     assert outcomes['hidden']['value'][1]
     assert outcomes['hidden again']['value'][1], 'one that is private already takes more'
-    assert server.private == {'org/hidden'}, 'and none is private, or public, unless that is asked for'
+    assert outcomes['cli hidden']['value'][0] == 0
+    assert 'Mine alone' in server.messages
+    assert server.private == {'org/hidden', 'org/cli-hidden'}, 'none is private unless that is asked for'
     for case in ('public', 'public, nothing new', 'public, dry'):
         assert outcomes[case]['error'].startswith('InputError: org/cli is there and public')
     assert server.files('org/cli')['model.safetensors'] == (whole / 'model.safetensors').read_bytes()

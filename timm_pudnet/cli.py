@@ -419,6 +419,7 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         option = '--short' if short else '--data-dir'
         raise InputError(f'{recipe}: {option} is not for recipes of denoisers: leave it out')
     _check_data_dir(data_dir, *(data.images for data in loaded.data))
+    training.check_start(loaded)  # before any image is read
     several = int(os.environ.get('WORLD_SIZE', '1')) > 1  # processes, each of which takes a GPU of its own
     if short:
         if out is not None or plain:

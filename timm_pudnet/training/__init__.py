@@ -5,6 +5,7 @@ from timm_pudnet.training.episodes import Augmentation, Group, Groups, GroupSamp
 from timm_pudnet.training.finetune import FineTuning, Tuning, finetune, finetune_epochs
 from timm_pudnet.training.losses import Losses, group_losses, sketch_loss
 from timm_pudnet.training.meta_train import (
+    check_start,
     classes_seen,
     load_banks,
     meta_train,
@@ -29,6 +30,7 @@ __all__ = [
     'Schedule',
     'Tuning',
     'bank_input',
+    'check_start',
     'classes_seen',
     'finetune',
     'finetune_epochs',

@@ -180,8 +180,7 @@ def _read(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     if recipe.denoising is not None:
         raise InputError('the recipe has a table [denoising]: meta_train_denoiser takes recipes of denoisers')
-    if banks:
-        check_start(recipe)
+    check_start(recipe)
     return recipe, banks or load_banks(recipe)
 
 
@@ -193,10 +192,9 @@ def load_banks(
     With `progress`, a bar shows what takes longer than two seconds.
 
     Raises:
-        InputError: A set cannot be read, has no labels, or lacks a class that the recipe names; a class of one set is
-            unseen in another; or `check_start` refuses what the recipe starts from.
+        InputError: A set cannot be read, has no labels, or lacks a class that the recipe names; or a class of one
+            set is unseen in another.
     """
-    check_start(recipe)
     for data in recipe.data:
         if not is_timm_name(data.images) and (data.data_dir is not None or data.split != 'train'):
             name = 'split' if data.data_dir is None else 'data_dir'
@@ -350,7 +348,7 @@ def check_start(recipe: Recipe) -> None:
         warnings.warn(
             f'start {start} does not say which classes it has seen: see to it that the unseen ones are not among them',
             PudNetWarning,
-            stacklevel=2,
+            stacklevel=1,  # once, whoever asks
         )
 
 
