@@ -116,6 +116,7 @@ def main(
         'protocol': protocol,
         'weights_sha256': weights_sha256(hypernet),
         'config_sha256': config_sha256(hypernet),
+        **({} if plain is None else {'plain_sha256': weights_sha256(plain)}),
         'folder': folder,
         'images': len(clean),
         'standard_deviation': spread,
