@@ -438,6 +438,8 @@ def test_published_denoisers_were_measured_with_these_weights(published):
     assert any('bsds500' in results['protocol'] for results in found)
     for results in found:
         assert results['weights_sha256'] == weights_sha256(published)
+        if 'plain_sha256' in results:  # else beside an earlier control of the same recipe
+            assert results['plain_sha256'] == weights_sha256(published / 'plain')
         for one in results['noises'] if 'bsds500' in results['protocol'] else ():  # not so on what it is not for
             assert one['psnr']['predicted']['mean'] > one['psnr']['noisy']['mean']
     assert load_hypernet('blindspot_unet').name == 'blindspot_unet.mixed_noise'
