@@ -80,7 +80,7 @@ of what every denoiser gives, and of the noisy images, clipped to 0-1.
 - *Noise*: Gaussian, or that of counted *photons*, which grows with the root of brightness (sigma is that of a grey of 0.5). It is added to
   floats and goes beyond 0-1, but where it is *clipped*, as a file of 8 bits holds it. Sigma is in units of the set's standard deviation
   (*standard*; in brackets what that is in 0-1), or of pixels in 0-1 (*unit*).
-- *Gaussian filter* and *non-local means* are told sigma and their best strength. Of photons they work behind Anscombe's transform; of clipped
+- *Gaussian filter* and *non-local means* are told their best strength, the latter sigma too. Of photons they work behind Anscombe's transform; of clipped
   noise they are told what strength is left, and stand in brackets with the mean that clipping moves put back by the true sigma, which ours
   estimates.
 - *Predicted*: in brackets its guesses without the noisy pixel itself, which all other denoisers by the network take into account too. With

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets import FashionMNIST
 
 import timm_pudnet
 from timm_pudnet import InputConfig, load_hypernet, open_images, predict_model
@@ -82,18 +83,7 @@ def test_published_accuracy_is_found_again_on_some_of_its_groups(published, imag
     except FileNotFoundError as error:
         pytest.skip(str(error))
     if 'coat' in names:  # as torchvision has them
-        names = [
-            'T-shirt/top',
-            'Trouser',
-            'Pullover',
-            'Dress',
-            'Coat',
-            'Sandal',
-            'Shirt',
-            'Sneaker',
-            'Bag',
-            'Ankle boot',
-        ]
+        names = FashionMNIST.classes
     folder = Path(timm_pudnet.__file__).parents[1] / 'hub' / published
     hypernet = load_hypernet(folder)
     published = json.loads((folder / 'results.json').read_text())

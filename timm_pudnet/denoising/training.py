@@ -218,8 +218,7 @@ def load_patches(recipe: Recipe) -> list[PatchBank]:
     """Reads the images of a recipe into memory, a bank a data set."""
     channels = recipe.hypernet.input.input_size[0]
     for data in recipe.data:
-        if data.data_dir is not None or data.split != 'train':
-            name = 'split' if data.data_dir is None else 'data_dir'
+        if name := data.timm_field:
             raise InputError(f'{data.images}: a denoiser learns from a folder of images, leave {name} out')
     return [PatchBank.from_folder(data, channels) for data in recipe.data]
 

@@ -23,7 +23,7 @@ from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
 from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults, with_hypernet_as_saved
 from timm_pudnet.target import create_feature_model
 from timm_pudnet.training.episodes import ImageBank
-from timm_pudnet.training.finetune import seconds_since
+from timm_pudnet.training.finetune import even_parts, seconds_since
 
 SETTING = (
     "scratch trains on all images of a group's classes in the support split, the predicted network gets the group's "
@@ -82,8 +82,7 @@ def train_from_scratch(
             torch.manual_seed(seed + epoch)
             model.train()
             # Parts of nearly equal size, of two images at least: one alone would have no batch statistics.
-            parts = max(1, min(-(-len(images) // batch_size), len(images) // 2))
-            for picks in torch.randperm(len(images)).tensor_split(parts):
+            for picks in torch.randperm(len(images)).tensor_split(even_parts(len(images), batch_size)):
                 loss = F.cross_entropy(model(_flipped_and_shifted(images[picks])), labels[picks])
                 optimizer.zero_grad()
                 loss.backward()

@@ -334,9 +334,8 @@ def finetune_epochs(
     device = next(model.parameters()).device
     if not any(value.requires_grad for value in model.get_classifier().parameters()):  # type: ignore[operator]
         tuning = dataclasses.replace(tuning, head_first=False)  # a frozen head stays as it is
-    parts = -(-len(images.labels) // tuning.batch_size)
-    if not tuning.frozen_statistics:  # which need two images
-        parts = max(1, min(parts, len(images.labels) // 2))
+    # Norm statistics need two images.
+    parts = even_parts(len(images.labels), tuning.batch_size, least=1 if tuning.frozen_statistics else 2)
     steps = (tuning.epochs - tuning.head_first) * parts
     optimizer = create_optimizer_v2(
         model, opt='adamw', lr=tuning.rate, weight_decay=tuning.weight_decay, layer_decay=tuning.layer_decay
@@ -385,6 +384,11 @@ def finetune_epochs(
         seconds += seconds_since(started, device)
         point = {'epoch': epoch, 'phase': 'head' if is_head else 'all', 'seconds': seconds, 'loss': loss}
         yield point if tested is None else {**point, **measured(model, tested)}
+
+
+def even_parts(count: int, size: int, least: int = 2) -> int:
+    """Into how many parts of nearly equal size to cut so many images: each of `size` at most, and of `least`."""
+    return max(1, min(-(-count // size), count // least))
 
 
 def _fit_head(

@@ -196,8 +196,7 @@ def load_banks(
             set is unseen in another.
     """
     for data in recipe.data:
-        if not is_timm_name(data.images) and (data.data_dir is not None or data.split != 'train'):
-            name = 'split' if data.data_dir is None else 'data_dir'
+        if not is_timm_name(data.images) and (name := data.timm_field):
             raise InputError(
                 f'{data.images}: {name} is of a timm dataset, and this is not the name of one: leave it out'
             )

@@ -56,6 +56,11 @@ class Data:
         if not 0 < self.share < math.inf:
             raise InputError(f'{self.images}: share must be above zero, got {self.share}')
 
+    @property
+    def timm_field(self) -> str:
+        """Which of the fields that a timm dataset alone has is set; empty where none is."""
+        return 'data_dir' if self.data_dir is not None else 'split' if self.split != 'train' else ''
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Denoising:
