@@ -3,7 +3,8 @@
     python hub/average.py HYPERNET OUT FOLDER FOLDER ...
 
 OUT/start is the mean itself, in timm's format: `timm-pudnet evaluate ... --control OUT/start`. Without any FOLDER it is the network that
-HYPERNET changes, as it is.
+HYPERNET changes, as it is. With `--model NAME` the networks are of another architecture than HYPERNET's: OUT is a new hypernetwork
+for that, with the sketch encoder of HYPERNET, which knows images and not architectures.
 
 Networks that ordinary training makes from one start lie so close together that the mean of their weights is a network as
 well, often a better one than any of them (Wortsman et al. 2022, "Model soups").
@@ -21,6 +22,7 @@ from timm_pudnet.hypernet import pretrained_model, save_tensors
 from timm_pudnet.target import create_feature_model, with_own_config
 from timm_pudnet.training import whitening_path
 from timm_pudnet.training.meta_train import seen_by
+from timm_pudnet.training.run import config_fields
 
 
 def main() -> None:
@@ -29,8 +31,14 @@ def main() -> None:
     parser.add_argument('hypernet', help='folder of one with the generator `residual`')
     parser.add_argument('out', type=Path, help='new folder')
     parser.add_argument('folders', nargs='*', help='of networks of its target, in timm format')
+    parser.add_argument('--model', help="timm architecture of the networks; without it HYPERNET's own")
     options = parser.parse_args()
     hypernet = PudNet.from_pretrained(options.hypernet)
+    if options.model:
+        encoder = hypernet.encoder
+        fields = {'model_name': options.model, 'model_kwargs': {}, 'sketch_gate': False, 'sketch_limit': 0.0}
+        hypernet = PudNet.for_target(**config_fields(hypernet.config, **fields))
+        hypernet.encoder.load_state_dict(encoder.state_dict())
     config = hypernet.config
     if config.generator != 'residual':
         parser.error(f'{options.hypernet} has the generator {config.generator!r}: only `residual` has a base')
