@@ -1,4 +1,4 @@
-"""cli.py: what a user types, sees and finds on disk; above all when something is wrong with it."""
+"""cli/: what a user types, sees and finds on disk; above all when something is wrong with it."""
 
 import dataclasses
 import errno
@@ -107,9 +107,9 @@ def no_work_yet(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError('work began before the arguments were checked')
 
-    for room in ('images', 'training.finetune', 'evaluation.compare'):
+    for room in ('cli.predict', 'cli.evaluate', 'training.finetune', 'evaluation.compare'):
         monkeypatch.setattr(importlib.import_module(f'timm_pudnet.{room}'), 'open_images', refuse)
-    for room in ('hub', 'training.finetune', 'evaluation.compare'):
+    for room in ('cli.predict', 'cli.denoise', 'training.finetune', 'evaluation.compare'):
         monkeypatch.setattr(importlib.import_module(f'timm_pudnet.{room}'), 'resolve_hypernet', refuse)
 
 
@@ -1472,8 +1472,7 @@ def test_a_tuned_model_is_saved_before_a_closed_pipe_is_noticed(trained, shapes,
 
 @pytest.mark.parametrize('stream', [False, True])
 def test_of_many_unlabelled_images_some_tell_how_familiar_they_are(trained, pictures, monkeypatch, stream):
-    from timm_pudnet import cli
-    from timm_pudnet.evaluation import expectation
+    from timm_pudnet.cli import predict as room
 
     class Seen:
         def distance(self, sketch):
@@ -1483,7 +1482,7 @@ def test_of_many_unlabelled_images_some_tell_how_familiar_they_are(trained, pict
             self.count = count
             return 'like'
 
-    monkeypatch.setattr(expectation, 'MOST_IMAGES', 8)
+    monkeypatch.setattr(room, 'MOST_IMAGES', 8)
     network = timm_pudnet.load_hypernet(trained[0])
     pixels = torch.from_numpy(pictures(20, size=16)[0])
     images = (
@@ -1491,5 +1490,5 @@ def test_of_many_unlabelled_images_some_tell_how_familiar_they_are(trained, pict
     )
     used, seen = timm_pudnet.open_images(images, input=network.config.input), Seen()
     model = timm.create_model('test_resnet', num_classes=0)
-    cli._expect(seen, network, model, used, 'none')
+    room._expect(seen, network, model, used, 'none')
     assert seen.count == 8

@@ -4,7 +4,6 @@ import json
 import re
 import struct
 import sys
-import types
 from pathlib import Path
 
 import cv2
@@ -19,6 +18,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from timm_pudnet import InputError, NotFoundError, PudNetError
+from timm_pudnet.cli import denoise as room
 from timm_pudnet.cli import main
 from timm_pudnet.denoising.pictures import _encode_png, list_pictures, pair_pictures, read_picture, write_picture
 
@@ -375,9 +375,7 @@ def predicted(monkeypatch):
         calls.append((images, hypernet.name, str(device)))
         return Average().eval()
 
-    module = types.ModuleType('timm_pudnet.denoising.predict')
-    module.predict_denoiser = predict_denoiser
-    monkeypatch.setitem(sys.modules, 'timm_pudnet.denoising.predict', module)
+    monkeypatch.setattr(room, 'predict_denoiser', predict_denoiser)
     return calls
 
 
@@ -455,14 +453,12 @@ def test_every_image_is_denoised_under_its_name_in_its_format_and_depth(folders,
 
 
 def test_grey_images_and_those_in_colour_are_each_denoised_by_their_own_network(folders, predicted, monkeypatch):
-    module = sys.modules['timm_pudnet.denoising.predict']
-
     def predict_denoiser(images, **_):
         model = Average().eval()
         nn.init.constant_(model.strength, 0.0 if all(Path(image).name.startswith('grey') for image in images) else 1.0)
         return model
 
-    monkeypatch.setattr(module, 'predict_denoiser', predict_denoiser)
+    monkeypatch.setattr(room, 'predict_denoiser', predict_denoiser)
     succeeds(folders / 'noisy', '--out', folders / 'out')
     assert read_picture(folders / 'out' / 'deep' / 'grey.png').pixels.max() == 0
     assert read_picture(folders / 'out' / 'colour.png').pixels.mean() > 0.2
@@ -473,8 +469,7 @@ def test_turned_copies_are_averaged_where_that_is_asked_for(folders, predicted, 
         def forward(self, x):
             return x + 0.2 * torch.linspace(0, 1, x.shape[-1])  # to the right, which four turns make even
 
-    module = sys.modules['timm_pudnet.denoising.predict']
-    monkeypatch.setattr(module, 'predict_denoiser', lambda images, **_: Brighter().eval())
+    monkeypatch.setattr(room, 'predict_denoiser', lambda images, **_: Brighter().eval())
     noisy = read_picture(folders / 'noisy' / 'colour.png').pixels
     for turns, added in ((1, 0.2 * torch.linspace(0, 1, 60).expand(40, 60)), (4, torch.full((40, 60), 0.1))):
         out = succeeds(folders / 'noisy', '--out', folders / f'out{turns}', '--turns', turns).stdout

@@ -1,0 +1,161 @@
+"""The group of commands, how it tells errors, and what the commands share: options, checks, words."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from timm_pudnet.config import InputConfig, InputError, PudNetError, __version__
+from timm_pudnet.images import is_timm_name
+from timm_pudnet.target import is_ours
+
+
+class _Unheard:
+    """Standard output that nobody may read to its end (`timm-pudnet predict ... | head`): work goes on all the same."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As of any text stream."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            return self._leave() or len(text)
+
+    def flush(self) -> None:
+        """As of any text stream."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._leave()
+
+    def _leave(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+class _Commands(click.Group):
+    """Prints an error as one line and exits with code 2; keeps the command line for the report."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta['command'] = f'{ctx.info_name} {shlex.join(args)}'
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):  # a name that they cannot encode is no reason to stop
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors='backslashreplace')
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(_Unheard(sys.stdout)):  # type: ignore[type-var]
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
+        except BrokenPipeError:  # of another pipe; click ends quietly then
+            raise
+        except (PudNetError, OSError, FloatingPointError) as error:
+            text = ' '.join(str(error).split())
+            click.echo(f'Error: {text}', err=True)
+            ctx.exit(2)
+        except torch.OutOfMemoryError as error:
+            remedy = 'make the groups of the recipe smaller, or ' if ctx.invoked_subcommand == 'train' else ''
+            click.echo(f'Error: {str(error).partition(". ")[0]}: {remedy}use --device cpu', err=True)
+            ctx.exit(2)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f'Warning: {" ".join(str(message).split())}', err=True)
+
+
+@click.group(cls=_Commands, context_settings={'help_option_names': ['-h', '--help']})
+@click.version_option(__version__, prog_name='timm-pudnet')
+def main() -> None:
+    """Predict the weights of timm's convolutional networks for images that they have never seen."""
+
+
+class _Folder(click.Path):
+    """A path with its `~` in full: the shell leaves it where it stands behind a `=`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Path(os.path.expanduser(os.fspath(value)))
+
+
+FOLDER = _Folder()
+SEED = click.IntRange(0, 2**31 - 1)
+device_option = click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
+strict_option = click.option('--strict', is_flag=True, help='An unreadable image is an error, not a warning.')
+
+
+def data_options(split: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds --data-dir and --split, with its default."""
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        command = click.option('--split', default=split, show_default=True, help='Split of a timm dataset.')(command)
+        return click.option('--data-dir', help='Root of a timm dataset.')(command)
+
+    return add
+
+
+def check_data_dir(data_dir: str | None, *images: str | None) -> None:
+    """Refuses --data-dir where none of the images is a timm dataset."""
+    if data_dir is not None and not _any_timm_name(images):
+        raise InputError(
+            f'--data-dir is the root of a timm dataset, and {images[0]} is not the name of one: leave it out, '
+            'or name one, torch/image_folder for instance'
+        )
+
+
+def check_split(*images: str | None) -> None:
+    """Refuses a --split that was given where none of the images is a timm dataset."""
+    given = click.get_current_context().get_parameter_source('split') == click.core.ParameterSource.COMMANDLINE
+    if given and not _any_timm_name(images):
+        raise InputError(
+            f'--split is that of a timm dataset, and {images[0]} is not the name of one: name the folder of the split, '
+            'or use torch/image_folder with --data-dir for a folder of splits'
+        )
+
+
+def _any_timm_name(images: Sequence[str | None]) -> bool:
+    return any(name is not None and is_timm_name(name) for name in images)
+
+
+def check_outside(out: Path, **given: str | Path | None) -> None:
+    """Refuses an output folder among the images, which would be a class of them, or images, the next time."""
+    for name, folder in given.items():
+        if folder is not None and Path(folder).is_dir() and out.resolve().is_relative_to(Path(folder).resolve()):
+            raise InputError(f'--out {out} is {name} or lies in it ({folder}): choose a folder outside')
+
+
+def loading(out: Path) -> str:
+    """The lines of Python that load a saved model."""
+    ours = is_ours(json.loads((out / 'config.json').read_text(encoding='utf-8'))['architecture'])
+    imports = 'import timm\n    import timm_pudnet' if ours else 'import timm'
+    return (
+        f'Next, in Python{"" if ours else ", without this package if you like"}:\n\n    {imports}\n'
+        f'    model = timm.create_model({f"local-dir:{out}"!r}, pretrained=True).eval()'
+    )
+
+
+def size_of(config: InputConfig) -> str:
+    """An input's channels, height and width."""
+    return 'x'.join(map(str, config.input_size))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of these names, and how many there are."""
+    shown = ', '.join(names[:8])
+    return shown if len(names) <= 8 else f'{shown}, ... ({len(names)} in all)'

@@ -1,0 +1,161 @@
+"""`timm-pudnet train`: a hypernetwork, or its control, by a recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from timm_pudnet import denoising, training
+from timm_pudnet.cli.group import FOLDER, check_data_dir, device_option, main, size_of, some
+from timm_pudnet.config import InputError, OutputExistsError
+from timm_pudnet.denoising.training import PatchBank
+from timm_pudnet.hypernet import save_tensors, target_of, usable_device, written_whole
+from timm_pudnet.images import is_timm_name
+from timm_pudnet.predict import save_model
+from timm_pudnet.training import Recipe
+from timm_pudnet.training.episodes import ImageBank
+
+
+@main.command()
+@click.argument('recipe', type=FOLDER)
+@click.option('--out', type=FOLDER, help='Folder for the result and its checkpoints.')
+@click.option('--short', is_flag=True, help='Only try for two minutes whether the recipe learns; writes nothing.')
+@click.option('--plain', is_flag=True, help='Train the control instead: the target by itself, without a sketch.')
+@device_option
+@click.option('--data-dir', help="Root of a timm dataset, in place of the recipe's.")
+def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str | None, data_dir: str | None) -> None:
+    """Train a hypernetwork by a RECIPE file; goes on where an earlier run in --out stopped."""
+    loaded = Recipe.load(recipe)
+    text = recipe.read_bytes()  # now: the file may be another one when training is done
+    if loaded.denoising is not None and (short or data_dir):
+        option = '--short' if short else '--data-dir'
+        raise InputError(f'{recipe}: {option} is not for recipes of denoisers: leave it out')
+    check_data_dir(data_dir, *(data.images for data in loaded.data))
+    training.check_start(loaded)  # before any image is read
+    several = int(os.environ.get('WORLD_SIZE', '1')) > 1  # processes, each of which takes a GPU of its own
+    if short:
+        if out is not None or plain:
+            raise InputError(
+                f'--short writes nothing and tries no control: leave {"--plain" if plain else "--out"} out'
+            )
+        if several:
+            raise InputError('--short is for one process: start it without torchrun or accelerate launch')
+        _try_recipe(loaded, data_dir, usable_device(device))
+        return
+    if out is None:
+        raise InputError('--out is missing: name a folder for the result, or try the recipe with --short')
+    _check_result(loaded, text, out, plain)
+    where: Any = device if several else usable_device(device)
+    first = os.environ.get('RANK', '0') == '0'  # of several processes the first one speaks and writes
+    banks: Any
+    if loaded.denoising is None:
+        banks = training.load_banks(loaded, data_dir, progress=first)
+    else:
+        banks = denoising.load_patches(loaded)
+    if first:
+        _say_found(banks)
+        kind = 'images' if loaded.denoising is None else 'patches'
+        click.echo(
+            f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} {kind} of '
+            f'{size_of(loaded.hypernet.input)}{"" if several else f", on {where}"}; stop and resume at will'
+        )
+    if plain:
+        _train_plain(loaded, out, banks, where, first)
+    else:
+        trainer = training.meta_train if loaded.denoising is None else denoising.meta_train_denoiser
+        hypernet = trainer(loaded, out / 'run', banks=banks, device=where)
+        kept = out / 'recipe.toml'
+        if first:
+            hypernet.save_pretrained(out, half=True)
+            if not recipe.exists() or recipe.resolve() != kept.resolve():
+                with written_whole(kept) as beside:
+                    beside.write_bytes(text)
+    if first:
+        then = 'Next, where the hypernetwork is trained too' if plain else 'Next'
+        click.echo(f'Wrote      {_result(out, plain)}. {then}:')
+        click.echo(f'\n    {_next_command(loaded, out, plain, data_dir)}\n')
+
+
+def _result(out: Path, plain: bool) -> Path:
+    return out / ('plain' if plain else 'model.safetensors')
+
+
+def _check_result(recipe: Recipe, text: bytes, out: Path, plain: bool) -> None:
+    """Refuses a folder that has a result, or another recipe's checkpoints, and a control that could not be saved."""
+    for path in [_result(out, plain)] if plain else [_result(out, plain), out / 'config.json']:
+        if path.exists():
+            raise OutputExistsError(f'{path} exists: choose another --out, or remove it first')
+    kept = out / 'recipe.toml'
+    if not plain and kept.exists() and kept.read_bytes() != text:
+        raise OutputExistsError(f'{kept} exists and is another recipe: choose another --out, or remove it first')
+    if plain and recipe.denoising is None and not target_of(recipe.hypernet).ends_in_classifier:
+        raise InputError(
+            f"{recipe.hypernet.model_name}: its head has layers before the classifier, without which timm's format "
+            'cannot hold it: train the control in Python, timm_pudnet.training.train_plain'
+        )
+
+
+def _train_plain(recipe: Recipe, out: Path, banks: Any, device: Any, first: bool) -> None:
+    """Trains the control, and saves it, with the whitening of its features if it classifies."""
+    result = _result(out, plain=True)
+    if recipe.denoising is not None:
+        model = denoising.train_plain_denoiser(recipe, out / 'run-plain', banks=banks, device=device)
+    else:
+        model, whitening = training.train_plain(recipe, out / 'run-plain', banks=banks, device=device)
+        if first:
+            seen = json.dumps(training.classes_seen(recipe, banks))
+            with written_whole(training.whitening_path(result)) as beside:
+                save_tensors({'whitening': whitening}, beside, {'classes': seen})
+    if first:
+        save_model(model, result)
+
+
+def _next_command(recipe: Recipe, out: Path, plain: bool, data_dir: str | None) -> str:
+    """The command that measures or uses what was trained."""
+    name = str(out) if len(out.parts) > 1 else f'./{out}'  # a folder's name, whatever hypernetwork is called so
+    if recipe.denoising is not None:
+        return shlex.join(['timm-pudnet', 'denoise', 'NOISY', '--hypernet', name, '--out', 'denoised'])
+    data = recipe.data[0]
+    some_left = data.classes or data.unseen
+    words = ['timm-pudnet', 'evaluate', name, data.images if some_left else 'IMAGES_OF_OTHER_CLASSES']
+    root = data_dir or data.data_dir
+    words += ['--data-dir', root] if root and some_left and is_timm_name(data.images) else []
+    words += ['--control', str(_result(out, plain))] if plain else []
+    return shlex.join(words)
+
+
+def _say_found(banks: Sequence[ImageBank | PatchBank]) -> None:
+    for bank in banks:
+        if isinstance(bank, PatchBank):
+            click.echo(f'Found      {len(bank.images):,} images')
+        else:
+            count = len(bank.class_names)
+            click.echo(f'Found      {len(bank.labels):,} images in {count} classes: {some(bank.class_names)}')
+
+
+def _try_recipe(recipe: Recipe, data_dir: str | None, device: torch.device) -> None:
+    """Says whether the recipe learns, and how long all of it would take."""
+    banks = training.load_banks(recipe, data_dir, progress=True)
+    _say_found(banks)
+    found = training.try_recipe(recipe, banks=banks, device=device)
+    hours = recipe.schedule.images / found['images_per_second'] / 3600
+    click.echo(
+        f'Tried      {found["images"]:,} images in {found["seconds"]:.0f} s; right in groups of seen classes: '
+        f'{found["before"]:.1%} before, {found["after"]:.1%} after (chance {found["chance"]:.1%})'
+    )
+    if recipe.start:
+        kept = found['after'] > found['before'] - found['chance'] / 2
+        verdict = 'It keeps what it starts with' if kept else 'It loses what it starts with'
+    else:
+        learns = 1 - found['after'] < 0.9 * (1 - found['before'])
+        verdict = 'It learns' if learns else 'It does not learn yet'
+    click.echo(
+        f'{verdict}; the whole recipe takes about {hours:.1f} hours here, at {found["images_per_second"]:.0f} images/s'
+    )
