@@ -104,124 +104,28 @@ def evaluate(
     for images_of in (bank, support_bank, other):
         if images_of is not None:
             images_of.check_size(hypernet.config.input)
-    config, device, count = hypernet.config, hypernet.device, len(groups)
-    # How each arm's features are read: the names of its scores, and the whitening of each.
-    whitening = hypernet.whitening
-    readings: dict[str, dict[str, Tensor | None]] = {
-        'predicted': {'predicted': whitening, 'predicted_without_whitening': None},
-        'swapped_sketch': {'swapped_sketch': whitening},
-        'mean_sketch': {'mean_sketch': whitening},
-        'other_domain_sketch': {'other_domain_sketch': whitening},
-        'random_weights': {'random_weights': None},
-        'raw_pixels': {'raw_pixels': None},
-    }
-    _check_controls(hypernet, controls or {}, {score for names in readings.values() for score in names})
-    optional = {
-        'random_weights',
-        'raw_pixels',
-        *(f'{name}_own_statistics' for name in controls or {}),
-        *(controls or {}),
-    }
-    optional |= {'swapped_sketch', 'mean_sketch'} if count > 1 else set()
-    optional |= {'other_domain_sketch'} if other is not None else set()
-    if unknown := set(without) - optional:
-        raise InputError(f'{min(unknown)} cannot be left out: use {", ".join(sorted(optional))}')
-
-    def images(number: int) -> tuple[GroupImages, GroupImages]:
-        return groups.images(number, bank, support_bank, config.input, device)
-
-    sketches = [group_sketch(hypernet, images(number)[0]) for number in range(count)]
-    average = (
-        torch.stack([sketch.cpu() for sketch, _ in sketches]).double().mean(0).float().to(device),
-        sum(size for _, size in sketches),
-    )
-    with forked_rng(device):
-        torch.manual_seed(seed)
-        model = channels_last(create_feature_model(hypernet.target).to(device).eval())
-    initial = {key: value.clone() for key, value in model.state_dict().items()}
-
-    def with_weights(weights: dict[str, Tensor], how: Calibration | None = config.calibration) -> Extractor:
-        def run(support: GroupImages, query: GroupImages, rest: GroupImages) -> Features:
-            features = support_features(model, weights, support, how)
-            return features, _rows(model, query), _rows(model, rest)
-
-        return run
-
-    def looked_up(weights: dict[str, Tensor]) -> Extractor:
-        """The same of a network that no group changes: it sees each image of the bank once."""
-        everything = GroupImages(bank, [torch.arange(len(bank.labels))], config.input, device)
-
-        @functools.cache
-        def rows() -> Tensor:
-            return torch.cat([part for part, _ in support_features(model, weights, everything, None)])
-
-        def run(support: GroupImages, query: GroupImages, rest: GroupImages) -> Features:
-            return [(rows()[support.places], support.labels)], rows()[query.places], rows()[rest.places]
-
-        return run
-
-    def other_sketch(number: int) -> tuple[Tensor, float]:
-        assert other is not None
-        picks = torch.randperm(len(other.labels), generator=torch.Generator().manual_seed(number))
-        return group_sketch(hypernet, GroupImages(other, [picks[: len(images(number)[0])]], config.input, device))
-
-    given: dict[str, Callable[[int], tuple[Tensor, float]]] = {'predicted': lambda number: sketches[number]}
-    if count > 1:  # the sketch of one group is also the one before it and the mean
-        given['swapped_sketch'] = lambda number: sketches[number - 1]
-        given['mean_sketch'] = lambda number: average
-    if other is not None:
-        given['other_domain_sketch'] = other_sketch
-    untrained = Calibration(prior_images=PRIOR_IMAGES, deep_share=1.0)  # whose own statistics say nothing
-    arms: dict[str, Extractor] = {'random_weights': with_weights(initial, untrained), 'raw_pixels': _raw_pixels}
-    bases: dict[str, dict[str, Tensor]] = {}
-    looks = groups.query.numel() + (0 if groups.support is None else groups.support.numel())
-    once = groups.conditions is None and support_bank is None and len(bank.labels) < looks
-    for name, (control, learned) in (controls or {}).items():
-        own = {key: value.to(device) for key, value in control.state_dict().items()}
-        arms[name] = with_weights(own)
-        if torch.equal(learned.to(device), whitening):
-            bases[name] = own  # perhaps what is predicted behind a closed gate
-        arms[f'{name}_own_statistics'] = looked_up(own) if once else with_weights(own, None)
-        for arm in (name, f'{name}_own_statistics'):
-            readings[arm] = {arm: learned.to(device)}
-    given = {name: sketch for name, sketch in given.items() if name not in without}
-    arms = {name: arm for name, arm in arms.items() if name not in without}
-
+    networks = _Networks(hypernet, bank, groups, support_bank, other, controls or {}, without, seed)
     # Whether each query of each group is classified rightly, by head and score.
     right: dict[str, dict[str, list[Tensor]]] = {head: {} for head in (*HEADS, 'self_training')}
-    support_images, n_way = 0, groups.query.shape[1]
-    for number in tqdm(range(count), disable=not progress, unit='group'):
-        support, query = images(number)
-        rest = groups.unlabelled(number, bank, support_bank, config.input, device)
+    support_images = 0
+    for number in tqdm(range(len(groups)), disable=not progress, unit='group'):
+        support, query = networks.images(number)
         support_images += len(support)
-        found: dict[str, dict[str, Tensor]] = {}
-        predicted: dict[str, Tensor] = {}
-        for name, sketch in given.items():
-            weights = hypernet(*sketch(number))
-            if predicted and _alike(weights, predicted):
-                found[name] = found['predicted']  # behind a closed gate, both
-                continue
-            predicted = predicted or weights
-            found |= _read(with_weights(weights)(support, query, rest), readings[name], support, n_way)
-        for name, arm in arms.items():
-            if name in bases and _alike(bases[name], predicted):
-                found[name] = found['predicted']
-                continue
-            found |= _read(arm(support, query, rest), readings[name], support, n_way)
-        for reading, guesses in found.items():
+        for score, guesses in networks.guesses(number).items():
             for head, guessed in guesses.items():
-                right[head].setdefault(reading, []).append(guessed == query.labels)
+                right[head].setdefault(score, []).append(guessed == query.labels)
 
+    config, n_way = hypernet.config, groups.query.shape[1]
     return {
         'hypernet': hypernet.name,
         'weights_digest': weights_digest(hypernet),
-        'groups': count,
+        'groups': len(groups),
         'groups_digest': groups.digest,
         'n_way': n_way,
         'n_shot': 'all' if groups.support is None else groups.support.shape[2],
         'n_query': groups.query.shape[2],
         'n_unlabelled': groups.n_unlabelled,
-        'support_images': support_images / count,
+        'support_images': support_images / len(groups),
         'separate_support': support_bank is not None,
         'conditions': groups.conditions is not None,
         'classes': list(bank.class_names),
@@ -229,11 +133,145 @@ def evaluate(
         'input_size': list(config.input.input_size),
         'chance': 100 / n_way,
         'training': config.training,
-        'interval': OVER_GROUPS if count > 1 else OVER_QUERIES,
+        'interval': OVER_GROUPS if len(groups) > 1 else OVER_QUERIES,
         'library_versions': library_versions(),
-        'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {device.type}',
+        'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {hypernet.device.type}',
         **_scores(right, controls or {}),
     }
+
+
+class _Networks:
+    """The networks of `evaluate`, whose arguments these are, and what each of them guesses.
+
+    An *arm* is a way to features of a group; each is read by one score or more, by the whitening that the score has.
+    """
+
+    def __init__(
+        self,
+        hypernet: PudNet,
+        bank: ImageBank,
+        groups: TestGroups,
+        support_bank: ImageBank | None,
+        other: ImageBank | None,
+        controls: Mapping[str, tuple[nn.Module, Tensor]],
+        without: Collection[str],
+        seed: int,
+    ) -> None:
+        self.hypernet, self.bank, self.groups = hypernet, bank, groups
+        self.support_bank, self.other = support_bank, other
+        self.input, self.device = hypernet.config.input, hypernet.device
+        whitening = hypernet.whitening
+        self.readings: dict[str, dict[str, Tensor | None]] = {
+            'predicted': {'predicted': whitening, 'predicted_without_whitening': None},
+            'swapped_sketch': {'swapped_sketch': whitening},
+            'mean_sketch': {'mean_sketch': whitening},
+            'other_domain_sketch': {'other_domain_sketch': whitening},
+            'random_weights': {'random_weights': None},
+            'raw_pixels': {'raw_pixels': None},
+        }
+        _check_controls(hypernet, controls, {score for names in self.readings.values() for score in names})
+        self._check_without(without, controls)
+        self.sketches = [group_sketch(hypernet, self.images(number)[0]) for number in range(len(groups))]
+        average = torch.stack([sketch.cpu() for sketch, _ in self.sketches]).double().mean(0).float().to(self.device)
+        self.average = average, sum(size for _, size in self.sketches)
+        with forked_rng(self.device):
+            torch.manual_seed(seed)
+            self.model = channels_last(create_feature_model(hypernet.target).to(self.device).eval())
+        given = {'predicted': self._own_sketch}
+        if len(groups) > 1:  # the sketch of one group is also the one before it and the mean
+            given |= {'swapped_sketch': self._swapped_sketch, 'mean_sketch': lambda number: self.average}
+        if other is not None:
+            given['other_domain_sketch'] = self._other_sketch
+        self.given = {name: sketch for name, sketch in given.items() if name not in without}
+        self.bases: dict[str, dict[str, Tensor]] = {}  # of arms that are perhaps what a closed gate lets through
+        arms = self._arms(controls)
+        self.arms = {name: arm for name, arm in arms.items() if name not in without}
+
+    def _check_without(self, without: Collection[str], controls: Iterable[str]) -> None:
+        optional = {'random_weights', 'raw_pixels', *controls, *(f'{name}_own_statistics' for name in controls)}
+        optional |= {'swapped_sketch', 'mean_sketch'} if len(self.groups) > 1 else set()
+        optional |= {'other_domain_sketch'} if self.other is not None else set()
+        if unknown := set(without) - optional:
+            raise InputError(f'{min(unknown)} cannot be left out: use {", ".join(sorted(optional))}')
+
+    def images(self, number: int) -> tuple[GroupImages, GroupImages]:
+        """Support and query of a group."""
+        return self.groups.images(number, self.bank, self.support_bank, self.input, self.device)
+
+    def _own_sketch(self, number: int) -> tuple[Tensor, float]:
+        return self.sketches[number]
+
+    def _swapped_sketch(self, number: int) -> tuple[Tensor, float]:
+        return self.sketches[number - 1]
+
+    def _other_sketch(self, number: int) -> tuple[Tensor, float]:
+        assert self.other is not None
+        picks = torch.randperm(len(self.other.labels), generator=torch.Generator().manual_seed(number))
+        picks = picks[: len(self.images(number)[0])]
+        return group_sketch(self.hypernet, GroupImages(self.other, [picks], self.input, self.device))
+
+    def _arms(self, controls: Mapping[str, tuple[nn.Module, Tensor]]) -> dict[str, Extractor]:
+        """Arms that need no sketch; notes how those of controls are read."""
+        initial = {key: value.clone() for key, value in self.model.state_dict().items()}
+        untrained = Calibration(prior_images=PRIOR_IMAGES, deep_share=1.0)  # whose own statistics say nothing
+        arms: dict[str, Extractor] = {
+            'random_weights': self._with_weights(initial, untrained),
+            'raw_pixels': _raw_pixels,
+        }
+        groups = self.groups
+        looks = groups.query.numel() + (0 if groups.support is None else groups.support.numel())
+        once = groups.conditions is None and self.support_bank is None and len(self.bank.labels) < looks
+        for name, (control, learned) in controls.items():
+            own = {key: value.to(self.device) for key, value in control.state_dict().items()}
+            arms[name] = self._with_weights(own, self.hypernet.config.calibration)
+            if torch.equal(learned.to(self.device), self.hypernet.whitening):
+                self.bases[name] = own
+            arms[f'{name}_own_statistics'] = self._looked_up(own) if once else self._with_weights(own, None)
+            for arm in (name, f'{name}_own_statistics'):
+                self.readings[arm] = {arm: learned.to(self.device)}
+        return arms
+
+    def _with_weights(self, weights: dict[str, Tensor], how: Calibration | None) -> Extractor:
+        def run(support: GroupImages, query: GroupImages, rest: GroupImages) -> Features:
+            features = support_features(self.model, weights, support, how)
+            return features, _rows(self.model, query), _rows(self.model, rest)
+
+        return run
+
+    def _looked_up(self, weights: dict[str, Tensor]) -> Extractor:
+        """The same of a network that no group changes: it sees each image of the bank once."""
+        everything = GroupImages(self.bank, [torch.arange(len(self.bank.labels))], self.input, self.device)
+
+        @functools.cache
+        def rows() -> Tensor:
+            return torch.cat([part for part, _ in support_features(self.model, weights, everything, None)])
+
+        def run(support: GroupImages, query: GroupImages, rest: GroupImages) -> Features:
+            return [(rows()[support.places], support.labels)], rows()[query.places], rows()[rest.places]
+
+        return run
+
+    def guesses(self, number: int) -> dict[str, dict[str, Tensor]]:
+        """Guessed classes of a group's query, by score and head."""
+        support, query = self.images(number)
+        rest = self.groups.unlabelled(number, self.bank, self.support_bank, self.input, self.device)
+        n_way = self.groups.query.shape[1]
+        found: dict[str, dict[str, Tensor]] = {}
+        predicted: dict[str, Tensor] = {}
+        for name, sketch in self.given.items():
+            weights = self.hypernet(*sketch(number))
+            if predicted and _alike(weights, predicted):
+                found[name] = found['predicted']  # behind a closed gate, both
+                continue
+            predicted = predicted or weights
+            arm = self._with_weights(weights, self.hypernet.config.calibration)
+            found |= _read(arm(support, query, rest), self.readings[name], support, n_way)
+        for name, arm in self.arms.items():
+            if name in self.bases and _alike(self.bases[name], predicted):
+                found[name] = found['predicted']
+                continue
+            found |= _read(arm(support, query, rest), self.readings[name], support, n_way)
+        return found
 
 
 def _scores(right: Mapping[str, Mapping[str, Sequence[Tensor]]], controls: Iterable[str]) -> dict[str, Any]:
