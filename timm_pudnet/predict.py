@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from timm_pudnet.adapt import HEADS, MOST_UNLABELLED, StreamingRidge, calibrate, self_training_classifier
+from timm_pudnet.adapt import (
+    HEADS,
+    MOST_UNLABELLED,
+    StreamingCentroids,
+    StreamingRidge,
+    calibrate,
+    self_training_classifier,
+)
 from timm_pudnet.config import (
     InputConfig,
     InputError,
@@ -41,6 +48,7 @@ from timm_pudnet.sketch import Balance, ImageSample, content_keys
 from timm_pudnet.target import TargetSpec, check_loadable, keep_arguments, pretrained_cfg_of
 
 Head = Literal['centroid', 'ridge', 'blend', 'none']
+HeadStream = StreamingCentroids | StreamingRidge
 # Arguments of timm.create_model that change what the model gives, not its weights.
 _NOT_OF_TARGET = ('num_classes', 'pretrained_cfg_overlay', 'features_only', 'out_indices', 'feature_cls')
 # Of a timm config, what is as it is for the predicted weights.
@@ -298,29 +306,20 @@ def _predict(
     batch_size: int,
     timm_kwargs: dict[str, Any],
 ) -> nn.Module:
-    if source.labelled and head != 'none' and timm_kwargs.get('global_pool') == '':
+    classifies = source.labelled and head != 'none'
+    if classifies and timm_kwargs.get('global_pool') == '':
         raise InputError("global_pool='' gives maps, which no classifier can read: head='none' gives them alone")
     # First pass over the images: the sketch, and a sample of them for calibration.
     sketch = network.streaming_sketch(balance or ('class' if source.labelled else 'none'))
     sample = ImageSample.for_size(network.config.input.input_size)
-    for images, labels in source.batches(batch_size, keep=source.labelled and head != 'none'):
+    for images, labels in source.batches(batch_size, keep=classifies):
         in_memory(lambda part, labels: sketch.add(part.to(device), labels), images, labels)
         sample.add(images, labels)
-    num_classes = 0
     if head not in ('centroid', 'none') and not source.labelled:
         warnings.warn(
             f'{source.description}: no labels, so no head: the model gives features', PudNetWarning, stacklevel=3
         )
-    if source.labelled and head != 'none':
-        if not spec.classifiers:
-            raise InputError(f'{spec.model_name} has no classifier: head="none" gives a feature model')
-        top = max(sample.classes)
-        source.check_classes(top, len(sample.classes))
-        num_classes = len(source.class_names or ()) or top + 1
-        if num_classes < 2:
-            raise InputError(
-                f'{source.description}: one class only, a classifier needs two; head="none" gives a feature model'
-            )
+    num_classes = _classes_found(spec, source, sample) if classifies else 0
     timm_kwargs = dict(timm_kwargs)
     _check_asked(timm_kwargs.pop('num_classes', None), num_classes)
 
@@ -329,78 +328,119 @@ def _predict(
     taken_apart = bool(timm_kwargs.get('features_only'))  # timm wraps such a model; it is calibrated whole before
     adapting = {key: value for key, value in timm_kwargs.items() if not (taken_apart and key in _NOT_OF_TARGET)}
     model = build_model(network, spec, weights, num_classes, source.class_names, adapting).to(device)
-    classifiers = [model.get_submodule(name) for name in spec.classifiers] if num_classes else []
-
-    def features(images: Tensor) -> list[Tensor]:
-        """What each classifier reads, `[n, d]`, or what a model without one gives."""
-        if device.type == 'cpu':  # faster for ResNets by up to a quarter; their kernels may lie as they do
-            images = images.contiguous(memory_format=torch.channels_last)
-        if not classifiers:
-            return [model(images)]
-        read: dict[nn.Module, Tensor] = {}
-        hooks = [
-            module.register_forward_pre_hook(lambda module, inputs: read.update({module: _rows(module, inputs[0])}))
-            for module in classifiers
-        ]
-        try:
-            model(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [read[module] for module in classifiers]
-
-    images, labels = sample.images, sample.labels
+    read = _Read(model, spec.classifiers if num_classes else (), device)
+    images = sample.images
     while True:
         try:
-            sampled = calibrate(model, images.to(device), weights, **network.config.calibration, forward=features)
+            sampled = calibrate(model, images.to(device), weights, **network.config.calibration, forward=read)
             break
         except torch.OutOfMemoryError as error:
             images = images[: _fewer(len(images), error)]
-    if classifiers:
-        streams = [HEADS[head](num_classes, source.class_names) for _ in classifiers]
-        rest = [ImageSample(MOST_UNLABELLED) for _ in classifiers if others is not None]  # their features
-
-        def add(images: Tensor, labels: Tensor) -> None:
-            for stream, rows in zip(streams, features(images.to(device)), strict=True):
-                stream.add(rows, labels)
-
-        def add_unlabelled(images: Tensor, keys: Tensor) -> None:
-            for part, rows in zip(rest, features(images.to(device)), strict=True):
-                part.add(rows.cpu(), keys=keys)
-
+    if num_classes:
+        assert head != 'none'
+        streams = [HEADS[head](num_classes, source.class_names) for _ in read.classifiers]
         if sample.complete and len(images) == sample.seen:
-            assert labels is not None
+            assert sample.labels is not None
             for stream, rows in zip(streams, sampled, strict=True):
-                stream.add(rows, labels)
+                stream.add(rows, sample.labels)
         else:  # second pass, over more images than one batch holds
-            with torch.inference_mode():
-                for images, labels in source.batches(batch_size):
-                    assert labels is not None
-                    in_memory(add, images, labels)
-        with torch.inference_mode():
-            for images, _ in others.batches(batch_size) if others is not None else ():
-                keys = content_keys(images)
-                wanted = rest[0].wanted(keys)
-                if wanted.any():
-                    in_memory(add_unlabelled, images[wanted], keys[wanted])
-        for place, (classifier, stream) in enumerate(zip(classifiers, streams, strict=True)):
-            assert isinstance(classifier, nn.Linear | nn.Conv2d)
-            width, whitening = classifier.weight.shape[1], network.whitening  # that of the first one's features
-            whitening = whitening if width == len(whitening) else torch.eye(width)
-            if others is None:
-                weight, bias = stream.classifier(whitening)
-            else:
-                assert isinstance(stream, StreamingRidge)
-                weight, bias = self_training_classifier(stream, rest[place].images, whitening)
-            if classifier.bias is None and bias.any():
-                raise InputError(f'{network.config.model_name}: its classifier has no bias, which head {head!r} needs')
-            with torch.no_grad():
-                classifier.weight.copy_(weight.view_as(classifier.weight))
-                if classifier.bias is not None:
-                    classifier.bias.copy_(bias)
+            _add_labelled(streams, read, source, batch_size)
+        unlabelled = [None for _ in streams] if others is None else _unlabelled_rows(read, others, batch_size)
+        for classifier, stream, rows in zip(read.classifiers, streams, unlabelled, strict=True):
+            _write_head(classifier, stream, rows, network, head)
     if taken_apart:
         model = build_model(network, spec, model.state_dict(), 0, None, timm_kwargs).to(device)
     return model.eval()
+
+
+def _classes_found(spec: TargetSpec, source: ImageSource, sample: ImageSample) -> int:
+    """How many classes the labels tell of, at least two."""
+    if not spec.classifiers:
+        raise InputError(f'{spec.model_name} has no classifier: head="none" gives a feature model')
+    top = max(sample.classes)
+    source.check_classes(top, len(sample.classes))
+    num_classes = len(source.class_names or ()) or top + 1
+    if num_classes < 2:
+        raise InputError(
+            f'{source.description}: one class only, a classifier needs two; head="none" gives a feature model'
+        )
+    return num_classes
+
+
+class _Read:
+    """What each classifier of a model reads of images, `[n, d]`, or what a model without one gives."""
+
+    def __init__(self, model: nn.Module, classifiers: Iterable[str], device: torch.device) -> None:
+        self.model, self.device = model, device
+        self.classifiers = [model.get_submodule(name) for name in classifiers]
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        images = images.to(self.device)
+        if self.device.type == 'cpu':  # faster for ResNets by up to a quarter; their kernels may lie as they do
+            images = images.contiguous(memory_format=torch.channels_last)
+        if not self.classifiers:
+            return [self.model(images)]
+        read: dict[nn.Module, Tensor] = {}
+        hooks = [
+            module.register_forward_pre_hook(lambda module, inputs: read.update({module: _rows(module, inputs[0])}))
+            for module in self.classifiers
+        ]
+        try:
+            self.model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [read[module] for module in self.classifiers]
+
+
+@torch.inference_mode()
+def _add_labelled(streams: Sequence[HeadStream], read: _Read, source: ImageSource, batch_size: int) -> None:
+    """Shows every labelled image to the streams of the classifiers."""
+
+    def add(images: Tensor, labels: Tensor) -> None:
+        for stream, rows in zip(streams, read(images), strict=True):
+            stream.add(rows, labels)
+
+    for images, labels in source.batches(batch_size):
+        assert labels is not None
+        in_memory(add, images, labels)
+
+
+@torch.inference_mode()
+def _unlabelled_rows(read: _Read, others: ImageSource, batch_size: int) -> list[Tensor]:
+    """What each classifier reads of images without labels, or of a sample of these: a row `[n, d]` an image."""
+    samples = [ImageSample(MOST_UNLABELLED) for _ in read.classifiers]
+
+    def add(images: Tensor, keys: Tensor) -> None:
+        for sample, rows in zip(samples, read(images), strict=True):
+            sample.add(rows.cpu(), keys=keys)
+
+    for images, _ in others.batches(batch_size):
+        keys = content_keys(images)
+        wanted = samples[0].wanted(keys)
+        if wanted.any():
+            in_memory(add, images[wanted], keys[wanted])
+    return [sample.images for sample in samples]
+
+
+def _write_head(
+    classifier: nn.Module, stream: HeadStream, unlabelled: Tensor | None, network: PudNet, head: Head
+) -> None:
+    """Puts the head of a stream, self-trained where there are unlabelled rows, into a classifier."""
+    assert isinstance(classifier, nn.Linear | nn.Conv2d)
+    width, whitening = classifier.weight.shape[1], network.whitening  # that of the first one's features
+    whitening = whitening if width == len(whitening) else torch.eye(width)
+    if unlabelled is None:
+        weight, bias = stream.classifier(whitening)
+    else:
+        assert isinstance(stream, StreamingRidge)
+        weight, bias = self_training_classifier(stream, unlabelled, whitening)
+    if classifier.bias is None and bias.any():
+        raise InputError(f'{network.config.model_name}: its classifier has no bias, which head {head!r} needs')
+    with torch.no_grad():
+        classifier.weight.copy_(weight.view_as(classifier.weight))
+        if classifier.bias is not None:
+            classifier.bias.copy_(bias)
 
 
 def _check_asked(num_classes: int | None, found: int) -> None:

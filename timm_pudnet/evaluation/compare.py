@@ -158,57 +158,23 @@ def compare(
         warnings.warn(copies_line(copies, config), PudNetWarning, stacklevel=2)
     if not len(aside):
         raise InputError('no image can be kept aside for the test: some class needs two different images')
-    used, tested = bank.part(picks), bank.part(aside)
-
-    def fine_tuning() -> Iterator[dict[str, Any]]:
-        model = copy.deepcopy(predicted)
-        fit_classifier(model, used.class_names)
-        for point in finetune_epochs(model, used, tested, tuning, seed=seed):
-            yield {**point, 'seconds': point['seconds'] + seconds}
-
-    def random() -> Iterator[dict[str, Any]]:
-        model = copy.deepcopy(predicted)
-        with forked_rng(device):
-            torch.manual_seed(seed)
-            fresh = timm.create_model(model_name, **network.config.model_kwargs, num_classes=len(used.class_names))
-        model.load_state_dict(fresh.state_dict())
-        how = dataclasses.replace(MODES['full'], epochs=epochs, head_first=False, layer_decay=1.0)
-        return finetune_epochs(model, used, tested, how, seed=seed)
-
-    @functools.cache  # for both that train from scratch
-    def as_shown() -> list[Tensor]:
-        found = [torch.empty(part.images.shape, device=device) for part in (used, tested)]
-        for part, floats in zip((used, tested), found, strict=True):
-            for some, room in zip(part.images.split(256), floats.split(256), strict=True):
-                room.copy_(normalised(some.float() / 255, config))
-        return found
-
-    def scratch(centralise: bool) -> Iterator[dict[str, Any]]:
-        shown, asked = as_shown()
-        kwargs = network.config.model_kwargs
-        for point in train_from_scratch(
-            model_name,
-            kwargs,
-            shown,
-            used.labels,
-            asked,
-            tested.labels,
-            num_epochs=epochs,
-            centralise=centralise,
-            seed=seed,
-        ):
-            yield {**point, 'right': int(point['right'].sum())}
-
-    mode, tuning = tuning_for('auto', used, epochs=epochs)
+    rivals = _Rivals(model_name, network, bank.part(picks), bank.part(aside), epochs, seed, device)
+    runs = {
+        'fine_tuned': rivals.fine_tuned,
+        'adam': lambda: rivals.from_scratch(centralise=False),
+        'adam_centralised': lambda: rivals.from_scratch(centralise=True),
+        'random': rivals.random,
+        'pretrained': lambda: _pretrained(pretrained or model_name, opened, bank, picks, aside, device),
+    }
     result: dict[str, Any] = {
         'setting': SETTING,
         'model_name': model_name,
         'hypernet': network.name,
-        'images': len(used.labels),
-        'tested': len(tested.labels),
+        'images': len(rivals.used.labels),
+        'tested': len(rivals.tested.labels),
         'classes': len(bank.class_names),
         'copies': copies,
-        'mode': mode,
+        'mode': rivals.mode,
         'epochs': epochs,
         'budget': budget,
         'seed': seed,
@@ -219,82 +185,153 @@ def compare(
         'library_versions': library_versions(),
         'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {device.type}',
     }
-    waiting: dict[str, Iterator[dict[str, Any]]] = {}
-    spent: dict[str, float] = {}
-    began = time.perf_counter()
     points = 1 + sum(1 if name == 'pretrained' else epochs for name in arms)
-    bar = tqdm(total=points, disable=not progress, unit='point')
-
-    def add(name: str, point: dict[str, Any]) -> None:
-        count = len(tested.labels)
-        low, high = share_interval(point['right'], count)
-        row = {
-            **{key: point[key] for key in ('epoch', 'seconds')},
-            'accuracy': 100 * point['right'] / len(tested.labels),
-        }
-        result['arms'].setdefault(name, []).append({**row, 'low': 100 * low, 'high': 100 * high})
-        result['break_even'] = _break_even(result['arms'])
-        bar.update()
-        bar.set_postfix({name: f'{row["accuracy"]:.1f} %'})
-        if on_result is not None:
-            on_result(result)
-
+    curves = _Curves(result, tqdm(total=points, disable=not progress, unit='point'), on_result)
     try:
-        with bar:
-            few = used.part(torch.arange(min(32, len(used.labels))))
-            predict_model(model_name, few.source(config), hypernet=network, head='none', device=device)  # warms up
-            given = used.source(config)
-            started = time.perf_counter()
-            predicted = predict_model(model_name, given, hypernet=network, device=device)
-            seconds = seconds_since(started, device)
-            name_classes(predicted, bank.class_names)
-            point = {'epoch': 0, 'seconds': seconds, **measured(predicted, tested)}
-            add('predicted', point)
-            runs = {
-                'fine_tuned': fine_tuning,
-                'adam': lambda: scratch(False),
-                'adam_centralised': lambda: scratch(True),
-                'random': random,
-                'pretrained': lambda: _pretrained(pretrained or model_name, opened, bank, picks, aside, device),
-            }
-            waiting = {name: runs[name]() for name in arms}
-            if 'fine_tuned' in waiting:  # where its curve begins
+        with curves.bar:
+            curves.began = time.perf_counter()
+            curves.add('predicted', rivals.predict())
+            if 'fine_tuned' in arms:  # where its curve begins
                 result['arms']['fine_tuned'] = list(result['arms']['predicted'])
-            spent, last = dict.fromkeys(waiting, 0.0), dict.fromkeys(waiting, 0.0)
-            while waiting:
-                name = min(waiting, key=spent.__getitem__)
-                left = None if budget is None else budget - (time.perf_counter() - began)
-                if left is not None and left < last[name]:
-                    waiting.pop(name)
-                    result['ended'] = 'budget'
-                    if name not in result['arms']:
-                        result['left_out'][name] = f'not done within the budget of {budget:g} s'
-                    continue
-                try:
-                    started = time.perf_counter()
-                    point = next(waiting[name], None)
-                    last[name] = time.perf_counter() - started
-                except (InputError, FloatingPointError, NotFoundError, torch.OutOfMemoryError) as error:
-                    result['left_out'][name] = str(error)
-                    point = None
-                if point is None:
-                    waiting.pop(name)
-                    continue
-                spent[name] = point['seconds']
-                if 'accuracy' in point:
-                    add(name, point)
-            if result['ended'] == 'running':
-                result['ended'] = 'epochs'
+            curves.extend({name: runs[name]() for name in arms})
     except KeyboardInterrupt:
         if not result['arms']:
             raise
         result['ended'] = 'interrupt'
-        for name in waiting:
+        for name in curves.waiting:
             if name not in result['arms']:
                 result['left_out'][name] = 'interrupted before'
     if on_result is not None:
         on_result(result)
     return result
+
+
+class _Curves:
+    """The points of each arm of a result of `compare`, as they are measured."""
+
+    def __init__(self, result: dict[str, Any], bar: tqdm, on_result: Callable[[dict[str, Any]], None] | None) -> None:
+        self.result, self.bar, self.on_result = result, bar, on_result
+        self.began = 0.0
+        self.waiting: dict[str, Iterator[dict[str, Any]]] = {}  # arms that may have further points
+
+    def add(self, name: str, point: dict[str, Any]) -> None:
+        """Adds a point to an arm, tells of it, and hands the result so far on."""
+        result, right, count = self.result, point['right'], self.result['tested']
+        low, high = share_interval(right, count)
+        row = {**{key: point[key] for key in ('epoch', 'seconds')}, 'accuracy': 100 * right / count}
+        result['arms'].setdefault(name, []).append({**row, 'low': 100 * low, 'high': 100 * high})
+        result['break_even'] = _break_even(result['arms'])
+        self.bar.update()
+        self.bar.set_postfix({name: f'{row["accuracy"]:.1f} %'})
+        if self.on_result is not None:
+            self.on_result(result)
+
+    def extend(self, arms: dict[str, Iterator[dict[str, Any]]]) -> None:
+        """Adds points to these arms, to the one that has had the fewest seconds next, to their ends or the budget's."""
+        result, budget, self.waiting = self.result, self.result['budget'], arms
+        spent, last = dict.fromkeys(arms, 0.0), dict.fromkeys(arms, 0.0)
+        while self.waiting:
+            name = min(self.waiting, key=spent.__getitem__)
+            left = None if budget is None else budget - (time.perf_counter() - self.began)
+            if left is not None and left < last[name]:
+                self.waiting.pop(name)
+                result['ended'] = 'budget'
+                if name not in result['arms']:
+                    result['left_out'][name] = f'not done within the budget of {budget:g} s'
+                continue
+            try:
+                started = time.perf_counter()
+                point = next(self.waiting[name], None)
+                last[name] = time.perf_counter() - started
+            except (InputError, FloatingPointError, NotFoundError, torch.OutOfMemoryError) as error:
+                result['left_out'][name] = str(error)
+                point = None
+            if point is None:
+                self.waiting.pop(name)
+                continue
+            spent[name] = point['seconds']
+            if 'accuracy' in point:
+                self.add(name, point)
+        if result['ended'] == 'running':
+            result['ended'] = 'epochs'
+
+
+class _Rivals:
+    """A prediction from the images of `used`, and the trainings that stand beside it, each tested on those of `tested`.
+
+    Each gives points with `epoch`, `seconds`, the number of `right` answers and `accuracy`.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        network: PudNet,
+        used: ImageBank,
+        tested: ImageBank,
+        epochs: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.model_name, self.network, self.used, self.tested = model_name, network, used, tested
+        self.epochs, self.seed, self.device = epochs, seed, device
+        self.mode, self.tuning = tuning_for('auto', used, epochs=epochs)
+        self.predicted: torch.nn.Module
+        self.seconds = 0.0
+
+    def predict(self) -> dict[str, Any]:
+        """The predicted model, which fine-tuning starts from."""
+        config, few = self.network.config.input, self.used.part(torch.arange(min(32, len(self.used.labels))))
+        how: dict[str, Any] = {'hypernet': self.network, 'device': self.device}
+        predict_model(self.model_name, few.source(config), head='none', **how)  # warms up
+        given = self.used.source(config)
+        started = time.perf_counter()
+        self.predicted = predict_model(self.model_name, given, **how)
+        self.seconds = seconds_since(started, self.device)
+        name_classes(self.predicted, self.used.class_names)
+        return {'epoch': 0, 'seconds': self.seconds, **measured(self.predicted, self.tested)}
+
+    def fine_tuned(self) -> Iterator[dict[str, Any]]:
+        """The predicted model, trained on."""
+        model = copy.deepcopy(self.predicted)
+        fit_classifier(model, self.used.class_names)
+        for point in finetune_epochs(model, self.used, self.tested, self.tuning, seed=self.seed):
+            yield {**point, 'seconds': point['seconds'] + self.seconds}
+
+    def random(self) -> Iterator[dict[str, Any]]:
+        """A random initialisation, trained as fine-tuning trains on many images."""
+        model = copy.deepcopy(self.predicted)
+        with forked_rng(self.device):
+            torch.manual_seed(self.seed)
+            kwargs = {**self.network.config.model_kwargs, 'num_classes': len(self.used.class_names)}
+            fresh = timm.create_model(self.model_name, **kwargs)
+        model.load_state_dict(fresh.state_dict())
+        how = dataclasses.replace(MODES['full'], epochs=self.epochs, head_first=False, layer_decay=1.0)
+        return finetune_epochs(model, self.used, self.tested, how, seed=self.seed)
+
+    @functools.cached_property  # for both that train from scratch
+    def _as_shown(self) -> list[Tensor]:
+        parts = (self.used, self.tested)
+        found = [torch.empty(part.images.shape, device=self.device) for part in parts]
+        for part, floats in zip(parts, found, strict=True):
+            for some, room in zip(part.images.split(256), floats.split(256), strict=True):
+                room.copy_(normalised(some.float() / 255, self.network.config.input))
+        return found
+
+    def from_scratch(self, *, centralise: bool) -> Iterator[dict[str, Any]]:
+        """Ordinary training by Adam, perhaps with gradient centralisation."""
+        shown, asked = self._as_shown
+        for point in train_from_scratch(
+            self.model_name,
+            self.network.config.model_kwargs,
+            shown,
+            self.used.labels,
+            asked,
+            self.tested.labels,
+            num_epochs=self.epochs,
+            centralise=centralise,
+            seed=self.seed,
+        ):
+            yield {**point, 'right': int(point['right'].sum())}
 
 
 def _pretrained(
