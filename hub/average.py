@@ -36,7 +36,13 @@ def main() -> None:
     hypernet = PudNet.from_pretrained(options.hypernet)
     if options.model:
         encoder = hypernet.encoder
-        fields = {'model_name': options.model, 'model_kwargs': {}, 'sketch_gate': False, 'sketch_limit': 0.0}
+        fields = {
+            'model_name': options.model,
+            'model_kwargs': {},
+            'sketch_gate': False,
+            'sketch_limit': 0.0,
+            'training': {},
+        }
         hypernet = PudNet.for_target(**config_fields(hypernet.config, **fields))
         hypernet.encoder.load_state_dict(encoder.state_dict())
     config = hypernet.config

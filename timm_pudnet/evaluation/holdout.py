@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -107,50 +107,27 @@ def measure_held_out(
     model: nn.Module, used: ImageSource, tested: ImageSource, unlabelled: ImageSource | None = None
 ) -> HeldOutTest:
     """Tests a model with a classifier on images that gave it nothing; `used` are those that did, and `unlabelled`."""
-    device = next(model.parameters()).device
     num_classes = int(model.num_classes)  # type: ignore[arg-type]
-    raw, keys = StreamingCentroids(num_classes), set()
-    sample: list[tuple[Tensor, Tensor]] = []  # evenly of all, for a ridge of raw pixels
-    each, seen = -(-len(used) // MOST_RAW_IMAGES), 0
+    raw, keys = _RawPixels(num_classes, len(used)), set()
     for images, labels in used.batches():
         assert labels is not None
-        raw.add(raw_pixels(images), labels)
+        raw.add(images, labels)
         keys.update(content_keys(images).tolist())
-        chosen = (seen + torch.arange(len(images))) % each == 0
-        sample.append((raw_pixels(images[chosen], MOST_RIDGE_PIXELS), labels[chosen]))
-        seen += len(images)
     for images, _ in () if unlabelled is None else unlabelled.batches():
         keys.update(content_keys(images).tolist())
-    centroids = raw.result()
-    rows, classes = map(torch.cat, zip(*sample, strict=True))
-    weight = bias = None
-    if len(classes.unique()) == num_classes:
-        weight, bias = ridge_classifier(rows, classes, num_classes)
+    heads = raw.heads()
     every = -(-len(tested) // MOST_ON_A_MAP)
     truth, guesses, confidences, places, features = [], [], [], [], []
     mistakes: list[tuple[float, int, Tensor]] = []
-    right_raw = dict.fromkeys(('nearest class mean', 'ridge regression'), 0)
+    right_raw = dict.fromkeys(heads, 0)
     repeated, total, seconds = 0, 0, 0.0
-
-    def forward(part: Tensor, _: None) -> None:
-        nonlocal seconds
-        started = time.perf_counter()
-        maps = model.forward_features(part.to(device))  # type: ignore[operator]
-        scores = model.forward_head(maps).float().cpu()  # type: ignore[operator]
-        seconds += time.perf_counter() - started
-        found.append((scores, model.forward_head(maps, pre_logits=True).float().cpu()))  # type: ignore[operator]
-
     for images, labels in tested.batches():
         assert labels is not None
-        found: list[tuple[Tensor, Tensor]] = []
-        in_memory(forward, images, None)
-        scores, rows = map(torch.cat, zip(*found, strict=True))
+        scores, rows, spent = _answers(model, images)
+        seconds += spent
         confidence, guess = scores.softmax(1).max(1)
-        guessed = centroid_logits(raw_pixels(images), centroids, 1.0).argmax(1)
-        right_raw['nearest class mean'] += int((guessed == labels).sum())
-        if weight is not None and bias is not None:
-            guessed = (raw_pixels(images, MOST_RIDGE_PIXELS) @ weight.t() + bias).argmax(1)
-            right_raw['ridge regression'] += int((guessed == labels).sum())
+        for name, head in heads.items():
+            right_raw[name] += int((head(images) == labels).sum())
         repeated += sum(key in keys for key in content_keys(images).tolist())
         wrong = [(float(confidence[i]), total + i, images[i]) for i in (guess != labels).nonzero().flatten().tolist()]
         mistakes = sorted([*mistakes, *wrong], key=lambda one: -one[0])[:MOST_MISTAKES]
@@ -178,6 +155,54 @@ def measure_held_out(
         repeated=repeated,
         seconds=seconds,
     )
+
+
+class _RawPixels:
+    """What labelled images tell without a network; `num_images` of them are to come."""
+
+    def __init__(self, num_classes: int, num_images: int) -> None:
+        self.num_classes = num_classes
+        self.means = StreamingCentroids(num_classes)
+        self.sample: list[tuple[Tensor, Tensor]] = []  # evenly of all, for the ridge
+        self.each, self.seen = -(-num_images // MOST_RAW_IMAGES), 0
+
+    def add(self, images: Tensor, labels: Tensor) -> None:
+        """Takes a batch in."""
+        self.means.add(raw_pixels(images), labels)
+        chosen = (self.seen + torch.arange(len(images))) % self.each == 0
+        self.sample.append((raw_pixels(images[chosen], MOST_RIDGE_PIXELS), labels[chosen]))
+        self.seen += len(images)
+
+    def heads(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Classifiers of images by name; no ridge where its sample lacks a class."""
+        centroids = self.means.result()
+        rows, classes = map(torch.cat, zip(*self.sample, strict=True))
+        heads: dict[str, Callable[[Tensor], Tensor]] = {
+            'nearest class mean': lambda images: centroid_logits(raw_pixels(images), centroids, 1.0).argmax(1)
+        }
+        if len(classes.unique()) == self.num_classes:
+            weight, bias = ridge_classifier(rows, classes, self.num_classes)
+            heads['ridge regression'] = lambda images: (
+                raw_pixels(images, MOST_RIDGE_PIXELS) @ weight.t() + bias
+            ).argmax(1)
+        return heads
+
+
+def _answers(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Logits `[n, k]`, the features `[n, d]` that the classifier reads, and the seconds that the logits took."""
+    device, found, seconds = next(model.parameters()).device, [], 0.0
+
+    def forward(part: Tensor, _: None) -> None:
+        nonlocal seconds
+        started = time.perf_counter()
+        maps = model.forward_features(part.to(device))  # type: ignore[operator]
+        scores = model.forward_head(maps).float().cpu()  # type: ignore[operator]
+        seconds += time.perf_counter() - started
+        found.append((scores, model.forward_head(maps, pre_logits=True).float().cpu()))  # type: ignore[operator]
+
+    in_memory(forward, images, None)
+    scores, rows = map(torch.cat, zip(*found, strict=True))
+    return scores, rows, seconds
 
 
 def pre_logits(model: nn.Module, images: Tensor) -> Tensor:
