@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import math
 import os
+import platform
 import shutil
 import tempfile
 import threading
@@ -746,6 +747,11 @@ def read_config(path: Path) -> PudNetConfig:
     except DamagedFileError as error:
         text = str(error)
         raise DamagedFileError(text if text.startswith(str(path)) else f'{path}: {text}') from error
+
+
+def machine(device: torch.device) -> str:
+    """What a result was measured on, in words."""
+    return f'{platform.machine()}, {torch.get_num_threads()} threads, {device.type}'
 
 
 def library_versions() -> dict[str, str]:

@@ -48,7 +48,7 @@ from timm_pudnet.sketch import Balance, ImageSample, content_keys
 from timm_pudnet.target import TargetSpec, check_loadable, keep_arguments, pretrained_cfg_of
 
 Head = Literal['centroid', 'ridge', 'blend', 'none']
-HeadStream = StreamingCentroids | StreamingRidge
+_HeadStream = StreamingCentroids | StreamingRidge
 # Arguments of timm.create_model that change what the model gives, not its weights.
 _NOT_OF_TARGET = ('num_classes', 'pretrained_cfg_overlay', 'features_only', 'out_indices', 'feature_cls')
 # Of a timm config, what is as it is for the predicted weights.
@@ -328,7 +328,7 @@ def _predict(
     taken_apart = bool(timm_kwargs.get('features_only'))  # timm wraps such a model; it is calibrated whole before
     adapting = {key: value for key, value in timm_kwargs.items() if not (taken_apart and key in _NOT_OF_TARGET)}
     model = build_model(network, spec, weights, num_classes, source.class_names, adapting).to(device)
-    read = _Read(model, spec.classifiers if num_classes else (), device)
+    read = _Reader(model, spec.classifiers if num_classes else (), device)
     images = sample.images
     while True:
         try:
@@ -337,7 +337,6 @@ def _predict(
         except torch.OutOfMemoryError as error:
             images = images[: _fewer(len(images), error)]
     if num_classes:
-        assert head != 'none'
         streams = [HEADS[head](num_classes, source.class_names) for _ in read.classifiers]
         if sample.complete and len(images) == sample.seen:
             assert sample.labels is not None
@@ -367,8 +366,8 @@ def _classes_found(spec: TargetSpec, source: ImageSource, sample: ImageSample) -
     return num_classes
 
 
-class _Read:
-    """What each classifier of a model reads of images, `[n, d]`, or what a model without one gives."""
+class _Reader:
+    """Called with images, gives what each classifier of a model reads of them, `[n, d]`, or what one without gives."""
 
     def __init__(self, model: nn.Module, classifiers: Iterable[str], device: torch.device) -> None:
         self.model, self.device = model, device
@@ -380,9 +379,9 @@ class _Read:
             images = images.contiguous(memory_format=torch.channels_last)
         if not self.classifiers:
             return [self.model(images)]
-        read: dict[nn.Module, Tensor] = {}
+        found: dict[nn.Module, Tensor] = {}
         hooks = [
-            module.register_forward_pre_hook(lambda module, inputs: read.update({module: _rows(module, inputs[0])}))
+            module.register_forward_pre_hook(lambda module, inputs: found.update({module: _rows(module, inputs[0])}))
             for module in self.classifiers
         ]
         try:
@@ -390,24 +389,23 @@ class _Read:
         finally:
             for hook in hooks:
                 hook.remove()
-        return [read[module] for module in self.classifiers]
+        return [found[module] for module in self.classifiers]
 
 
-@torch.inference_mode()
-def _add_labelled(streams: Sequence[HeadStream], read: _Read, source: ImageSource, batch_size: int) -> None:
+def _add_labelled(streams: Sequence[_HeadStream], read: _Reader, source: ImageSource, batch_size: int) -> None:
     """Shows every labelled image to the streams of the classifiers."""
 
     def add(images: Tensor, labels: Tensor) -> None:
         for stream, rows in zip(streams, read(images), strict=True):
             stream.add(rows, labels)
 
-    for images, labels in source.batches(batch_size):
-        assert labels is not None
-        in_memory(add, images, labels)
+    with torch.inference_mode():
+        for images, labels in source.batches(batch_size):
+            assert labels is not None
+            in_memory(add, images, labels)
 
 
-@torch.inference_mode()
-def _unlabelled_rows(read: _Read, others: ImageSource, batch_size: int) -> list[Tensor]:
+def _unlabelled_rows(read: _Reader, others: ImageSource, batch_size: int) -> list[Tensor]:
     """What each classifier reads of images without labels, or of a sample of these: a row `[n, d]` an image."""
     samples = [ImageSample(MOST_UNLABELLED) for _ in read.classifiers]
 
@@ -415,16 +413,17 @@ def _unlabelled_rows(read: _Read, others: ImageSource, batch_size: int) -> list[
         for sample, rows in zip(samples, read(images), strict=True):
             sample.add(rows.cpu(), keys=keys)
 
-    for images, _ in others.batches(batch_size):
-        keys = content_keys(images)
-        wanted = samples[0].wanted(keys)
-        if wanted.any():
-            in_memory(add, images[wanted], keys[wanted])
+    with torch.inference_mode():
+        for images, _ in others.batches(batch_size):
+            keys = content_keys(images)
+            wanted = samples[0].wanted(keys)
+            if wanted.any():
+                in_memory(add, images[wanted], keys[wanted])
     return [sample.images for sample in samples]
 
 
 def _write_head(
-    classifier: nn.Module, stream: HeadStream, unlabelled: Tensor | None, network: PudNet, head: Head
+    classifier: nn.Module, stream: _HeadStream, unlabelled: Tensor | None, network: PudNet, head: Head
 ) -> None:
     """Puts the head of a stream, self-trained where there are unlabelled rows, into a classifier."""
     assert isinstance(classifier, nn.Linear | nn.Conv2d)

@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from timm_pudnet.cli.group import FOLDER, check_outside, device_option, main, strict_option
 from timm_pudnet.config import InputError, PudNetWarning
-from timm_pudnet.denoising import denoise as denoised
-from timm_pudnet.denoising import metrics, pictures, predict_denoiser
+from timm_pudnet.denoising import metrics, pictures, predict_denoiser, tiles
 from timm_pudnet.evaluation import mean_interval
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import folder_written_whole, usable_device
@@ -65,7 +64,8 @@ def denoise(
     found, skipped = _looked_at(paths, strict)
     if not found:
         raise InputError(f'none of the {len(paths):,} images of {images} can be denoised: {pictures.in_short(skipped)}')
-    partners = {} if clean is None else _partners({name: paths[name] for name in found}, clean)
+    readable = {name: paths[name] for name in found}
+    partners = {} if clean is None else _partners(readable, clean)
     if skipped:
         warnings.warn(
             f'skipped {len(skipped):,} of {len(paths):,} images: {pictures.in_short(skipped)}',
@@ -84,7 +84,7 @@ def denoise(
     started = time.perf_counter()
     models = {
         channels: predict_denoiser(
-            [str(paths[name]) for name, facts in found.items() if facts['channels'] == channels],
+            [str(readable[name]) for name, facts in found.items() if facts['channels'] == channels],
             hypernet=network,
             device=where,
         )
@@ -99,8 +99,9 @@ def denoise(
     sheet_name, json_name = _free_name('side-by-side.png', taken), _free_name('denoised.json', taken)
     with folder_written_whole(out) as beside:
         started = time.perf_counter()
-        _write_denoised(beside, sheet_name, models, {name: paths[name] for name in found}, partners, found, int(turns))
+        rows = _write_denoised(beside, models, readable, partners, found, int(turns))
         seconds = time.perf_counter() - started
+        pictures.side_by_side(rows, ('noisy', 'denoised', 'clean')[: len(rows[0])]).save(beside / sheet_name)
         means = _mean_gains(list(found.values())) if partners else {}
         if partners:
             result = {'command': context.meta['command'], 'seconds': seconds, 'device': str(where), 'mean': means}
@@ -158,18 +159,17 @@ def _partners(paths: dict[str, Path], clean: Path) -> dict[str, Path]:
 
 def _write_denoised(
     folder: Path,
-    sheet_name: str,
     models: dict[int, nn.Module],
     paths: dict[str, Path],
     partners: dict[str, Path],
     found: dict[str, dict[str, Any]],
     turns: int,
-) -> None:
-    """Writes every image denoised, and a few of them side by side; puts PSNR and SSIM into `found`."""
+) -> list[list[Tensor]]:
+    """Writes every image denoised, and puts PSNR and SSIM into `found`; gives rows of a side-by-side picture."""
     rows = []
     for name, path in tqdm(paths.items(), desc='Denoising', unit='image', delay=2):
         picture, model = pictures.read_picture(path), models[found[name]['channels']]
-        pixels = picture.rounded(denoised(model, picture.pixels, turns=turns))
+        pixels = picture.rounded(tiles.denoise(model, picture.pixels, turns=turns))
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         pictures.write_picture(picture, pixels, folder / name)
         clean = [pictures.read_picture(partners[name]).pixels] if partners else []
@@ -179,7 +179,7 @@ def _write_denoised(
             found[name].update(_measured(*versions))
         if len(rows) < 4:
             rows.append([pictures.middle(version) for version in versions])
-    pictures.side_by_side(rows, ('noisy', 'denoised', 'clean')[: len(rows[0])]).save(folder / sheet_name)
+    return rows
 
 
 def _of_kinds(found: dict[str, dict[str, Any]]) -> str:

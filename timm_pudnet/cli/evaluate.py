@@ -224,7 +224,10 @@ def _read_controls(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def _unseen_images(network: PudNet, source: ImageSource, controls: Sequence[Path]) -> ImageBank:
-    """Reads the images of those classes that neither the hypernetwork nor a control was trained on, and says so."""
+    """Reads the images of the classes that the hypernetwork was not trained on, and says so.
+
+    A control that was trained on one of them is refused.
+    """
     seen = network.config.class_names
     if not seen:
         click.echo(f'Note       {network.name} does not say which classes it was trained on: all are taken for unseen')

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import timm
 
-from timm_pudnet.cli.group import main, some
+from timm_pudnet.cli.group import main, size_of, some
 from timm_pudnet.config import MIN_PREDICTED, InputError
 from timm_pudnet.hub import describe_hypernet, list_hypernets
 from timm_pudnet.hypernet import copy_speed, plan_hypernet
@@ -54,7 +54,7 @@ def info(
         config, model_name = found.config, found.model_name
         if config.class_names:  # denoisers have none
             click.echo(f'Seen       {len(config.class_names)} classes: {some(config.class_names)}')
-        click.echo(f'Input      {"x".join(map(str, config.input.input_size))}, mean {config.input.mean}')
+        click.echo(f'Input      {size_of(config.input)}, mean {config.input.mean}')
         click.echo(f'Training   {", ".join(f"{key} {value}" for key, value in config.training.items()) or "not told"}')
         plan = plan_hypernet(**vars(config))
     else:

@@ -35,11 +35,11 @@ from timm_pudnet.evaluation.holdout import HeldOutTest
 from timm_pudnet.evaluation.report import Report, first_images
 from timm_pudnet.files import config_sha256, sha256
 from timm_pudnet.hub import resolve_hypernet
-from timm_pudnet.hypernet import PudNet, library_versions, usable_device
+from timm_pudnet.hypernet import PudNet, library_versions, machine, usable_device
 from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.predict import Head, check_output, predict_model, save_model
 
-MANY = 20  # labelled images a class, from which on the blend head is measurably ahead of class centroids
+_MANY = 20  # labelled images a class, from which on the blend head is measurably ahead of class centroids
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -49,6 +49,7 @@ class _Prediction:
     Args:
         model_name: timm architecture.
         network: The hypernetwork.
+        source: All images.
         head: That the model gets, if there are labels.
         device: Where all of it runs.
         used: The images that give the weights.
@@ -60,6 +61,7 @@ class _Prediction:
 
     model_name: str
     network: PudNet
+    source: ImageSource
     head: Head
     device: torch.device
     used: ImageSource
@@ -67,13 +69,13 @@ class _Prediction:
     unlabelled: ImageSource | None
     notes: list[str] = dataclasses.field(default_factory=list)
     told: dict[str, Any] = dataclasses.field(default_factory=dict)
-    model: Any = dataclasses.field(init=False)  # of timm
-    seconds: float = dataclasses.field(init=False)
-    sketch: str = dataclasses.field(init=False)  # what came of it, in words
-    test: HeldOutTest | None = None
+    model: Any = dataclasses.field(init=False, default=None)  # of timm
+    seconds: float = dataclasses.field(init=False, default=0.0)  # of predicting
+    sketch: str = dataclasses.field(init=False, default='')  # what came of it, in words
+    test: HeldOutTest | None = dataclasses.field(init=False, default=None)
 
-    def predict(self, source: ImageSource) -> None:
-        """Predicts the model, from all images of `source` where a class cannot be read among those that are used."""
+    def predict(self) -> None:
+        """Predicts the model, from all images where a class cannot be read among those that are used, and says so."""
         started = time.perf_counter()
         try:
             self.model = self._predicted()
@@ -82,7 +84,7 @@ class _Prediction:
                 raise
             # The class may have readable images among those that were kept aside: all are used.
             self._note('Too few images of a class can be read to keep one aside: all gave the weights, none is tested.')
-            self.used, self.tested, started = source, None, time.perf_counter()
+            self.used, self.tested, started = self.source, None, time.perf_counter()
             self.model = self._predicted()
         self.seconds = time.perf_counter() - started
         self.sketch = _said_by_sketch(self.network, self.model)
@@ -109,7 +111,7 @@ class _Prediction:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def measure(self, strict: bool) -> None:
-        """Tests the model on the images kept aside, where there are some."""
+        """Tests the model on the images kept aside, where there are some, and says how it did."""
         try:
             if self.tested is not None:
                 self.test = evaluation.measure_held_out(self.model, self.used, self.tested, self.unlabelled)
@@ -126,9 +128,9 @@ class _Prediction:
 
     def has_many_labels(self) -> bool:
         """Whether there are so many labels that another head is better than class centroids."""
-        return self.used.labels is not None and len(self.used.labels) >= MANY * self.model.num_classes
+        return self.used.labels is not None and len(self.used.labels) >= _MANY * self.model.num_classes
 
-    def report(self, source: ImageSource, images: str) -> Report:
+    def report(self, images: str) -> Report:
         """The page about the prediction, but for its facts, which the saved model gives."""
         skipped = sum(len(part.skipped) for part in (self.used, self.tested, self.unlabelled) if part is not None)
         notes = [*self.notes, *([f'{skipped:,} images could not be read and were left out.'] if skipped else [])]
@@ -140,24 +142,23 @@ class _Prediction:
         tiles = [
             ('Predicted in', f'{self.seconds:.2f} s', f'{self.num_weights / 1e6:.1f}M weights, on {self.device}'),
         ]
-        if source.labels is not None:
+        if self.source.labels is not None:
             classes = f'{self.model.num_classes:,} classes' if self.model.num_classes else 'no head'
             gave = 'all gave the weights'
             if self.tested is not None or (self.used.skipped and not self.used.is_stream):
                 gave = f'{len(self.used) - len(self.used.skipped):,} gave the weights'
-            tiles.append(('Images', f'{len(source.labels):,}', f'{classes}; {gave}'))
+            tiles.append(('Images', f'{len(self.source.labels):,}', f'{classes}; {gave}'))
         title = f'{self.model_name} for {images}'
         return evaluation.make_report(
             self.model, self.used, self.test, title=title, tiles=tiles, notes=notes, **self.told
         )
 
-    def facts(self, command: str, source: ImageSource, out: Path) -> dict[str, str]:
-        """How the model in folder `out` was made."""
-        size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+    def facts(self, command: str, out: Path, size: float) -> dict[str, str]:
+        """How the model in folder `out`, of so many megabytes, was made."""
         facts = {
             'Command': command,
             'In the folder': str(Path.cwd()),
-            'Images': source.description,
+            'Images': self.source.description,
             'Hypernetwork': f'{self.network.name}, weights {evaluation.weights_digest(self.network)}',
             'Sketch': self.sketch,
             'Head': self.head if self.model.num_classes else 'none',
@@ -169,7 +170,7 @@ class _Prediction:
             'Milliseconds an image': ''
             if self.test is None
             else f'{1000 * self.test.seconds / len(self.test.labels):.2f}, on {self.device}',
-            'Machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {self.device}',
+            'Machine': machine(self.device),
             'Versions': ', '.join(f'{name} {version}' for name, version in library_versions().items()),
             'Python': platform.python_version(),
         }
@@ -243,12 +244,14 @@ def predict(
 
     wanted: Head = head or ('centroid' if unlabelled is None else 'blend')
     used, tested = evaluation.split_held_out(source, holdout if wanted != 'none' else 0, seed)
-    alone = '' if tested is None else _said_of_classes(source)
+    alone = ''
     if tested is not None:
+        alone = _said_of_classes(source)
         click.echo(f'Kept aside {len(tested):,} of them for the test, {len(used):,} give the weights')
     run = _Prediction(
         model_name=model_name,
         network=network,
+        source=source,
         head=wanted,
         device=usable_device(device),
         used=used,
@@ -256,7 +259,7 @@ def predict(
         unlabelled=others,
     )
     click.echo(f'Device     {run.device}; images are seen at {size_of(network.config.input)}')
-    run.predict(source)
+    run.predict()
     if expectation is not None:
         run.told = _expect(expectation, network, run.model, run.used, wanted)
     run.measure(strict)
@@ -274,12 +277,12 @@ def predict(
         return
 
     run.notes += [alone] if alone else []
-    page = run.report(source, images) if report else None
+    page = run.report(images) if report else None
     save_model(run.model, out)
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     written = None
     if page is not None:
-        facts = run.facts(context.meta['command'], source, out)
+        facts = run.facts(context.meta['command'], out, size)
         try:
             written = dataclasses.replace(page, facts=facts).write(out / 'report')
         except OSError as error:  # the model is there all the same

@@ -52,7 +52,7 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
     if out is None:
         raise InputError('--out is missing: name a folder for the result, or try the recipe with --short')
     _check_result(loaded, text, out, plain)
-    where: Any = device if several else usable_device(device)
+    where = device if several else usable_device(device)
     first = os.environ.get('RANK', '0') == '0'  # of several processes the first one speaks and writes
     banks: Any
     if loaded.denoising is None:
@@ -88,7 +88,7 @@ def _result(out: Path, plain: bool) -> Path:
 
 
 def _check_result(recipe: Recipe, text: bytes, out: Path, plain: bool) -> None:
-    """Refuses a folder that has a result, or another recipe's checkpoints, and a control that could not be saved."""
+    """Refuses a folder that has a result or another recipe, and a control that could not be saved."""
     for path in [_result(out, plain)] if plain else [_result(out, plain), out / 'config.json']:
         if path.exists():
             raise OutputExistsError(f'{path} exists: choose another --out, or remove it first')
@@ -102,7 +102,7 @@ def _check_result(recipe: Recipe, text: bytes, out: Path, plain: bool) -> None:
         )
 
 
-def _train_plain(recipe: Recipe, out: Path, banks: Any, device: Any, first: bool) -> None:
+def _train_plain(recipe: Recipe, out: Path, banks: Any, device: str | torch.device | None, first: bool) -> None:
     """Trains the control, and saves it, with the whitening of its features if it classifies."""
     result = _result(out, plain=True)
     if recipe.denoising is not None:

@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import functools
 import os
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,15 @@ from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.evaluation.scratch import train_from_scratch
 from timm_pudnet.files import local_path
 from timm_pudnet.hub import resolve_hypernet
-from timm_pudnet.hypernet import PudNet, forked_rng, library_versions, own_defaults, usable_device, written_whole
+from timm_pudnet.hypernet import (
+    PudNet,
+    forked_rng,
+    library_versions,
+    machine,
+    own_defaults,
+    usable_device,
+    written_whole,
+)
 from timm_pudnet.images import ImageSource, open_images, reorders
 from timm_pudnet.predict import predict_model
 from timm_pudnet.target import input_of
@@ -158,23 +165,24 @@ def compare(
         warnings.warn(copies_line(copies, config), PudNetWarning, stacklevel=2)
     if not len(aside):
         raise InputError('no image can be kept aside for the test: some class needs two different images')
-    rivals = _Rivals(model_name, network, bank.part(picks), bank.part(aside), epochs, seed, device)
+    used, tested = bank.part(picks), bank.part(aside)
+    networks = _Networks(model_name, network, used=used, tested=tested, epochs=epochs, seed=seed, device=device)
     runs = {
-        'fine_tuned': rivals.fine_tuned,
-        'adam': lambda: rivals.from_scratch(centralise=False),
-        'adam_centralised': lambda: rivals.from_scratch(centralise=True),
-        'random': rivals.random,
+        'fine_tuned': networks.fine_tuned,
+        'adam': lambda: networks.from_scratch(centralise=False),
+        'adam_centralised': lambda: networks.from_scratch(centralise=True),
+        'random': networks.random,
         'pretrained': lambda: _pretrained(pretrained or model_name, opened, bank, picks, aside, device),
     }
     result: dict[str, Any] = {
         'setting': SETTING,
         'model_name': model_name,
         'hypernet': network.name,
-        'images': len(rivals.used.labels),
-        'tested': len(rivals.tested.labels),
+        'images': len(used.labels),
+        'tested': len(tested.labels),
         'classes': len(bank.class_names),
         'copies': copies,
-        'mode': rivals.mode,
+        'mode': networks.mode,
         'epochs': epochs,
         'budget': budget,
         'seed': seed,
@@ -183,14 +191,13 @@ def compare(
         'break_even': {},
         'ended': 'running',
         'library_versions': library_versions(),
-        'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {device.type}',
+        'machine': machine(device),
     }
     points = 1 + sum(1 if name == 'pretrained' else epochs for name in arms)
     curves = _Curves(result, tqdm(total=points, disable=not progress, unit='point'), on_result)
     try:
         with curves.bar:
-            curves.began = time.perf_counter()
-            curves.add('predicted', rivals.predict())
+            curves.add('predicted', networks.predict())
             if 'fine_tuned' in arms:  # where its curve begins
                 result['arms']['fine_tuned'] = list(result['arms']['predicted'])
             curves.extend({name: runs[name]() for name in arms})
@@ -198,9 +205,9 @@ def compare(
         if not result['arms']:
             raise
         result['ended'] = 'interrupt'
-        for name in curves.waiting:
+        for name in arms:
             if name not in result['arms']:
-                result['left_out'][name] = 'interrupted before'
+                result['left_out'].setdefault(name, 'interrupted before')
     if on_result is not None:
         on_result(result)
     return result
@@ -211,8 +218,7 @@ class _Curves:
 
     def __init__(self, result: dict[str, Any], bar: tqdm, on_result: Callable[[dict[str, Any]], None] | None) -> None:
         self.result, self.bar, self.on_result = result, bar, on_result
-        self.began = 0.0
-        self.waiting: dict[str, Iterator[dict[str, Any]]] = {}  # arms that may have further points
+        self.began = time.perf_counter()
 
     def add(self, name: str, point: dict[str, Any]) -> None:
         """Adds a point to an arm, tells of it, and hands the result so far on."""
@@ -227,27 +233,27 @@ class _Curves:
             self.on_result(result)
 
     def extend(self, arms: dict[str, Iterator[dict[str, Any]]]) -> None:
-        """Adds points to these arms, to the one that has had the fewest seconds next, to their ends or the budget's."""
-        result, budget, self.waiting = self.result, self.result['budget'], arms
+        """Takes points from these arms until they or the budget end; the arm that had the fewest seconds goes next."""
+        result, budget, waiting = self.result, self.result['budget'], dict(arms)
         spent, last = dict.fromkeys(arms, 0.0), dict.fromkeys(arms, 0.0)
-        while self.waiting:
-            name = min(self.waiting, key=spent.__getitem__)
+        while waiting:
+            name = min(waiting, key=spent.__getitem__)
             left = None if budget is None else budget - (time.perf_counter() - self.began)
             if left is not None and left < last[name]:
-                self.waiting.pop(name)
+                waiting.pop(name)
                 result['ended'] = 'budget'
                 if name not in result['arms']:
                     result['left_out'][name] = f'not done within the budget of {budget:g} s'
                 continue
             try:
                 started = time.perf_counter()
-                point = next(self.waiting[name], None)
+                point = next(waiting[name], None)
                 last[name] = time.perf_counter() - started
             except (InputError, FloatingPointError, NotFoundError, torch.OutOfMemoryError) as error:
                 result['left_out'][name] = str(error)
                 point = None
             if point is None:
-                self.waiting.pop(name)
+                waiting.pop(name)
                 continue
             spent[name] = point['seconds']
             if 'accuracy' in point:
@@ -256,8 +262,8 @@ class _Curves:
             result['ended'] = 'epochs'
 
 
-class _Rivals:
-    """A prediction from the images of `used`, and the trainings that stand beside it, each tested on those of `tested`.
+class _Networks:
+    """A prediction from the images of `used`, and trainings on them, each tested on those of `tested`.
 
     Each gives points with `epoch`, `seconds`, the number of `right` answers and `accuracy`.
     """
@@ -266,6 +272,7 @@ class _Rivals:
         self,
         model_name: str,
         network: PudNet,
+        *,
         used: ImageBank,
         tested: ImageBank,
         epochs: int,
@@ -276,26 +283,25 @@ class _Rivals:
         self.epochs, self.seed, self.device = epochs, seed, device
         self.mode, self.tuning = tuning_for('auto', used, epochs=epochs)
         self.predicted: torch.nn.Module
-        self.seconds = 0.0
+        self.predicted_seconds = 0.0
 
     def predict(self) -> dict[str, Any]:
-        """The predicted model, which fine-tuning starts from."""
+        """Predicts the model, which fine-tuning starts from, and gives its point."""
         config, few = self.network.config.input, self.used.part(torch.arange(min(32, len(self.used.labels))))
-        how: dict[str, Any] = {'hypernet': self.network, 'device': self.device}
-        predict_model(self.model_name, few.source(config), head='none', **how)  # warms up
-        given = self.used.source(config)
+        warm, given = few.source(config), self.used.source(config)
+        predict_model(self.model_name, warm, hypernet=self.network, head='none', device=self.device)
         started = time.perf_counter()
-        self.predicted = predict_model(self.model_name, given, **how)
-        self.seconds = seconds_since(started, self.device)
+        self.predicted = predict_model(self.model_name, given, hypernet=self.network, device=self.device)
+        self.predicted_seconds = seconds_since(started, self.device)
         name_classes(self.predicted, self.used.class_names)
-        return {'epoch': 0, 'seconds': self.seconds, **measured(self.predicted, self.tested)}
+        return {'epoch': 0, 'seconds': self.predicted_seconds, **measured(self.predicted, self.tested)}
 
     def fine_tuned(self) -> Iterator[dict[str, Any]]:
         """The predicted model, trained on."""
         model = copy.deepcopy(self.predicted)
         fit_classifier(model, self.used.class_names)
         for point in finetune_epochs(model, self.used, self.tested, self.tuning, seed=self.seed):
-            yield {**point, 'seconds': point['seconds'] + self.seconds}
+            yield {**point, 'seconds': point['seconds'] + self.predicted_seconds}
 
     def random(self) -> Iterator[dict[str, Any]]:
         """A random initialisation, trained as fine-tuning trains on many images."""

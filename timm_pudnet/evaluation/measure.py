@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import platform
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ from timm_pudnet.config import PRIOR_IMAGES, Calibration, InputError
 from timm_pudnet.evaluation.holdout import raw_pixels
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
-from timm_pudnet.hypernet import PudNet, forked_rng, library_versions, own_defaults, with_hypernet_as_saved
+from timm_pudnet.hypernet import PudNet, forked_rng, library_versions, machine, own_defaults, with_hypernet_as_saved
 from timm_pudnet.target import channels_last, create_feature_model
 from timm_pudnet.training.episodes import ImageBank
 
@@ -104,14 +103,23 @@ def evaluate(
     for images_of in (bank, support_bank, other):
         if images_of is not None:
             images_of.check_size(hypernet.config.input)
-    networks = _Networks(hypernet, bank, groups, support_bank, other, controls or {}, without, seed)
+    networks = _Networks(
+        hypernet,
+        bank,
+        groups,
+        support_bank=support_bank,
+        other=other,
+        controls=controls or {},
+        without=without,
+        seed=seed,
+    )
     # Whether each query of each group is classified rightly, by head and score.
     right: dict[str, dict[str, list[Tensor]]] = {head: {} for head in (*HEADS, 'self_training')}
     support_images = 0
     for number in tqdm(range(len(groups)), disable=not progress, unit='group'):
         support, query = networks.images(number)
         support_images += len(support)
-        for score, guesses in networks.guesses(number).items():
+        for score, guesses in networks.guesses(number, support, query).items():
             for head, guessed in guesses.items():
                 right[head].setdefault(score, []).append(guessed == query.labels)
 
@@ -135,7 +143,7 @@ def evaluate(
         'training': config.training,
         'interval': OVER_GROUPS if len(groups) > 1 else OVER_QUERIES,
         'library_versions': library_versions(),
-        'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {hypernet.device.type}',
+        'machine': machine(hypernet.device),
         **_scores(right, controls or {}),
     }
 
@@ -151,15 +159,15 @@ class _Networks:
         hypernet: PudNet,
         bank: ImageBank,
         groups: TestGroups,
+        *,
         support_bank: ImageBank | None,
         other: ImageBank | None,
         controls: Mapping[str, tuple[nn.Module, Tensor]],
         without: Collection[str],
         seed: int,
     ) -> None:
-        self.hypernet, self.bank, self.groups = hypernet, bank, groups
-        self.support_bank, self.other = support_bank, other
-        self.input, self.device = hypernet.config.input, hypernet.device
+        self.hypernet, self.bank, self.groups, self.support_bank = hypernet, bank, groups, support_bank
+        self.calibration = hypernet.config.calibration
         whitening = hypernet.whitening
         self.readings: dict[str, dict[str, Tensor | None]] = {
             'predicted': {'predicted': whitening, 'predicted_without_whitening': None},
@@ -170,108 +178,120 @@ class _Networks:
             'raw_pixels': {'raw_pixels': None},
         }
         _check_controls(hypernet, controls, {score for names in self.readings.values() for score in names})
-        self._check_without(without, controls)
-        self.sketches = [group_sketch(hypernet, self.images(number)[0]) for number in range(len(groups))]
-        average = torch.stack([sketch.cpu() for sketch, _ in self.sketches]).double().mean(0).float().to(self.device)
-        self.average = average, sum(size for _, size in self.sketches)
-        with forked_rng(self.device):
+        _check_without(without, controls, several=len(groups) > 1, other=other is not None)
+        supports = (self.images(number)[0] for number in range(len(groups)))  # one at a time in memory
+        with forked_rng(hypernet.device):
             torch.manual_seed(seed)
-            self.model = channels_last(create_feature_model(hypernet.target).to(self.device).eval())
-        given = {'predicted': self._own_sketch}
-        if len(groups) > 1:  # the sketch of one group is also the one before it and the mean
-            given |= {'swapped_sketch': self._swapped_sketch, 'mean_sketch': lambda number: self.average}
-        if other is not None:
-            given['other_domain_sketch'] = self._other_sketch
-        self.given = {name: sketch for name, sketch in given.items() if name not in without}
-        self.bases: dict[str, dict[str, Tensor]] = {}  # of arms that are perhaps what a closed gate lets through
-        arms = self._arms(controls)
-        self.arms = {name: arm for name, arm in arms.items() if name not in without}
-
-    def _check_without(self, without: Collection[str], controls: Iterable[str]) -> None:
-        optional = {'random_weights', 'raw_pixels', *controls, *(f'{name}_own_statistics' for name in controls)}
-        optional |= {'swapped_sketch', 'mean_sketch'} if len(self.groups) > 1 else set()
-        optional |= {'other_domain_sketch'} if self.other is not None else set()
-        if unknown := set(without) - optional:
-            raise InputError(f'{min(unknown)} cannot be left out: use {", ".join(sorted(optional))}')
+            self.model = channels_last(create_feature_model(hypernet.target).to(hypernet.device).eval())
+        # Arms that have a sketch for each group, by what gives it.
+        self.sketched = {
+            name: sketch for name, sketch in _sketches(hypernet, supports, other).items() if name not in without
+        }
+        # Arms that have none; and weights of those that may be what is predicted behind a closed gate.
+        self.fixed: dict[str, Extractor] = {}
+        self.bases: dict[str, dict[str, Tensor]] = {}
+        self._add_fixed(controls)
+        self.fixed = {name: arm for name, arm in self.fixed.items() if name not in without}
 
     def images(self, number: int) -> tuple[GroupImages, GroupImages]:
         """Support and query of a group."""
-        return self.groups.images(number, self.bank, self.support_bank, self.input, self.device)
+        input, device = self.hypernet.config.input, self.hypernet.device
+        return self.groups.images(number, self.bank, self.support_bank, input, device)
 
-    def _own_sketch(self, number: int) -> tuple[Tensor, float]:
-        return self.sketches[number]
-
-    def _swapped_sketch(self, number: int) -> tuple[Tensor, float]:
-        return self.sketches[number - 1]
-
-    def _other_sketch(self, number: int) -> tuple[Tensor, float]:
-        assert self.other is not None
-        picks = torch.randperm(len(self.other.labels), generator=torch.Generator().manual_seed(number))
-        picks = picks[: len(self.images(number)[0])]
-        return group_sketch(self.hypernet, GroupImages(self.other, [picks], self.input, self.device))
-
-    def _arms(self, controls: Mapping[str, tuple[nn.Module, Tensor]]) -> dict[str, Extractor]:
-        """Arms that need no sketch; notes how those of controls are read."""
-        initial = {key: value.clone() for key, value in self.model.state_dict().items()}
+    def _add_fixed(self, controls: Mapping[str, tuple[nn.Module, Tensor]]) -> None:
+        """Adds the arms without a sketch, and how those of controls are read."""
+        model, groups, device = self.model, self.groups, self.hypernet.device
+        initial = {key: value.clone() for key, value in model.state_dict().items()}
         untrained = Calibration(prior_images=PRIOR_IMAGES, deep_share=1.0)  # whose own statistics say nothing
-        arms: dict[str, Extractor] = {
-            'random_weights': self._with_weights(initial, untrained),
-            'raw_pixels': _raw_pixels,
-        }
-        groups = self.groups
+        self.fixed = {'random_weights': _with_weights(model, initial, untrained), 'raw_pixels': _raw_pixels}
         looks = groups.query.numel() + (0 if groups.support is None else groups.support.numel())
         once = groups.conditions is None and self.support_bank is None and len(self.bank.labels) < looks
+        whole = [torch.arange(len(self.bank.labels))]
+        everything = GroupImages(self.bank, whole, self.hypernet.config.input, device)
         for name, (control, learned) in controls.items():
-            own = {key: value.to(self.device) for key, value in control.state_dict().items()}
-            arms[name] = self._with_weights(own, self.hypernet.config.calibration)
-            if torch.equal(learned.to(self.device), self.hypernet.whitening):
+            own = {key: value.to(device) for key, value in control.state_dict().items()}
+            with_own = _looked_up(model, own, everything) if once else _with_weights(model, own, None)
+            for arm, extractor in (
+                (name, _with_weights(model, own, self.calibration)),
+                (f'{name}_own_statistics', with_own),
+            ):
+                self.fixed[arm] = extractor
+                self.readings[arm] = {arm: learned.to(device)}
+            if torch.equal(learned.to(device), self.hypernet.whitening):
                 self.bases[name] = own
-            arms[f'{name}_own_statistics'] = self._looked_up(own) if once else self._with_weights(own, None)
-            for arm in (name, f'{name}_own_statistics'):
-                self.readings[arm] = {arm: learned.to(self.device)}
-        return arms
 
-    def _with_weights(self, weights: dict[str, Tensor], how: Calibration | None) -> Extractor:
-        def run(support: GroupImages, query: GroupImages, rest: GroupImages) -> Features:
-            features = support_features(self.model, weights, support, how)
-            return features, _rows(self.model, query), _rows(self.model, rest)
-
-        return run
-
-    def _looked_up(self, weights: dict[str, Tensor]) -> Extractor:
-        """The same of a network that no group changes: it sees each image of the bank once."""
-        everything = GroupImages(self.bank, [torch.arange(len(self.bank.labels))], self.input, self.device)
-
-        @functools.cache
-        def rows() -> Tensor:
-            return torch.cat([part for part, _ in support_features(self.model, weights, everything, None)])
-
-        def run(support: GroupImages, query: GroupImages, rest: GroupImages) -> Features:
-            return [(rows()[support.places], support.labels)], rows()[query.places], rows()[rest.places]
-
-        return run
-
-    def guesses(self, number: int) -> dict[str, dict[str, Tensor]]:
+    def guesses(self, number: int, support: GroupImages, query: GroupImages) -> dict[str, dict[str, Tensor]]:
         """Guessed classes of a group's query, by score and head."""
-        support, query = self.images(number)
-        rest = self.groups.unlabelled(number, self.bank, self.support_bank, self.input, self.device)
+        input, device = self.hypernet.config.input, self.hypernet.device
+        rest = self.groups.unlabelled(number, self.bank, self.support_bank, input, device)
         n_way = self.groups.query.shape[1]
         found: dict[str, dict[str, Tensor]] = {}
         predicted: dict[str, Tensor] = {}
-        for name, sketch in self.given.items():
+        for name, sketch in self.sketched.items():
             weights = self.hypernet(*sketch(number))
             if predicted and _alike(weights, predicted):
                 found[name] = found['predicted']  # behind a closed gate, both
                 continue
             predicted = predicted or weights
-            arm = self._with_weights(weights, self.hypernet.config.calibration)
+            arm = _with_weights(self.model, weights, self.calibration)
             found |= _read(arm(support, query, rest), self.readings[name], support, n_way)
-        for name, arm in self.arms.items():
+        for name, arm in self.fixed.items():
             if name in self.bases and _alike(self.bases[name], predicted):
                 found[name] = found['predicted']
                 continue
             found |= _read(arm(support, query, rest), self.readings[name], support, n_way)
         return found
+
+
+def _check_without(without: Collection[str], controls: Collection[str], *, several: bool, other: bool) -> None:
+    optional = {'random_weights', 'raw_pixels', *controls, *(f'{name}_own_statistics' for name in controls)}
+    optional |= {'swapped_sketch', 'mean_sketch'} if several else set()
+    optional |= {'other_domain_sketch'} if other else set()
+    if unknown := set(without) - optional:
+        raise InputError(f'{min(unknown)} cannot be left out: use {", ".join(sorted(optional))}')
+
+
+def _sketches(
+    hypernet: PudNet, supports: Iterable[GroupImages], other: ImageBank | None
+) -> dict[str, Callable[[int], tuple[Tensor, float]]]:
+    """By arm, what gives the sketch of a group by its number, and of how many images it is."""
+    input, device = hypernet.config.input, hypernet.device
+    own, sizes = zip(*((group_sketch(hypernet, support), len(support)) for support in supports), strict=True)
+    mean = torch.stack([sketch.cpu() for sketch, _ in own]).double().mean(0).float().to(device)
+    average = mean, sum(size for _, size in own)
+
+    def of_other(number: int) -> tuple[Tensor, float]:
+        assert other is not None
+        picks = torch.randperm(len(other.labels), generator=torch.Generator().manual_seed(number))
+        return group_sketch(hypernet, GroupImages(other, [picks[: sizes[number]]], input, device))
+
+    found: dict[str, Callable[[int], tuple[Tensor, float]]] = {'predicted': lambda number: own[number]}
+    if len(own) > 1:  # the sketch of one group is also the one before it and the mean
+        found |= {'swapped_sketch': lambda number: own[number - 1], 'mean_sketch': lambda _: average}
+    return found if other is None else {**found, 'other_domain_sketch': of_other}
+
+
+def _with_weights(model: nn.Module, weights: dict[str, Tensor], how: Calibration | None) -> Extractor:
+    """The arm of a network with these weights, calibrated on the support as `how` says."""
+
+    def run(support: GroupImages, query: GroupImages, rest: GroupImages) -> Features:
+        features = support_features(model, weights, support, how)
+        return features, _rows(model, query), _rows(model, rest)
+
+    return run
+
+
+def _looked_up(model: nn.Module, weights: dict[str, Tensor], everything: GroupImages) -> Extractor:
+    """The arm of a network that no group changes: it sees each image of the bank once."""
+
+    @functools.cache
+    def rows() -> Tensor:
+        return torch.cat([part for part, _ in support_features(model, weights, everything, None)])
+
+    def run(support: GroupImages, query: GroupImages, rest: GroupImages) -> Features:
+        return [(rows()[support.places], support.labels)], rows()[query.places], rows()[rest.places]
+
+    return run
 
 
 def _scores(right: Mapping[str, Mapping[str, Sequence[Tensor]]], controls: Iterable[str]) -> dict[str, Any]:

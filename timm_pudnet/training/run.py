@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import os
-import platform
 import shutil
 import time
 import warnings
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 from timm_pudnet.config import DamagedFileError, InputError, PudNetConfig, PudNetWarning
 from timm_pudnet.files import local_path
-from timm_pudnet.hypernet import forked_rng, save_tensors, target_of, usable_device, written_whole
+from timm_pudnet.hypernet import forked_rng, machine, save_tensors, target_of, usable_device, written_whole
 from timm_pudnet.target import channels_last, create_feature_model
 from timm_pudnet.training.processes import Processes
 from timm_pudnet.training.recipe import Recipe
@@ -457,8 +456,8 @@ class Run:
         return {
             'images': self.step * self.recipe.images_per_step,
             'seconds': round(self.seconds),
-            'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, {self.device.type}, '
-            f'{self.processes.count} process{"es" if self.processes.count > 1 else ""}, {self.precision}',
+            'machine': f'{machine(self.device)}, {self.processes.count} '
+            f'process{"es" if self.processes.count > 1 else ""}, {self.precision}',
             'recipe_digest': self.recipe.digest,
         }
 
