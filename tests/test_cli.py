@@ -862,6 +862,19 @@ def test_a_short_try_is_judged_by_its_start(start, before, after, verdict, shape
     assert f'{verdict}; the whole recipe' in succeeds('train', tmp_path / 'recipe.toml', '--short').stdout
 
 
+@pytest.mark.parametrize(('more', 'trainer'), [([], 'meta_train'), (['--plain'], 'train_plain')])
+def test_a_training_that_is_stopped_says_how_to_go_on(more, trainer, shapes, tmp_path, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f'timm_pudnet.training.{trainer}', stopped)
+    words = ['train', shapes / 'recipe.toml', '--out', tmp_path / 'out', *more]
+    result = CliRunner().invoke(main, [*map(str, words)])
+    assert result.exit_code == 1
+    assert 'Stopped: the same command goes on' in result.stderr
+    assert not (tmp_path / 'out' / 'recipe.toml').exists()
+
+
 def test_a_control_that_timm_s_format_cannot_hold_is_refused_before_training(shapes, tmp_path, nothing_written):
     text = (shapes / 'recipe.toml').read_text().replace('"test_resnet"', '"repvit_m0_9"')
     (tmp_path / 'recipe.toml').write_text(text)

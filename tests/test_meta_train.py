@@ -5,6 +5,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -524,6 +525,45 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(case, train, make_recipe,
         assert_same_run(tmp_path / 'straight', straight, tmp_path / 'resumed', again)
         other = run(train, make_recipe(seed=1), None, bank)
         assert any(not torch.equal(other[key], straight[key]) for key in straight)
+
+
+def test_ctrl_c_waits_for_the_step_and_leaves_a_checkpoint(make_recipe, bank, tmp_path, monkeypatch):
+    recipe = make_recipe(6)
+    straight = run(meta_train, recipe, tmp_path / 'straight', bank)
+    steps = engine.Run.steps
+
+    def interrupted(self, last):
+        for number, losses in enumerate(steps(self, last), 1):
+            if number == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield losses
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.Run, 'steps', interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(meta_train, recipe, tmp_path / 'resumed', bank)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(log_of(tmp_path / 'resumed')) == 3
+    resumed = run(meta_train, recipe, tmp_path / 'resumed', bank)
+    assert_same_run(tmp_path / 'straight', straight, tmp_path / 'resumed', resumed)
+
+
+def test_a_second_ctrl_c_does_not_wait(make_recipe, bank, tmp_path, monkeypatch):
+    losses = loop._MetaRun.losses
+    asked = []
+
+    def interrupted(self, number):
+        asked.append(number)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return losses(self, number)
+
+    monkeypatch.setattr(loop._MetaRun, 'losses', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(meta_train, make_recipe(6), tmp_path / 'run', bank)
+    assert len(asked) == 1
+    assert not (tmp_path / 'run' / engine.CHECKPOINT_NAME).exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_run_of_a_target_with_dropout_resumes_too(make_recipe, bank, tmp_path):

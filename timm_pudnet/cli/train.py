@@ -66,17 +66,22 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
             f'Training   {loaded.hypernet.model_name} on {loaded.schedule.images:,} {kind} of '
             f'{size_of(loaded.hypernet.input)}{"" if several else f", on {where}"}; stop and resume at will'
         )
-    if plain:
-        _train_plain(loaded, out, banks, where, first)
-    else:
-        trainer = training.meta_train if loaded.denoising is None else denoising.meta_train_denoiser
-        hypernet = trainer(loaded, out / 'run', banks=banks, device=where)
-        kept = out / 'recipe.toml'
+    try:
+        if plain:
+            _train_plain(loaded, out, banks, where, first)
+        else:
+            trainer = training.meta_train if loaded.denoising is None else denoising.meta_train_denoiser
+            hypernet = trainer(loaded, out / 'run', banks=banks, device=where)
+            if first:
+                hypernet.save_pretrained(out, half=True)
+    except KeyboardInterrupt:
         if first:
-            hypernet.save_pretrained(out, half=True)
-            if not recipe.exists() or recipe.resolve() != kept.resolve():
-                with written_whole(kept) as beside:
-                    beside.write_bytes(text)
+            click.echo('Stopped: the same command goes on from its checkpoint', err=True)
+        raise
+    kept = out / 'recipe.toml'
+    if first and not plain and not (recipe.exists() and recipe.resolve() == kept.resolve()):
+        with written_whole(kept) as beside:
+            beside.write_bytes(text)
     if first:
         then = 'Next, where the hypernetwork is trained too' if plain else 'Next'
         click.echo(f'Wrote      {_result(out, plain)}. {then}:')

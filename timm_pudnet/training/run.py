@@ -13,6 +13,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 import warnings
 import zlib
@@ -90,7 +92,7 @@ def _go(run: Run, checkpoint: Path | None, last: int, checkpoint_seconds: float,
     bar = tqdm(
         total=last * each, initial=run.step * each, disable=not (progress and main), unit='image', unit_scale=True
     )
-    with bar, contextlib.ExitStack() as stack:
+    with bar, contextlib.ExitStack() as stack, _interrupts(run.processes.count == 1) as stop:
         if board is not None:
             stack.callback(board.close)
         for losses in run.steps(last):
@@ -98,14 +100,40 @@ def _go(run: Run, checkpoint: Path | None, last: int, checkpoint_seconds: float,
             bar.set_postfix({name: f'{value:.3f}' for name, value in losses.items()}, refresh=False)
             if board is not None:
                 board.add(run.step, {f'loss/{name}': value for name, value in losses.items()})
-            due = run.step == last or time.monotonic() - saved > checkpoint_seconds
+            due = run.step == last or stop.is_set() or time.monotonic() - saved > checkpoint_seconds
             if checkpoint is not None and due and main:
                 run.save(checkpoint)
             if due:
                 saved = time.monotonic()
+            if stop.is_set():
+                raise KeyboardInterrupt
     if checkpoint is not None and main and run.step == run.num_steps and any('skipped' not in e for e in run.log):
         plot_losses(run.log, checkpoint.with_name(PLOT_NAME), title=run.recipe.hypernet.model_name)
     run.processes.wait()
+
+
+@contextlib.contextmanager
+def _interrupts(alone: bool) -> Iterator[threading.Event]:
+    """Has a first Ctrl-C wait for the end of the step and its checkpoint; a second one stops at once.
+
+    Gives what the first one sets. Not in several processes, which would not agree on the step, nor where somebody else
+    handles Ctrl-C.
+    """
+    stop, usual = threading.Event(), signal.default_int_handler
+    ours = alone and threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not usual:
+        yield stop
+        return
+
+    def ask(*_: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 @contextlib.contextmanager
