@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument('folders', nargs='*', help='of networks of its target, in timm format')
     parser.add_argument('--model', help="timm architecture of the networks; without it HYPERNET's own")
     options = parser.parse_args()
+    if options.model and not options.folders:
+        parser.error('--model needs the folders of networks of that architecture')
     hypernet = PudNet.from_pretrained(options.hypernet)
     if options.model:
         encoder = hypernet.encoder

@@ -244,7 +244,7 @@ def test_the_head_is_the_optimum_of_its_objective(model, small):
         x = torch.cat(
             [
                 model.eval().forward_head(model.forward_features(part), pre_logits=True)
-                for part in room._batches(bank, room.input_of(model), device)
+                for part in room.normalised_batches(bank, room.input_of(model), device)
             ]
         ).double()
     loss = room._fit_head(model, bank, room.input_of(model), 0.1, device)

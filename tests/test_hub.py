@@ -371,6 +371,31 @@ def test_release_publishes_nothing_unless_all_are_complete(complete, tiny_folder
     assert 'HF_HUB_OFFLINE' not in err, 'the Hub is not asked before all are checked'
 
 
+def test_networks_of_another_architecture_get_the_sketch_encoder_of_a_hypernetwork(tmp_path, fresh_process):
+    given = PudNet.for_target('test_resnet', generator='residual', sketch_width=16, class_names=('cup',))
+    given.save_pretrained(tmp_path / 'given')
+    networks = [timm.create_model('test_efficientnet', num_classes=0) for _ in range(2)]
+    for number, network in enumerate(networks):
+        timm_pudnet.save_model(network, tmp_path / str(number))
+    words = [HUB / 'average.py', 'given', 'out', '0', '1', '--model', 'test_efficientnet']
+    code, _, err = fresh_process(*words, cwd=tmp_path)
+    assert code == 0, err
+    made = PudNet.from_pretrained(tmp_path / 'out')
+    assert (made.config.model_name, made.config.class_names) == ('test_efficientnet', ('cup',))
+    assert_close(made.encoder.state_dict(), given.encoder.state_dict(), rtol=0, atol=0)
+    start = timm.create_model(f'local-dir:{tmp_path / "out" / "start"}', pretrained=True).state_dict()
+    with torch.no_grad():
+        weights = made(torch.rand(16))
+    for key, value in weights.items():
+        mean = torch.stack([network.state_dict()[key] for network in networks]).double().mean(0).to(value.dtype)
+        assert_close(value, mean)
+        assert_close(start[key], mean)
+    code, _, err = fresh_process(HUB / 'average.py', 'given', 'other', '--model', 'test_efficientnet', cwd=tmp_path)
+    assert code == 2
+    assert '--model needs' in err
+    assert not (tmp_path / 'other').exists()
+
+
 # Those in hub/
 
 CLASSIFIERS = [

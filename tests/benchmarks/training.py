@@ -9,7 +9,6 @@ are compared. The shares come from timing the parts of the step one by one, forw
 import argparse
 import dataclasses
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from timm_pudnet.hypernet import library_versions
+from timm_pudnet.hypernet import library_versions, machine
 from timm_pudnet.training import Data, ImageBank, Recipe
 from timm_pudnet.training.meta_train import _MetaRun, _PlainRun
 
@@ -109,8 +108,7 @@ def main() -> None:
     result = {
         'recipes': {str(path): measure(Recipe.load(path), arguments.repeats) for path in arguments.recipes},
         'library_versions': library_versions(),
-        'machine': f'{platform.machine()}, {torch.get_num_threads()} threads, '
-        f'{"cuda" if torch.cuda.is_available() else "cpu"}',
+        'machine': machine(torch.device('cuda' if torch.cuda.is_available() else 'cpu')),
     }
     text = json.dumps(result, indent=2) + '\n'
     print(text)

@@ -12,16 +12,13 @@ from timm_pudnet import evaluation
 from timm_pudnet.cli.group import (
     FOLDER,
     SEED,
-    check_data_dir,
-    check_outside,
-    check_split,
+    check_paths,
     data_options,
     device_option,
     main,
     strict_option,
 )
 from timm_pudnet.hypernet import usable_device, written_whole
-from timm_pudnet.predict import check_output
 
 
 @main.command()
@@ -62,11 +59,7 @@ def compare(
     IMAGES is a folder with one subfolder a class, or a timm dataset name. Ctrl-C ends it early; what was measured is
     kept.
     """
-    if out is not None:
-        check_output(out)
-        check_outside(out, IMAGES=images)
-    check_data_dir(data_dir, images)
-    check_split(images)
+    check_paths(images, out, data_dir)
     where = usable_device(device)
     click.echo(f'Comparing  {model_name} on {where}')
 

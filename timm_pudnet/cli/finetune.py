@@ -10,9 +10,7 @@ import click
 from timm_pudnet.cli.group import (
     FOLDER,
     SEED,
-    check_data_dir,
-    check_outside,
-    check_split,
+    check_paths,
     data_options,
     device_option,
     loading,
@@ -23,7 +21,7 @@ from timm_pudnet.cli.group import (
 )
 from timm_pudnet.evaluation import share_interval
 from timm_pudnet.files import local_path
-from timm_pudnet.predict import check_output, save_model
+from timm_pudnet.predict import save_model
 from timm_pudnet.target import input_of
 from timm_pudnet.training import FineTuning
 
@@ -80,10 +78,7 @@ def finetune(
     IMAGES is a folder with one subfolder a class, or a timm dataset name. Ctrl-C ends it early; the best model so far
     is kept.
     """
-    check_output(out)
-    check_outside(out, IMAGES=images)
-    check_data_dir(data_dir, images)
-    check_split(images)
+    check_paths(images, out, data_dir)
     run = FineTuning(
         model,
         images,

@@ -18,6 +18,7 @@ import torch
 
 from timm_pudnet.config import InputConfig, InputError, PudNetError, __version__
 from timm_pudnet.images import is_timm_name
+from timm_pudnet.predict import check_output
 from timm_pudnet.target import is_ours
 
 
@@ -138,6 +139,15 @@ def check_outside(out: Path, **given: str | Path | None) -> None:
     for name, folder in given.items():
         if folder is not None and Path(folder).is_dir() and out.resolve().is_relative_to(Path(folder).resolve()):
             raise InputError(f'--out {out} is {name} or lies in it ({folder}): choose a folder outside')
+
+
+def check_paths(images: str, out: Path | None, data_dir: str | None, unlabelled: str | None = None) -> None:
+    """Refuses, before any work, what a command cannot read from or write to, by its arguments of these names."""
+    if out is not None:
+        check_output(out)
+        check_outside(out, **{'IMAGES': images, '--unlabelled': unlabelled})
+    check_data_dir(data_dir, images, unlabelled)
+    check_split(images, unlabelled)
 
 
 def loading(out: Path) -> str:

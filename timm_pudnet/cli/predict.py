@@ -18,9 +18,7 @@ from timm_pudnet import evaluation
 from timm_pudnet.cli.group import (
     FOLDER,
     SEED,
-    check_data_dir,
-    check_outside,
-    check_split,
+    check_paths,
     data_options,
     device_option,
     loading,
@@ -37,7 +35,7 @@ from timm_pudnet.files import config_sha256, sha256
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, library_versions, machine, usable_device
 from timm_pudnet.images import ImageSource, open_images
-from timm_pudnet.predict import Head, check_output, predict_model, save_model
+from timm_pudnet.predict import Head, predict_model, save_model
 
 _MANY = 20  # labelled images a class, from which on the blend head is measurably ahead of class centroids
 
@@ -224,11 +222,7 @@ def predict(
     """Predict MODEL_NAME's weights for IMAGES, a folder (one subfolder a class) or a timm dataset name."""
     if not 0 <= holdout < 1:
         raise InputError(f'--holdout must be in [0, 1), got {holdout}')
-    if out is not None:
-        check_output(out)
-        check_outside(out, **{'IMAGES': images, '--unlabelled': unlabelled})
-    check_data_dir(data_dir, images, unlabelled)
-    check_split(images, unlabelled)
+    check_paths(images, out, data_dir, unlabelled)
     network = resolve_hypernet(model_name, hypernet)
     expectation = _expectation_of(network)
     source = open_images(images, input=network.config.input, split=split, data_dir=data_dir, strict=strict)

@@ -78,14 +78,15 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         if first:
             click.echo('Stopped: the same command goes on from its checkpoint', err=True)
         raise
+    if not first:
+        return
     kept = out / 'recipe.toml'
-    if first and not plain and not (recipe.exists() and recipe.resolve() == kept.resolve()):
+    if not plain and not (recipe.exists() and recipe.resolve() == kept.resolve()):
         with written_whole(kept) as beside:
             beside.write_bytes(text)
-    if first:
-        then = 'Next, where the hypernetwork is trained too' if plain else 'Next'
-        click.echo(f'Wrote      {_result(out, plain)}. {then}:')
-        click.echo(f'\n    {_next_command(loaded, out, plain, data_dir)}\n')
+    then = 'Next, where the hypernetwork is trained too' if plain else 'Next'
+    click.echo(f'Wrote      {_result(out, plain)}. {then}:')
+    click.echo(f'\n    {_next_command(loaded, out, plain, data_dir)}\n')
 
 
 def _result(out: Path, plain: bool) -> Path:

@@ -47,7 +47,7 @@ from timm_pudnet.training.finetune import (
     fit_classifier,
     measured,
     name_classes,
-    normalised,
+    normalised_batches,
     seconds_since,
     split_copies,
     tuning_for,
@@ -319,8 +319,9 @@ class _Networks:
         parts = (self.used, self.tested)
         found = [torch.empty(part.images.shape, device=self.device) for part in parts]
         for part, floats in zip(parts, found, strict=True):
-            for some, room in zip(part.images.split(256), floats.split(256), strict=True):
-                room.copy_(normalised(some.float() / 255, self.network.config.input))
+            batches = normalised_batches(part, self.network.config.input, self.device)
+            for shown, room in zip(batches, floats.split(256), strict=True):
+                room.copy_(shown)
         return found
 
     def from_scratch(self, *, centralise: bool) -> Iterator[dict[str, Any]]:

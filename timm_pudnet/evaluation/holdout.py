@@ -207,14 +207,7 @@ def _answers(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor, float]:
 
 def pre_logits(model: nn.Module, images: Tensor) -> Tensor:
     """The features `[n, d]` of images `[n, c, h, w]` that the model's classifier reads, on the CPU."""
-    device, rows = next(model.parameters()).device, []
-
-    def forward(part: Tensor, _: None) -> None:
-        maps = model.forward_features(part.to(device))  # type: ignore[operator]
-        rows.append(model.forward_head(maps, pre_logits=True).float().cpu())  # type: ignore[operator]
-
-    in_memory(forward, images, None)
-    return torch.cat(rows)
+    return _answers(model, images)[1]
 
 
 def raw_pixels(images: Tensor, most: int = MOST_RAW_PIXELS) -> Tensor:

@@ -405,7 +405,7 @@ def _fit_head(
         features = torch.cat(
             [
                 model.forward_head(model.forward_features(part), pre_logits=True).flatten(1)  # type: ignore[operator]
-                for part in _batches(images, config, device)
+                for part in normalised_batches(images, config, device)
             ]
         ).float()
         labels, mean = images.labels.to(device), features.mean(0)
@@ -448,13 +448,14 @@ def measured(model: nn.Module, tested: ImageBank) -> dict[str, Any]:
     """The number of images `right`, `accuracy` in percent and `test_loss` of a model in eval mode, on a bank."""
     model.eval()
     device = next(model.parameters()).device
-    logits = torch.cat([model(part).float().cpu() for part in _batches(tested, input_of(model), device)])
+    logits = torch.cat([model(part).float().cpu() for part in normalised_batches(tested, input_of(model), device)])
     right = int(((logits.argmax(1) == tested.labels) & logits.isfinite().all(1)).sum())
     loss = float(F.cross_entropy(logits, tested.labels))
     return {'right': right, 'accuracy': 100 * right / len(tested.labels), 'test_loss': loss}
 
 
-def _batches(bank: ImageBank, config: InputConfig, device: torch.device, size: int = 256) -> Iterator[Tensor]:
+def normalised_batches(bank: ImageBank, config: InputConfig, device: torch.device, size: int = 256) -> Iterator[Tensor]:
+    """The images of a bank as a model sees them, `[n, c, h, w]`, a batch at a time."""
     return (normalised(part.float() / 255, config).to(device) for part in bank.images.split(size))
 
 
