@@ -527,6 +527,15 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(case, train, make_recipe,
         assert any(not torch.equal(other[key], straight[key]) for key in straight)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handling of Ctrl-C, which a shell takes from what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures('ctrl_c')
 def test_ctrl_c_waits_for_the_step_and_leaves_a_checkpoint(make_recipe, bank, tmp_path, monkeypatch):
     recipe = make_recipe(6)
     straight = run(meta_train, recipe, tmp_path / 'straight', bank)
@@ -548,6 +557,7 @@ def test_ctrl_c_waits_for_the_step_and_leaves_a_checkpoint(make_recipe, bank, tm
     assert_same_run(tmp_path / 'straight', straight, tmp_path / 'resumed', resumed)
 
 
+@pytest.mark.usefixtures('ctrl_c')
 def test_a_second_ctrl_c_does_not_wait(make_recipe, bank, tmp_path, monkeypatch):
     losses = loop._MetaRun.losses
     asked = []
