@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from timm_pudnet import PudNet, load_hypernet, save_model
-from timm_pudnet.config import InputError, PudNetWarning
-from timm_pudnet.hypernet import save_tensors
-from timm_pudnet.training import Data, ImageBank, LossWeights, meta_train, train_plain, try_recipe
+from timm_pudnet.config import InputConfig, InputError, PudNetWarning
+from timm_pudnet.hypernet import forked_rng, save_tensors
+from timm_pudnet.target import with_own_config
+from timm_pudnet.training import Data, ImageBank, LossWeights, meta_train, train_plain, try_recipe, whitening_path
 from timm_pudnet.training.run import config_fields
 
 loop = importlib.import_module('timm_pudnet.training.meta_train')  # the package's name for it is the function
@@ -253,11 +254,82 @@ def test_training_goes_on_with_a_hypernetwork(earlier, make_recipe, bank):
             assert_close(found[key], wanted[key], rtol=1e-4, atol=1e-4)
 
 
+def script(monkeypatch, name, *args):
+    """Runs a script of hub/."""
+    path = Path(__file__).parents[1] / 'hub' / name
+    monkeypatch.setattr(sys, 'argv', [str(path), *map(str, args)])
+    runpy.run_path(str(path), run_name='__main__')
+
+
 def average(monkeypatch, *args):
-    """Runs hub/average.py."""
-    script = Path(__file__).parents[1] / 'hub' / 'average.py'
-    monkeypatch.setattr(sys, 'argv', [str(script), *map(str, args)])
-    runpy.run_path(str(script), run_name='__main__')
+    script(monkeypatch, 'average.py', *args)
+
+
+DISTIL = """
+[hypernet]
+model_name = "test_resnet"
+input = {input_size = [3, 16, 16]}
+[[data]]
+images = "images"
+unseen = ["pan"]
+[groups]
+n_way = 4
+n_shot = 4
+n_query = 4
+[schedule]
+images = 2560
+optimizer = "adamw"
+rate = 0.003
+"""
+
+
+@pytest.fixture
+def distil(tmp_path, monkeypatch, pictures, write_folder):
+    """Runs hub/distil.py on images of 32 pixels, with a teacher of another architecture that sees them whole."""
+    monkeypatch.chdir(tmp_path)
+    pixels, names = pictures(90, size=32)
+    write_folder(tmp_path / 'images', pixels, names)
+    Path('distil.toml').write_text(DISTIL)
+
+    def run(*seen):
+        with forked_rng(torch.device('cpu')):
+            torch.manual_seed(0)
+            teacher = timm.create_model('test_efficientnet', num_classes=0)
+            with torch.no_grad():  # norm statistics that are those of images
+                for _ in range(40):
+                    teacher(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        teacher = save_model(with_own_config(teacher.eval(), InputConfig(input_size=(3, 32, 32))), tmp_path / 'teacher')
+        save_tensors({'whitening': torch.eye(2)}, whitening_path(teacher), {'classes': json.dumps(seen)})
+        script(monkeypatch, 'distil.py', 'distil.toml', teacher, 6, 'out')
+
+    return run
+
+
+def test_a_network_learns_what_one_of_another_architecture_sees_in_larger_images(distil, monkeypatch):
+    looks, forward = [], timm.models.EfficientNet.forward_features
+
+    def counting(model, images):
+        looks.append(tuple(images.shape[1:]))
+        return forward(model, images)
+
+    monkeypatch.setattr(timm.models.EfficientNet, 'forward_features', counting)
+    distil('bowl')
+    assert looks[40:] == [(3, 32, 32)] * 6  # each of six batches once, though there were eighty steps
+    log = [json.loads(line) for line in Path('out/run-plain/log.jsonl').read_text().splitlines()]
+    for name in ('features', 'likeness'):
+        found = [entry[name] for entry in log]
+        assert sum(found[-6:]) < 0.7 * sum(found[:6]), name
+    found = timm.create_model('local-dir:out/plain', pretrained=True).eval()
+    assert timm.data.resolve_model_data_config(found)['input_size'] == (3, 16, 16)
+    assert loop.seen_by('out/plain') == ('bowl', 'cup', 'jar')
+    assert load_file('out/plain.whitening.safetensors')['whitening'].shape == (found.num_features,) * 2
+
+
+def test_a_teacher_that_has_seen_an_unseen_class_is_refused(distil, capsys):
+    with pytest.raises(SystemExit):
+        distil('pan', 'bowl')
+    assert "trained on class 'pan'" in capsys.readouterr().err
+    assert not Path('out').exists()
 
 
 def test_the_mean_of_networks_is_what_it_then_predicts_for_every_sketch(earlier, tmp_path, monkeypatch):
