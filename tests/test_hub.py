@@ -406,6 +406,7 @@ CLASSIFIERS = [
     'resnet18.cifar100_set',
     'resnet18.cifar100_superclass',
     'convnet3.cifar100_set',
+    'mobilenetv4_conv_small.mixed56',
 ]
 DENOISERS = ['blindspot_unet.mixed_noise']
 PUBLISHED = CLASSIFIERS + DENOISERS
@@ -419,9 +420,10 @@ def published(request):
     return folder
 
 
-def test_the_widest_serves_resnet18_and_all_are_listed():
+def test_the_widest_serves_an_architecture_and_all_are_listed():
     assert {path.parent.name for path in HUB.glob('*/config.json')} == set(PUBLISHED)
-    assert load_hypernet('resnet18').name == 'resnet18.mixed56'
+    for architecture in ('resnet18', 'mobilenetv4_conv_small'):
+        assert load_hypernet(architecture).name == f'{architecture}.mixed56'
     assert set(PUBLISHED) <= set(list_hypernets())
 
 
