@@ -30,13 +30,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('hypernet', help='folder of one with the generator `residual`')
     parser.add_argument('out', type=Path, help='new folder')
-    parser.add_argument('folders', nargs='*', help='of networks of its target, in timm format')
+    parser.add_argument('folders', nargs='*', help='of networks in timm format: of its target, or of --model')
     parser.add_argument('--model', help="timm architecture of the networks; without it HYPERNET's own")
     options = parser.parse_args()
     if options.model and not options.folders:
         parser.error('--model needs the folders of networks of that architecture')
     hypernet = PudNet.from_pretrained(options.hypernet)
+    if hypernet.config.generator != 'residual':
+        parser.error(f'{options.hypernet} has the generator {hypernet.config.generator!r}: only `residual` has a base')
     if options.model:
+        torch.manual_seed(0)  # of what is new
         encoder = hypernet.encoder
         fields = {
             'model_name': options.model,
@@ -48,8 +51,6 @@ def main() -> None:
         hypernet = PudNet.for_target(**config_fields(hypernet.config, **fields))
         hypernet.encoder.load_state_dict(encoder.state_dict())
     config = hypernet.config
-    if config.generator != 'residual':
-        parser.error(f'{options.hypernet} has the generator {config.generator!r}: only `residual` has a base')
     seen = dict.fromkeys((*config.class_names, *(name for folder in options.folders for name in seen_by(folder))))
     kwargs = {**config.model_kwargs, 'num_classes': 0}
     networks = [pretrained_model(Path(folder), kwargs).state_dict() for folder in options.folders]

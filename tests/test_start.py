@@ -18,10 +18,20 @@ from timm_pudnet import PudNet, load_hypernet, save_model
 from timm_pudnet.config import InputConfig, InputError, PudNetWarning
 from timm_pudnet.hypernet import forked_rng, save_tensors
 from timm_pudnet.target import with_own_config
-from timm_pudnet.training import Data, ImageBank, LossWeights, meta_train, train_plain, try_recipe, whitening_path
+from timm_pudnet.training import (
+    Data,
+    ImageBank,
+    LossWeights,
+    Recipe,
+    meta_train,
+    train_plain,
+    try_recipe,
+    whitening_path,
+)
 from timm_pudnet.training.run import config_fields
 
 loop = importlib.import_module('timm_pudnet.training.meta_train')  # the package's name for it is the function
+HUB = Path(__file__).parents[1] / 'hub'
 RESIDUAL = {'generator': 'residual', 'predict_norm': True}
 SLOW = {'rate': 1e-9, 'sketch_rate': 1e-9, 'optimizer': 'sgd', 'weight_decay': 0.0}
 
@@ -256,7 +266,7 @@ def test_training_goes_on_with_a_hypernetwork(earlier, make_recipe, bank):
 
 def script(monkeypatch, name, *args):
     """Runs a script of hub/."""
-    path = Path(__file__).parents[1] / 'hub' / name
+    path = HUB / name
     monkeypatch.setattr(sys, 'argv', [str(path), *map(str, args)])
     runpy.run_path(str(path), run_name='__main__')
 
@@ -291,17 +301,24 @@ def distil(tmp_path, monkeypatch, pictures, write_folder):
     write_folder(tmp_path / 'images', pixels, names)
     Path('distil.toml').write_text(DISTIL)
 
-    def run(*seen):
-        with forked_rng(torch.device('cpu')):
-            torch.manual_seed(0)
-            teacher = timm.create_model('test_efficientnet', num_classes=0)
-            with torch.no_grad():  # norm statistics that are those of images
-                for _ in range(40):
-                    teacher(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
-        teacher = save_model(with_own_config(teacher.eval(), InputConfig(input_size=(3, 32, 32))), tmp_path / 'teacher')
-        save_tensors({'whitening': torch.eye(2)}, whitening_path(teacher), {'classes': json.dumps(seen)})
-        script(monkeypatch, 'distil.py', 'distil.toml', teacher, 6, 'out')
+    with forked_rng(torch.device('cpu')), torch.no_grad():
+        torch.manual_seed(0)
+        teacher = timm.create_model('test_efficientnet', num_classes=0)
+        for _ in range(40):  # norm statistics that are those of images
+            teacher(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    teacher = with_own_config(teacher.eval(), InputConfig(input_size=(3, 32, 32)))
+    folder = save_model(teacher, tmp_path / 'teacher')
 
+    def run(*seen):
+        save_tensors({'whitening': torch.eye(2)}, whitening_path(folder), {'classes': json.dumps(seen)})
+        script(monkeypatch, 'distil.py', 'distil.toml', folder, 6, 'out')
+
+    def make(**groups):
+        recipe = Recipe.load('distil.toml')
+        recipe = dataclasses.replace(recipe, groups=dataclasses.replace(recipe.groups, **groups))
+        return runpy.run_path(str(HUB / 'distil.py'))['_Distilling'](recipe, teacher, 6)
+
+    run.make = make
     return run
 
 
@@ -314,23 +331,49 @@ def test_a_network_learns_what_one_of_another_architecture_sees_in_larger_images
 
     monkeypatch.setattr(timm.models.EfficientNet, 'forward_features', counting)
     distil('bowl')
-    assert (
-        looks[42:] == [(3, 32, 32)] * 6
-    )  # after its two classes each of six batches once, though there were eighty steps
-    log = [json.loads(line) for line in Path('out/run-plain/log.jsonl').read_text().splitlines()]
-    for name in ('distillation',):
-        found = [entry[name] for entry in log]
-        assert sum(found[-6:]) < 0.7 * sum(found[:6]), name
+    # After its two classes, each of six batches once, though there were eighty steps.
+    assert looks[2:] == [(3, 32, 32)] * 6
+    log = [json.loads(line)['distillation'] for line in Path('out/run-plain/log.jsonl').read_text().splitlines()]
+    assert len(log) == 80
+    assert sum(log[-6:]) < 0.5 * sum(log[:6])
     found = timm.create_model('local-dir:out/plain', pretrained=True).eval()
     assert timm.data.resolve_model_data_config(found)['input_size'] == (3, 16, 16)
     assert loop.seen_by('out/plain') == ('bowl', 'cup', 'jar')
-    assert load_file('out/plain.whitening.safetensors')['whitening'].shape == (found.num_features,) * 2
+    width = found(torch.zeros(1, 3, 16, 16)).shape[1]
+    assert load_file('out/plain.whitening.safetensors')['whitening'].shape == (width, width)
 
 
-def test_a_teacher_that_has_seen_an_unseen_class_is_refused(distil, capsys):
+def test_teacher_and_target_see_the_same_images_and_classes(distil):
+    run = distil.make(turns=4)
+    for number in range(5):
+        small, large = (run._drawn(sampler, number) for sampler in (run.sampler, run.theirs))
+        small = torch.nn.functional.interpolate(small * run.sampler.std + run.sampler.mean, size=32)
+        large = large * run.theirs.std + run.theirs.mean
+        for both in zip(small, large, strict=True):
+            assert torch.corrcoef(torch.stack([image.flatten() for image in both]))[0, 1] > 0.8
+    (bank,) = run.theirs.banks
+    run.theirs.augmentation, run.theirs.groups = None, dataclasses.replace(run.theirs.groups, turns=4)
+    for label, found in enumerate(run.centroids):  # numbered as the classes that it draws
+        picks = bank.members[label % 2][:16]
+        images = run.theirs._changed(bank, picks, torch.full((16,), label), torch.Generator())
+        assert_close(found, run._teacher(run.theirs._normalised(images)).mean(0), rtol=1e-4, atol=1e-5)
+    assert len(run.centroids) == run.head.out_features == 8
+
+
+@pytest.mark.parametrize(
+    ('recipe', 'seen', 'message'),
+    [
+        ('', ('pan', 'bowl'), "trained on class 'pan'"),
+        ('conditions = 0.5', ('bowl',), 'leave out denoising, conditions'),
+    ],
+)
+def test_a_teacher_that_has_seen_an_unseen_class_is_refused_and_so_is_what_draws_by_size(
+    distil, capsys, recipe, seen, message
+):
+    Path('distil.toml').write_text(DISTIL.replace('n_query = 4', f'n_query = 4\n{recipe}'))
     with pytest.raises(SystemExit):
-        distil('pan', 'bowl')
-    assert "trained on class 'pan'" in capsys.readouterr().err
+        distil(*seen)
+    assert message in capsys.readouterr().err
     assert not Path('out').exists()
 
 
