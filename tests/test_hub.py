@@ -452,7 +452,8 @@ def test_a_published_hypernetwork_is_the_one_of_its_recipe(published):
     recipe, config = Recipe.load(published / 'recipe.toml'), load_hypernet(published).config
     assert config.training['recipe_digest'] == recipe.digest
     assert config.input == recipe.hypernet.input
-    assert config.training['images'] >= recipe.schedule.images - recipe.images_per_step
+    # To its end; groups of a set with fewer classes than n_way are smaller, a few in a hundred.
+    assert config.training['images'] >= 0.98 * (recipe.schedule.images - recipe.images_per_step)
     unseen = {name for data in recipe.data for name in data.unseen}
     assert not unseen & set(config.class_names)
     assert {name for data in recipe.data for name in data.classes} <= set(config.class_names)

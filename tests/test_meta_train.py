@@ -395,16 +395,22 @@ def test_the_average_changes_nothing_of_the_training_itself(make_recipe, bank, t
     assert log_of(tmp_path / '0.0') == log_of(tmp_path / '0.9')
 
 
+# 32 pixels: oneDNN's bfloat16 gradient of a 3x3 conv of stride 2 on maps of one pixel is whatever lay in memory.
+LARGER = {'input': InputConfig(input_size=(3, 32, 32))}
+
+
+@pytest.fixture(scope='module')
+def larger(bank):
+    return ImageBank(bank.images.repeat_interleave(2, 2).repeat_interleave(2, 3), bank.labels, bank.class_names)
+
+
 @TRAINERS
-def test_bfloat16_is_nearly_float32(train, make_recipe, bank, tmp_path, monkeypatch):
+def test_bfloat16_is_nearly_float32(train, make_recipe, larger, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, 'bfloat16_slowdown', lambda device: 0.5)  # used, however slow it is here
-    # 32 pixels: oneDNN's bfloat16 gradient of a 3x3 conv of stride 2 on maps of one pixel is not finite.
-    hypernet = {'input': InputConfig(input_size=(3, 32, 32))}
-    bank = ImageBank(bank.images.repeat_interleave(2, 2).repeat_interleave(2, 3), bank.labels, bank.class_names)
     for precision in ('float32', 'bfloat16'):
         groups = {'sketch_groups': 2, 'sketch_images': 4}
-        recipe = make_recipe(2, hypernet=hypernet, schedule={'precision': precision}, groups=groups)
-        weights = run(train, recipe, tmp_path / precision, bank)
+        recipe = make_recipe(2, hypernet=LARGER, schedule={'precision': precision}, groups=groups)
+        weights = run(train, recipe, tmp_path / precision, larger)
         assert all(value.dtype == torch.float32 for value in weights.values() if value.is_floating_point())
     whole, half = (log_of(tmp_path / precision) for precision in ('float32', 'bfloat16'))
     for first, second in zip(whole, half, strict=True):
@@ -436,14 +442,14 @@ def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(make_recipe, bank, 
     assert_close(run(meta_train, recipe, tmp_path, bank), straight, rtol=0, atol=0)
 
 
-def test_a_busy_moment_does_not_change_the_precision_of_a_run(make_recipe, bank, tmp_path, monkeypatch):
-    recipe = make_recipe(3, schedule={'precision': 'bfloat16'})
+def test_a_busy_moment_does_not_change_the_precision_of_a_run(make_recipe, larger, tmp_path, monkeypatch):
+    recipe = make_recipe(3, hypernet=LARGER, schedule={'precision': 'bfloat16'})
     monkeypatch.setattr(engine, 'bfloat16_slowdown', lambda device: 1.0)
-    straight = run(meta_train, recipe, None, bank)
-    run(meta_train, recipe, tmp_path, bank, max_steps=1)
+    straight = run(meta_train, recipe, None, larger)
+    run(meta_train, recipe, tmp_path, larger, max_steps=1)
     monkeypatch.setattr(engine, 'bfloat16_slowdown', lambda device: 1.6)
     with pytest.warns(PudNetWarning, match='float32'):
-        assert_close(run(meta_train, recipe, tmp_path, bank), straight, rtol=0, atol=0)
+        assert_close(run(meta_train, recipe, tmp_path, larger), straight, rtol=0, atol=0)
 
 
 def test_a_folder_belongs_to_one_training_at_a_time(make_recipe, bank, tmp_path):
@@ -470,10 +476,10 @@ def test_the_control_sees_as_many_images_as_the_groups_hold(make_recipe, bank, m
 
 
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
-def test_the_cost_of_training_names_its_precision(precision, make_recipe, bank, monkeypatch, recwarn):
+def test_the_cost_of_training_names_its_precision(precision, make_recipe, larger, monkeypatch, recwarn):
     monkeypatch.setattr(engine, 'bfloat16_slowdown', lambda device: 1.0)
-    recipe = make_recipe(schedule={'precision': precision})
-    net = meta_train(recipe, None, banks=[bank], device='cpu', progress=False, max_steps=1)
+    recipe = make_recipe(hypernet=LARGER, schedule={'precision': precision})
+    net = meta_train(recipe, None, banks=[larger], device='cpu', progress=False, max_steps=1)
     assert net.config.training['machine'].endswith(f'1 process, {precision}')
     assert not [one for one in recwarn if issubclass(one.category, PudNetWarning)]
 
