@@ -12,15 +12,14 @@ well, often a better one than any of them (Wortsman et al. 2022, "Model soups").
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
 
-from timm_pudnet import PudNet, save_model
-from timm_pudnet.hypernet import pretrained_model, save_tensors
+from timm_pudnet import PudNet
+from timm_pudnet.hypernet import pretrained_model
 from timm_pudnet.target import create_feature_model, with_own_config
-from timm_pudnet.training import whitening_path
+from timm_pudnet.training import save_control
 from timm_pudnet.training.meta_train import seen_by
 from timm_pudnet.training.run import config_fields
 
@@ -65,8 +64,7 @@ def main() -> None:
     model = with_own_config(create_feature_model(hypernet.target), config.input)
     with torch.no_grad():
         model.load_state_dict(hypernet.base(), strict=False)
-    start = save_model(model, options.out / 'start')
-    save_tensors({'whitening': hypernet.whitening}, whitening_path(start), {'classes': json.dumps(list(seen))})
+    save_control(options.out / 'start', model, hypernet.whitening, seen)
 
 
 if __name__ == '__main__':

@@ -16,7 +16,6 @@ OUT/plain is what comes of it, in timm's format, for `hub/average.py --model`; t
 
 import argparse
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,12 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_pudnet import save_model
 from timm_pudnet.adapt import centroid_logits
 from timm_pudnet.config import InputError
-from timm_pudnet.hypernet import pretrained_model, save_tensors, written_whole
+from timm_pudnet.hypernet import pretrained_model
 from timm_pudnet.target import channels_last, input_of, with_own_config
-from timm_pudnet.training import Recipe, load_banks, whitening_path
+from timm_pudnet.training import Recipe, load_banks, save_control
 from timm_pudnet.training.conditions import Condition
 from timm_pudnet.training.episodes import GroupSampler
 from timm_pudnet.training.meta_train import _PlainRun, check_start, group_sampler, seen_by
@@ -45,7 +43,7 @@ class _Distilling(_PlainRun):
 
     def __init__(self, recipe: Recipe, teacher: nn.Module, steps: int) -> None:
         self.teacher, own, ours = teacher.eval().requires_grad_(False), input_of(teacher), recipe.hypernet.input
-        first = int(os.environ.get('RANK', '0')) == 0
+        first = os.environ.get('RANK', '0') == '0'  # of several processes the first one speaks
         super().__init__(recipe, load_banks(recipe, progress=first), None)
         channels_last(self.teacher.to(self.device))
         self.half = not self.processes.any_(bfloat16_slowdown(self.device) > 1)
@@ -75,7 +73,7 @@ class _Distilling(_PlainRun):
                 for members in bank.members:
                     images = bank.images[members[:CENTROID_IMAGES]].float() / 255
                     images = images.rot90(turn * (4 // sampler.groups.turns), (2, 3))
-                    rows.append(self._teacher((images - sampler.mean) / sampler.std).mean(0))
+                    rows.append(self._teacher(sampler._normalised(images)).mean(0))
         return torch.stack(rows)
 
     def losses(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -105,7 +103,7 @@ class _Distilling(_PlainRun):
         drawn = Condition.draw(generator, images.shape[1])
         mild = Condition(order=tuple(range(images.shape[1])), gamma=drawn.gamma, noise=drawn.noise)
         mean, std = self.sampler.mean.to(images.device), self.sampler.std.to(images.device)
-        return (mild.apply((images * std + mean).clamp(0, 1), generator) - mean) / std
+        return self.sampler._normalised(images * std + mean, mild, generator)
 
 
 def main() -> None:
@@ -121,9 +119,8 @@ def main() -> None:
         recipe = Recipe.load(options.recipe)
         teacher = pretrained_model(Path(options.teacher), {'num_classes': 0})
         check_start(recipe)
-        check_start(
-            dataclasses.replace(recipe, start=options.teacher)
-        )  # it may have seen no class that is to be unseen
+        # Of the teacher as of a start: it may have seen no class that is to be unseen.
+        check_start(dataclasses.replace(recipe, start=options.teacher))
         if recipe.denoising or recipe.groups.conditions or recipe.augmentation.timm or recipe.augmentation.mixup:
             raise InputError(
                 f'{options.recipe}: leave out denoising, conditions, augmentation.timm and augmentation.mixup'
@@ -140,10 +137,8 @@ def main() -> None:
     whitening = run.whitening()
     if run.processes.rank:
         return
-    names = dict.fromkeys((*seen_by(options.teacher), *run.seen))
-    with written_whole(whitening_path(result)) as beside:
-        save_tensors({'whitening': whitening}, beside, {'classes': json.dumps(list(names))})
-    save_model(with_own_config(run.target.cpu().eval(), recipe.hypernet.input), result)
+    model = with_own_config(run.target.cpu().eval(), recipe.hypernet.input)
+    save_control(result, model, whitening, dict.fromkeys((*seen_by(options.teacher), *run.seen)))
 
 
 if __name__ == '__main__':

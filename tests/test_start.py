@@ -322,7 +322,7 @@ def distil(tmp_path, monkeypatch, pictures, write_folder):
     return run
 
 
-def test_a_network_learns_what_one_of_another_architecture_sees_in_larger_images(distil, monkeypatch):
+def test_a_network_learns_what_one_of_another_architecture_sees_in_larger_images(distil, monkeypatch, capsys):
     looks, forward = [], timm.models.EfficientNet.forward_features
 
     def counting(model, images):
@@ -341,6 +341,9 @@ def test_a_network_learns_what_one_of_another_architecture_sees_in_larger_images
     assert loop.seen_by('out/plain') == ('bowl', 'cup', 'jar')
     width = found(torch.zeros(1, 3, 16, 16)).shape[1]
     assert load_file('out/plain.whitening.safetensors')['whitening'].shape == (width, width)
+    with pytest.raises(SystemExit):
+        distil('bowl')
+    assert 'plain exists: choose another OUT' in capsys.readouterr().err
 
 
 def test_teacher_and_target_see_the_same_images_and_classes(distil):

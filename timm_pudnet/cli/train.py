@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from timm_pudnet import denoising, training
 from timm_pudnet.cli.group import FOLDER, check_data_dir, device_option, main, size_of, some
 from timm_pudnet.config import InputError, OutputExistsError
 from timm_pudnet.denoising.training import PatchBank
-from timm_pudnet.hypernet import save_tensors, target_of, usable_device, written_whole
+from timm_pudnet.hypernet import target_of, usable_device, written_whole
 from timm_pudnet.images import is_timm_name
 from timm_pudnet.predict import save_model
 from timm_pudnet.training import Recipe
@@ -113,14 +112,12 @@ def _train_plain(recipe: Recipe, out: Path, banks: Any, device: str | torch.devi
     result = _result(out, plain=True)
     if recipe.denoising is not None:
         model = denoising.train_plain_denoiser(recipe, out / 'run-plain', banks=banks, device=device)
-    else:
-        model, whitening = training.train_plain(recipe, out / 'run-plain', banks=banks, device=device)
         if first:
-            seen = json.dumps(training.classes_seen(recipe, banks))
-            with written_whole(training.whitening_path(result)) as beside:
-                save_tensors({'whitening': whitening}, beside, {'classes': seen})
+            save_model(model, result)
+        return
+    model, whitening = training.train_plain(recipe, out / 'run-plain', banks=banks, device=device)
     if first:
-        save_model(model, result)
+        training.save_control(result, model, whitening, training.classes_seen(recipe, banks))
 
 
 def _next_command(recipe: Recipe, out: Path, plain: bool, data_dir: str | None) -> str:

@@ -10,7 +10,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,12 @@ from timm_pudnet.hypernet import (
     own_defaults,
     pretrained_model,
     read_config,
+    save_tensors,
     target_of,
+    written_whole,
 )
 from timm_pudnet.images import ImageSource, is_timm_name, open_images
+from timm_pudnet.predict import save_model
 from timm_pudnet.target import batch_norms, channels_last, create_feature_model, with_own_config
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input, mixed
 from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
@@ -372,6 +375,13 @@ def seen_by(start: str) -> tuple[str, ...]:
 def whitening_path(control: Path) -> Path:
     """Where `train --plain` writes the whitening of a control's features, and which classes it has seen."""
     return control.with_name(f'{control.name}.whitening.safetensors')
+
+
+def save_control(folder: Path, model: nn.Module, whitening: Tensor, classes: Iterable[str]) -> None:
+    """Writes a control in timm's format, after the whitening of its features and which classes it has seen."""
+    with written_whole(whitening_path(folder)) as beside:
+        save_tensors({'whitening': whitening}, beside, {'classes': json.dumps(list(classes))})
+    save_model(model, folder)
 
 
 class _ClassifierRun(Run):
