@@ -31,9 +31,12 @@ def main() -> None:
     parser.add_argument('out', type=Path, help='new folder')
     parser.add_argument('folders', nargs='*', help='of networks in timm format: of its target, or of --model')
     parser.add_argument('--model', help="timm architecture of the networks; without it HYPERNET's own")
+    parser.add_argument('--norm-rank', type=int, default=0, help='of the hypernetwork for --model (default: any rank)')
     options = parser.parse_args()
     if options.model and not options.folders:
         parser.error('--model needs the folders of networks of that architecture')
+    if options.norm_rank and not options.model:
+        parser.error('--norm-rank is of a new hypernetwork: it needs --model')
     hypernet = PudNet.from_pretrained(options.hypernet)
     if hypernet.config.generator != 'residual':
         parser.error(f'{options.hypernet} has the generator {hypernet.config.generator!r}: only `residual` has a base')
@@ -43,6 +46,7 @@ def main() -> None:
         fields = {
             'model_name': options.model,
             'model_kwargs': {},
+            'norm_rank': options.norm_rank,
             'sketch_gate': False,
             'sketch_limit': 0.0,
             'training': {},

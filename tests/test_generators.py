@@ -148,6 +148,24 @@ def test_affine_parameters_are_a_learned_vector_and_a_linear_change():
     assert_close(generator(code).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_change_of_wide_norms_may_be_of_low_rank(one_line):
+    code = torch.rand(8)
+    for kind in ('paper', 'residual'):
+        narrow, wide = (create_generator(kind, LayerSpec('bn.bias', (size,)), 8, 2.0, 3) for size in (8, 9))
+        assert narrow.change.shape == (8, 8), 'where it would save nothing worth naming'
+        assert (wide.change.shape, wide.right.shape) == ((9, 3), (3, 8))
+    nn.init.normal_(wide.base)
+    assert_close(wide(code), wide.base)  # new: the code changes nothing
+    nn.init.normal_(wide.change)
+    change = wide.change.double() @ wide.right.double() / generators.SPREAD
+    assert torch.linalg.matrix_rank(change) == 3
+    assert_close(wide(code).double(), wide.base + change @ code.double() / math.sqrt(8), rtol=1e-5, atol=1e-6)
+    assert create_generator('paper', LayerSpec('bn.bias', (9,)), 8, 2.0, 8).change.shape == (9, 8), 'full rank anyway'
+    with pytest.raises(InputError) as error:
+        PudNetConfig(model_name='resnet18', norm_rank=-1)
+    one_line(error, 'norm_rank', '-1')
+
+
 # Residual
 
 

@@ -377,11 +377,12 @@ def test_networks_of_another_architecture_get_the_sketch_encoder_of_a_hypernetwo
     networks = [timm.create_model('test_efficientnet', num_classes=0) for _ in range(2)]
     for number, network in enumerate(networks):
         timm_pudnet.save_model(network, tmp_path / str(number))
-    words = [HUB / 'average.py', 'given', 'out', '0', '1', '--model', 'test_efficientnet']
+    words = [HUB / 'average.py', 'given', 'out', '0', '1', '--model', 'test_efficientnet', '--norm-rank', '2']
     code, _, err = fresh_process(*words, cwd=tmp_path)
     assert code == 0, err
     made = PudNet.from_pretrained(tmp_path / 'out')
     assert (made.config.model_name, made.config.class_names) == ('test_efficientnet', ('cup',))
+    assert made.config.norm_rank == 2
     assert_close(made.encoder.state_dict(), given.encoder.state_dict(), rtol=0, atol=0)
     start = timm.create_model(f'local-dir:{tmp_path / "out" / "start"}', pretrained=True).state_dict()
     with torch.no_grad():
@@ -393,6 +394,9 @@ def test_networks_of_another_architecture_get_the_sketch_encoder_of_a_hypernetwo
     code, _, err = fresh_process(HUB / 'average.py', 'given', 'other', '--model', 'test_efficientnet', cwd=tmp_path)
     assert code == 2
     assert '--model needs' in err
+    code, _, err = fresh_process(HUB / 'average.py', 'given', 'other', '--norm-rank', '2', cwd=tmp_path)
+    assert code == 2
+    assert 'it needs --model' in err
     assert not (tmp_path / 'other').exists()
 
 

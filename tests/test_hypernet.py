@@ -251,6 +251,7 @@ def test_everything_of_the_config_survives(tmp_path):
         sketch_limit=1.25,
         gain=1.5,
         predict_norm=True,
+        norm_rank=2,
         tag='shop',
         class_names=('cup', 'jar'),
         generator_kwargs={'basis_kernels': 12},
@@ -274,6 +275,24 @@ def test_half_precision_halves_the_file_and_keeps_the_statistics(trained, tmp_pa
     assert_close(loaded.state_dict(), trained.state_dict(), rtol=1e-3, atol=1e-6)
     again = PudNet.from_pretrained(loaded.save_pretrained(tmp_path / 'again', half=True))
     assert_close(again.state_dict(), loaded.state_dict(), rtol=0, atol=0)
+
+
+def test_a_whitening_that_does_nothing_is_not_saved(trained, tmp_path, monkeypatch, one_line):
+    assert not torch.equal(trained.whitening, torch.eye(len(trained.whitening)))
+    one = copy.deepcopy(trained)
+    one.whitening.copy_(torch.eye(len(one.whitening)))
+    plain = one.save_pretrained(tmp_path / 'plain')
+    saved = safetensors.torch.load_file(plain / WEIGHTS_NAME)
+    assert one.state_dict().keys() - saved.keys() == {'whitening'}
+    assert digest(PudNet.from_pretrained(plain).state_dict()) == digest(one.state_dict())
+    learned = trained.save_pretrained(tmp_path / 'learned') / WEIGHTS_NAME
+    assert 'whitening' in safetensors.torch.load_file(learned)
+    monkeypatch.setattr('timm_pudnet.hypernet.MOST_UNSAVED', 1)  # a small file must not ask for much memory
+    whole = one.save_pretrained(tmp_path / 'whole')
+    assert digest(PudNet.from_pretrained(whole).state_dict()) == digest(one.state_dict())
+    with pytest.raises(DamagedFileError) as error:
+        PudNet.from_pretrained(plain)
+    one_line(error, 'whitening', 'missing')
 
 
 def test_what_half_precision_cannot_hold_is_saved_as_it_is(trained, tmp_path):
@@ -542,13 +561,19 @@ def test_sketches_are_as_wide_as_suits_the_target_unless_a_width_is_asked_for():
     ranked = plan_hypernet('mobilenetv2_035', generator='residual', generator_kwargs={'rank': 3}).config
     assert (ranked.sketch_width, ranked.generator_kwargs) == (128, {'rank': 3})
     assert plan_hypernet('test_resnet', generator='paper').config.sketch_width == 128
+    for name in ('resnet18', 'efficientnet_b0'):  # of norms too, or sketches would have to be of width 8
+        plan = plan_hypernet(name, generator='residual', predict_norm=True)
+        assert plan.parameters <= 1.1 * plan.weights, name
+        assert plan.config.sketch_width >= 32, name
+        assert plan.config.norm_rank == plan.config.generator_kwargs['rank'], name
+    assert plan_hypernet(name, generator='residual', predict_norm=True, norm_rank=0).config.sketch_width == 8
     made = PudNet.for_target('test_efficientnet', generator='residual')
     assert made.config.sketch_width == sizes['test_efficientnet'][0]
     assert made(torch.zeros(made.config.sketch_width))['conv_stem.weight'].isfinite().all()
 
 
 @pytest.mark.parametrize('generator', ['paper', 'residual'])
-def test_a_plan_is_what_is_made(generator):
+def test_a_plan_is_what_is_made(generator, tmp_path):
     plan = plan_hypernet('test_resnet', generator=generator, sketch_width=16)
     hypernet = PudNet.for_target('test_resnet', generator=generator, sketch_width=16)
     assert plan.parameters == sum(parameter.numel() for parameter in hypernet.parameters())
@@ -557,6 +582,9 @@ def test_a_plan_is_what_is_made(generator):
     kernels = [m.weight.shape[0] * m.weight.shape[1] for m in state.modules() if isinstance(m, torch.nn.Conv2d)]
     assert plan.kernels == sum(kernels)
     assert plan.target == hypernet.target
+    hypernet.whitening.mul_(2)
+    size = (hypernet.save_pretrained(tmp_path, half=True) / WEIGHTS_NAME).stat().st_size
+    assert plan.file_bytes == pytest.approx(size, rel=0.2)  # a small network's names take room too
 
 
 # What else a target may hold

@@ -164,6 +164,8 @@ class PudNetConfig:
         generator: Kind of weight generator, a name of the registry.
         generator_kwargs: Arguments of that kind.
         predict_norm: Whether the affine parameters of norm layers are predicted too, instead of shared.
+        norm_rank: Rank of the change of each of them by the sketch, where it has more channels than the sketch; 0 for
+            any rank. Networks with many norms (MobileNets) have hypernetworks of nearly twice their size without it.
         predict_linear: Whether the weights of Linear layers inside blocks are predicted too, as 1x1 convs.
         min_predicted: Least share of the target's weights that must be predicted, in [0, 1].
         gain: Predicted kernels are scaled by `sqrt(gain / fan_in)`.
@@ -200,6 +202,7 @@ class PudNetConfig:
     generator: str = 'paper'
     generator_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     predict_norm: bool = False
+    norm_rank: int = 0
     predict_linear: bool = False
     min_predicted: float = MIN_PREDICTED
     gain: float = 2.0
@@ -242,6 +245,8 @@ class PudNetConfig:
             raise InputError(f'deep_share must be in [0, 1], got {self.deep_share}')
         if not 0 <= self.sketch_limit < math.inf:
             raise InputError(f'sketch_limit must be at least 0, got {self.sketch_limit}')
+        if not isinstance(self.norm_rank, int) or self.norm_rank < 0:
+            raise InputError(f'norm_rank must be a number of at least 0, got {self.norm_rank!r}')
         if not 0 < self.gain < math.inf:
             raise InputError(f'gain must be above zero, got {self.gain}')
         object.__setattr__(self, 'sketch_channels', channels)

@@ -44,7 +44,9 @@ def register_generator(name: str) -> Callable[[type[nn.Module]], type[nn.Module]
     return register
 
 
-def create_generator(name: str, layer: LayerSpec, width: int, gain: float, **kwargs: Any) -> nn.Module:
+def create_generator(
+    name: str, layer: LayerSpec, width: int, gain: float, norm_rank: int = 0, **kwargs: Any
+) -> nn.Module:
     """A new generator of a registered kind for one predicted layer.
 
     Args:
@@ -52,6 +54,7 @@ def create_generator(name: str, layer: LayerSpec, width: int, gain: float, **kwa
         layer: What to predict; a norm's affine parameter (one dimension) always takes `AffineGenerator`.
         width: `m`.
         gain: Kernels are scaled by `sqrt(gain / fan_in)`.
+        norm_rank: `rank` of that.
         kwargs: Arguments of the kind.
 
     Raises:
@@ -60,7 +63,7 @@ def create_generator(name: str, layer: LayerSpec, width: int, gain: float, **kwa
     if name not in _KINDS:
         raise InputError(f'no generator {name!r}; there are {", ".join(sorted(_KINDS))}.{close_names(name, _KINDS)}')
     if len(layer.shape) == 1:
-        return AffineGenerator(layer, width)
+        return AffineGenerator(layer, width, norm_rank)
     try:
         return _KINDS[name](layer, width, gain, **kwargs)
     except TypeError as error:
@@ -245,16 +248,24 @@ class AffineGenerator(nn.Module):
     Args:
         layer: A parameter of shape `(o,)`.
         width: `m`.
+        rank: `r`, of the change, where there are more channels than the code is wide; 0 for any.
     """
 
-    def __init__(self, layer: LayerSpec, width: int) -> None:
+    def __init__(self, layer: LayerSpec, width: int, rank: int = 0) -> None:
         super().__init__()
+        self.low = 0 < rank < width < layer.shape[0]
         self.base = nn.Parameter(torch.zeros(layer.shape))
-        self.change = nn.Parameter(torch.zeros(layer.shape[0], width))
+        self.change = nn.Parameter(torch.zeros(layer.shape[0], rank if self.low else width))
+        if self.low:
+            self.right = nn.Parameter(torch.randn(rank, width) * SPREAD)
 
     def forward(self, code: Tensor) -> Tensor:
         """The parameter `(o,)` of a code `[m]`."""
-        return torch.addmv(self.base, self.change, code, alpha=1 / math.sqrt(len(code)))
+        if self.low:
+            code, scale = torch.mv(self.right, code), SPREAD * math.sqrt(len(code))
+        else:
+            scale = math.sqrt(len(code))
+        return torch.addmv(self.base, self.change, code, alpha=1 / scale)
 
     @torch.no_grad()
     def start_from(self, value: Tensor) -> None:

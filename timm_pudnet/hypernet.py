@@ -65,11 +65,12 @@ P = ParamSpec('P')
 Result = TypeVar('Result')
 MAX_SHARD_BYTES = 4_000_000_000  # weights above this size are saved as several files and an index
 MOST_PARAMETERS = 15_000_000  # of a hypernetwork with the paper's generators: 30 MB in half precision
-# Width of the sketch and rank of the changes, for residual generators where nobody asks for a width: the first with
-# which the hypernetwork has at most so many times the target's weights.
+# Width of the sketch and rank of the changes (of norms too), for residual generators where nobody asks for a width: the
+# first with which the hypernetwork has at most so many times the target's weights.
 RESIDUAL_SIZES = ((128, 4), (64, 4), (32, 4), (16, 4), (16, 2), (16, 1), (8, 1))
 MOST_OF_TARGET = 1.1
 _EXACT = ('norm_statistics.', 'whitening', 'gate.')  # what half precision leaves alone
+MOST_UNSAVED = 8192  # features whose whitening is not saved where it is the identity
 
 
 def on_device(network: PudNet, device: torch.device, given: Any) -> PudNet:
@@ -162,7 +163,9 @@ class PudNet(nn.Module):
         self.gate = SketchGate(config.sketch_width) if config.sketch_gate else None
         self.ahru = AHRU(config.sketch_width, len(layers), config.eta) if config.context else None
         self.generators = nn.ModuleList(
-            create_generator(config.generator, layer, config.sketch_width, config.gain, **config.generator_kwargs)
+            create_generator(
+                config.generator, layer, config.sketch_width, config.gain, config.norm_rank, **config.generator_kwargs
+            )
             for layer in layers
         )
         self.temperature = nn.Parameter(torch.tensor(10.0))  # tau of eq. 7
@@ -201,8 +204,8 @@ class PudNet(nn.Module):
                 predicts, for any images, is that network until it is trained. Otherwise the shared parameters start as
                 timm starts them.
             config: Further fields of `PudNetConfig`. Without `input`, the architecture's own input size, mean and std.
-                With generator `residual`, and neither `sketch_width` nor `sketch_channels` nor a rank, sketches are as
-                wide (128, 64, 32, 16, 8) and changes of as high a rank as lets the hypernetwork be at most 1.1 times
+                With generator `residual`, and neither `sketch_width` nor `sketch_channels` nor a `rank`, sketches are
+                as wide (128, 64, 32, 16, 8) and changes of as high a rank, those of norms too, as lets the hypernetwork be at most 1.1 times
                 the target, or nearly so. (A recipe has sketches of 128 where it names no other width.)
 
         Raises:
@@ -430,6 +433,9 @@ class PudNet(nn.Module):
             narrow = half and value.is_floating_point() and not key.startswith(_EXACT)
             narrow = narrow and not (value.abs() > most).any()  # which would be infinite
             state[key] = value.detach().cpu().to(torch.float16 if narrow else value.dtype).contiguous()
+        features = len(self.whitening)
+        if features <= MOST_UNSAVED and torch.equal(state['whitening'], torch.eye(features)):
+            del state['whitening']  # it may be larger than all the rest
         shards = _shards(state, max_shard_bytes)
         config = dataclasses.replace(self.config, library_versions=library_versions())
         texts = {CONFIG_NAME: config.to_dict()}
@@ -487,7 +493,12 @@ class PudNet(nn.Module):
                 hypernet = cls(config)
         except Exception as error:  # whatever a stranger's config makes timm or torch raise
             raise DamagedFileError(f'{folder / CONFIG_NAME}: {shown(first_line(error), 300)}') from error
-        hypernet.load_state_dict(as_tensors(stored, hypernet.state_dict()), assign=True)
+        expected, features = hypernet.state_dict(), len(hypernet.whitening)
+        whitened = any('whitening' in file.entries for file in stored)
+        if not whitened and features <= MOST_UNSAVED:
+            del expected['whitening']
+        state = as_tensors(stored, expected)
+        hypernet.load_state_dict(state if whitened else {**state, 'whitening': torch.eye(features)}, assign=True)
         hypernet.folder = folder
         return hypernet.requires_grad_(True).eval()
 
@@ -589,8 +600,8 @@ class Plan:
 
     @property
     def file_bytes(self) -> int:
-        """About the size of the hypernetwork's file in half precision."""
-        return 2 * self.parameters
+        """About the size of a classifier's file in half precision, with the whitening that a recipe may leave out."""
+        return 2 * self.parameters + 4 * (self.target.num_features**2 + self.target.numel('calibrated'))
 
     @property
     def memory_bytes(self) -> int:
@@ -653,6 +664,7 @@ def _chosen(config: PudNetConfig, generator: str, given: Mapping[str, Any]) -> P
             sketch_width=width,
             sketch_channels=(width // 8, width // 4),
             generator_kwargs={'rank': rank, **config.generator_kwargs},
+            norm_rank=given.get('norm_rank', rank if config.predict_norm else 0),
         )
         plan = _plan(sized, target)
         if plan.parameters <= MOST_OF_TARGET * plan.weights:
