@@ -205,8 +205,9 @@ class PudNet(nn.Module):
                 timm starts them.
             config: Further fields of `PudNetConfig`. Without `input`, the architecture's own input size, mean and std.
                 With generator `residual`, and neither `sketch_width` nor `sketch_channels` nor a `rank`, sketches are
-                as wide (128, 64, 32, 16, 8) and changes of as high a rank, those of norms too, as lets the hypernetwork be at most 1.1 times
-                the target, or nearly so. (A recipe has sketches of 128 where it names no other width.)
+                as wide (128, 64, 32, 16, 8) and changes of as high a rank, those of norms too, as lets the hypernetwork
+                be at most 1.1 times the target, or nearly so. (A recipe has sketches of 128 where it names no other
+                width.)
 
         Raises:
             InputError: timm does not know the target, or a field is out of range.
