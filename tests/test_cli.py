@@ -778,7 +778,9 @@ def test_a_set_that_is_a_stream_is_predicted_for(tmp_path, work, tiny_folder, pi
     line = ('test_resnet', 'wds/mine', '--data-dir', tmp_path, '--hypernet', tiny_folder)
     out = succeeds('predict', *line, '--out', 'model').stdout
     assert '--head blend' not in out
+    assert 'Not tested these images tell their labels only as they are read' in out
     assert timm.create_model('local-dir:model', pretrained=True).num_classes == 3
+    assert 'Not tested' not in succeeds('predict', *line, '--out', 'untested', '--holdout', '0').stdout
 
 
 def test_a_class_that_one_set_trains_on_and_another_keeps_for_the_test_is_refused(shapes, tmp_path, monkeypatch):
@@ -1427,11 +1429,39 @@ def test_info_takes_the_name_of_timm_s_weights_for_no_hypernetwork():
     fails('info', 'resnet50.a1_in1k', needles=['without a tag (resnet50)'])
 
 
+def test_the_line_after_a_pull_names_what_was_pulled_beside_a_folder_of_that_name(tiny_folder, work, monkeypatch):
+    monkeypatch.setattr('timm_pudnet.hub.pull', lambda name: tiny_folder)
+    assert succeeds('pull', 'org/one').stdout.strip().endswith('--hypernet org/one')
+    (work / 'org' / 'one').mkdir(parents=True)
+    assert succeeds('pull', 'org/one').stdout.strip().endswith('--hypernet hf-hub:org/one')
+
+
 def test_info_tells_what_a_hypernetwork_is(tiny_folder):
     text = succeeds('info', tiny_folder).output
     for needle in ('test_resnet', '3x32x32', 'not measured', 'weights without the classifier'):
         assert needle in text, (needle, text)
     assert 'resnet18.fashion_set' in succeeds('info', 'resnet18.fashion_set').output
+
+
+@pytest.mark.parametrize(
+    ('change', 'needles'),
+    [
+        ({'model_name': 'resnet18', 'model_kwargs': {'layers': [2000] * 4}}, ['modules', 'refused']),
+        ({'generator_kwargs': {'embed_kernels': 10**10}}, ['config.json']),
+        ({'generator_kwargs': {'\x1b[2J': 1}}, ['config.json']),
+    ],
+    ids=str,
+)
+def test_info_builds_nothing_that_the_weights_do_not_fill(change, needles, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / 'bent')
+    path = tmp_path / 'bent' / 'config.json'
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, 'training': {'a': '\x1b[2J'}}))
+    printed = succeeds('info', tmp_path / 'bent').stdout
+    assert all(line.isprintable() for line in printed.splitlines())
+    path.write_text(json.dumps({**config, **change}))
+    result = fails('info', tmp_path / 'bent', needles=needles)
+    assert '\x1b' not in result.stderr
 
 
 @pytest.mark.parametrize(

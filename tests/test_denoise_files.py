@@ -497,6 +497,8 @@ def test_the_noise_is_measured_against_clean_images_and_each_number_is_kept(fold
     values = [image['psnr']['denoised'] for image in result['images'].values()]
     assert_close(result['mean']['psnr']['denoised']['mean'], float(np.mean(values)))
     assert result['mean']['psnr']['gain']['mean'] > 3
+    assert {image['white'] for image in result['images'].values()} == {1}
+    assert 'where white is' not in out
     assert (result['mean']['psnr']['images'], result['mean']['ssim']['images']) == (4, 3)
     gain, over = re.search(r'PSNR .* dB: \+([\d.]+) ± [\d.]+ dB \(means of (\d)', out).groups()
     assert_close(float(gain), result['mean']['psnr']['gain']['mean'], rtol=0, atol=0.006)
@@ -505,6 +507,27 @@ def test_the_noise_is_measured_against_clean_images_and_each_number_is_kept(fold
     with Image.open(folders / 'out' / 'side-by-side.png') as image:
         assert image.width > 3 * 256
         assert image.height > 4 * 256
+
+
+def test_it_is_said_of_which_white_the_noise_is_measured(folders, predicted, monkeypatch):
+    def predict_denoiser(*_, **__):
+        model = Average().eval()
+        model.scale = 0.5  # of images that use half of their range
+        return model
+
+    monkeypatch.setattr(room, 'predict_denoiser', predict_denoiser)
+    out = succeeds(folders / 'noisy', '--out', folders / 'out', '--clean', folders / 'clean').stdout
+    assert 'where white is 0.5 of that of the files' in out
+    told = json.loads((folders / 'out' / 'denoised.json').read_text())['images']['colour.png']
+    assert told['white'] == 0.5
+    clean, found = (read_picture(folders / root).pixels.numpy() for root in ('clean/colour.bmp', 'out/colour.png'))
+    assert_close(told['psnr']['denoised'], peak_signal_noise_ratio(clean, found, data_range=0.5), rtol=0, atol=1e-4)
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    put(tmp_path / 'deep.tif', smooth(20, 30), 0, 65535)
+    assert_close(read_picture('~/deep.tif').pixels, read_picture(tmp_path / 'deep.tif').pixels)
 
 
 def test_one_file_and_its_clean_one(folders, predicted):

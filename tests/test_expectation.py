@@ -185,6 +185,8 @@ def test_an_expectation_survives_its_file(fitted, tmp_path):
     'change',
     [
         {'check': {'a': 1}},
+        {'check': [1]},
+        {'check': 'good'},
         {'check': {'sets': 'many', 'domains': {}, 'rank_correlation': 1, 'mean_error': 1, 'coverage': 1}},
         {'references': [[1.0, 2.0]] * 8 + [[1.0]]},
         {'references': [['a', 'b']] * 9},

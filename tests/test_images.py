@@ -256,6 +256,11 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     for images in ([png], [as_int], [as_float], [unit]):
         with pytest.warns(PudNetWarning, match=r"more than 8 bits .*convert\('RGB'\)"):
             same(read(open_images(images, input=GREY))[0], want)
+    for image in (as_float, unit):  # PFM has no range of its own, as PGM has
+        with pytest.warns(PudNetWarning, match=r'more than 8 bits'):
+            same(read(open_images([save(tmp_path / 'x.pfm', np.asarray(image))], input=GREY))[0], want)
+    with pytest.warns(PudNetWarning, match=r'more than 8 bits'):
+        same(read(open_images(tmp_path, input=GREY, with_labels=False))[0], torch.cat([want, want]))  # both files
     for images in (pixels[None], torch.from_numpy(pixels)[None], [pixels]):
         same(read(open_images(images, input=GREY))[0], want)
     same(read(open_images(pixels.astype('>u2')[None], input=GREY))[0], want)
@@ -659,17 +664,31 @@ def png_with_a_broken_chunk():
 @pytest.mark.parametrize('kind', ['timm', 'torchvision'])
 def test_whatever_is_wrong_with_an_image_of_a_dataset_it_is_skipped(kind, folder):
     first, second = sorted((folder / 'cat').iterdir())[:2]
+    third = sorted((folder / 'dog').iterdir())[0]
     first.write_bytes(png_with_a_broken_chunk())
     second.write_bytes(bomb(60_000))
+    third.write_bytes(b'P6\n')  # a ValueError
     made = {
         'timm': lambda: timm.data.create_dataset('', root=str(folder)),
         'torchvision': lambda: torchvision.datasets.ImageFolder(str(folder)),
     }
     source = open_images(made[kind](), input=RGB)
-    with pytest.warns(PudNetWarning, match='skipped 2 of'):
+    with pytest.warns(PudNetWarning, match='skipped 3 of'):
         _, labels = read(source)
-    assert len(labels) == len(source) - 2
-    assert len(source.skipped) == 2
+    assert len(labels) == len(source) - 3
+    assert len(source.skipped) == 3
+
+
+def test_an_error_in_a_dataset_of_the_user_s_own_is_not_taken_for_a_damaged_image():
+    class Mine(Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            raise ValueError('mine')
+
+    with pytest.raises(ValueError, match='mine'):
+        open_images(Mine(), input=RGB)
 
 
 def test_some_images_without_a_label_among_named_classes_are_an_error():
@@ -1202,6 +1221,16 @@ def test_a_web_dataset(tmp_path, write_web_dataset):
         x, y = read(source, 2)
         same(x, expect([Image.fromarray(image) for image in pixels]))
         assert y.tolist() == [0, 1, 0]
+    with pytest.raises(InputError, match=r'wds/mine: timm leaves out .* leave out strict'):
+        open_images('wds/mine', input=RGB, data_dir=tmp_path, strict=True)
+
+
+def test_images_that_were_opened_are_not_strict_later():
+    source = open_images(noise(2, 8, 8, 3), input=RGB)
+    with pytest.raises(InputError, match='opened already, without strict'):
+        open_images(source, input=RGB, strict=True)
+    strict = open_images(noise(2, 8, 8, 3), input=RGB, strict=True)
+    assert open_images(strict, input=RGB) is strict
 
 
 def test_every_error_is_ours():

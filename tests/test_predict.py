@@ -691,6 +691,7 @@ def test_create_model_with_images_is_predict_model(net, folder, model, query):
         ({'device': 'gpu'}, ["'gpu'", 'cpu']),
         ({'labels': [0] * 4}, ['4 labels', '18']),
         ({'data_dir': 'nowhere', 'pretrained_from': 'torch/fashion_mnist'}, ['nowhere']),
+        ({'data_dir': 'nowhere'}, ["data_dir='nowhere'", 'leave it out']),
         ({'pretrained_from': 'nowhere'}, ['nowhere: no such folder']),
         ({'pretrained_from': {'a': 1}}, ['dict']),
     ],

@@ -50,8 +50,10 @@ from timm_pudnet.files import (
     WEIGHTS_NAME,
     as_tensors,
     local_path,
+    read_header,
     read_json,
     read_weights,
+    weight_files,
 )
 from timm_pudnet.generators import create_generator
 from timm_pudnet.images import open_images
@@ -487,13 +489,8 @@ class PudNet(nn.Module):
             raise NotFoundError(f'{folder} is no hypernetwork: it has no {CONFIG_NAME}')
         stored = read_weights(folder)
         config = read_config(folder / CONFIG_NAME)
-        try:
-            # Target and hypernetwork have about as many modules as the files have tensors.
-            most = 1000 + 10 * sum(len(file.entries) for file in stored)
-            with torch.device('meta'), _at_most_modules(most):
-                hypernet = cls(config)
-        except Exception as error:  # whatever a stranger's config makes timm or torch raise
-            raise DamagedFileError(f'{folder / CONFIG_NAME}: {shown(first_line(error), 300)}') from error
+        with _described_by(folder, sum(len(file.entries) for file in stored)), torch.device('meta'):
+            hypernet = cls(config)
         expected, features = hypernet.state_dict(), len(hypernet.whitening)
         whitened = any('whitening' in file.entries for file in stored)
         if not whitened and features <= MOST_UNSAVED:
@@ -530,6 +527,16 @@ class _Captured:
         self._sketch.copy_(sketch)
         self._graph.replay()
         return dict(self._weights)
+
+
+@contextmanager
+def _described_by(folder: Path, tensors: int) -> Iterator[None]:
+    """Whatever a stranger's config makes timm or torch raise in the block is an error of that file."""
+    try:
+        with _at_most_modules(1000 + 10 * tensors):  # target and hypernetwork have about as many as the files tensors
+            yield
+    except Exception as error:
+        raise DamagedFileError(f'{folder / CONFIG_NAME}: {shown(first_line(error), 300)}') from error
 
 
 @contextmanager
@@ -627,6 +634,18 @@ def plan_hypernet(model_name: str, *, generator: str = 'auto', **config: Any) ->
         wanted = dataclasses.replace(wanted, input=InputConfig(input_size=(spec.in_chans, 32, 32), mean=grey, std=grey))
     wanted = _chosen(wanted, generator, config)
     return _plan(wanted, spec)
+
+
+def plan_of(folder: Path) -> Plan:
+    """What the hypernetwork in a folder is, by its config.
+
+    Raises:
+        NotFoundError: Its files are not there.
+        DamagedFileError: It says something else than its weights.
+    """
+    config, tensors = read_config(folder / CONFIG_NAME), sum(len(read_header(path)[1]) for path in weight_files(folder))
+    with _described_by(folder, tensors):
+        return _plan(config, target_of(config))
 
 
 def _plan(config: PudNetConfig, target: TargetSpec) -> Plan:

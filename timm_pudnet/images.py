@@ -22,7 +22,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from timm_pudnet.config import (
 
 IMAGE_EXTENSIONS = (
     *('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif', '.jfif', '.jpe', '.apng', '.dib'),
-    *('.ppm', '.pgm', '.pbm', '.pnm', '.jp2', '.j2k', '.tga', '.ico', '.pcx', '.qoi', '.sgi', '.dds', '.psd'),
+    *('.ppm', '.pgm', '.pbm', '.pnm', '.pfm', '.jp2', '.j2k', '.tga', '.ico', '.pcx', '.qoi', '.sgi', '.dds', '.psd'),
 )
 # A file's content decides its format, not its name: without this list PIL would hand an EPS to Ghostscript.
 _FORMATS = (
@@ -524,6 +524,8 @@ def open_images(
         [(4, 3, 32, 32), (2, 3, 32, 32)]
     """
     if isinstance(images, ImageSource):
+        if strict and not images._strict:
+            raise InputError(f'{images.description}: opened already, without strict: open them with it')
         # Pixels at the input size are not cropped again, whatever share the network sees of others.
         if labels is not None or dataclasses.replace(images.input, crop_pct=input.crop_pct) != input:
             raise InputError(f'{images.description}: opened already, with its own labels and input')
@@ -533,7 +535,7 @@ def open_images(
         images = list(images)
     if isinstance(images, str) and is_timm_name(images):
         where = images
-        images = _timm_dataset(images, data_dir, split, input.input_size[0])
+        images = _timm_dataset(images, data_dir, split, input.input_size[0], strict)
     elif isinstance(images, (str, os.PathLike)):
         where = os.path.expanduser(os.fspath(images))
         if not where:
@@ -679,8 +681,9 @@ class _Preprocess:
         if values.min() < -_FLOAT_TOLERANCE:
             raise ValueError(f'pixels down to {values.min():.3g}, where 0 is black')
         white, brightest = 65535, values.max()
-        # Float images come in three ranges, 32-bit ones in two; but PGM files say theirs, and PIL scales them.
-        if image.mode in ('F', 'I') and image.format != 'PPM' and brightest:
+        # Float images come in three ranges, 32-bit ones in two; but PGM files say theirs: PIL scales to 16 bits.
+        scaled = image.mode == 'I' and image.format == 'PPM'
+        if image.mode in ('F', 'I') and not scaled and brightest:
             # Bright pixels of floats go beyond white: the nearest white as ratios go, as of noisy images.
             white = 65535 if brightest > (255 if image.mode == 'I' else 4096) else 255
             white = 1 if image.mode == 'F' and brightest <= 16 else white
@@ -739,13 +742,16 @@ class _Preprocess:
 
 def open_file(path: str | os.PathLike[str]) -> ImageFile.ImageFile:
     """Opens an image file of a format that images come in, by its content; raises what PIL raises."""
+    return _open(os.path.expanduser(path))
+
+
+def _open(file: str | IO[bytes]) -> ImageFile.ImageFile:
     Image.preinit()
-    path = os.path.expanduser(path)
     try:
-        image = Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
+        image = Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:  # maybe a format that PIL loads on demand, and that its build may lack
         Image.init()
-        image = Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
+        image = Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
     if image.format == 'TIFF':
         image.filename = ''  # or PIL maps the file into memory, with the sides that its orientation is yet to swap
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -990,9 +996,15 @@ def _item_or_error(dataset: Any, position: int, where: str) -> tuple[Any, Any]:
 
 def _item(dataset: Any, position: int) -> Any:
     """What a dataset has there, or what is wrong with the image that it cannot read."""
+    whole: Any = dataset
+    while type(whole) is Subset:
+        whole = whole.dataset
+    kinds: tuple[type[Exception], ...] = (OSError, SyntaxError, Image.DecompressionBombError)  # PIL's, of damaged files
+    if type(whole).__module__.startswith(('torchvision.', 'timm.')):
+        kinds = (Exception,)  # nearly anything; of a dataset of the user's own that may be an error in his code
     try:
         return _item_of(dataset, position)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, of damaged files
+    except kinds as error:
         return error
 
 
@@ -1007,9 +1019,9 @@ def _item_of(dataset: Any, position: int) -> Any:
     reader: Any = whole.reader
     file, target, *_ = reader[position]
     try:
-        image = Image.open(file)
+        image = _open(file)
         image = image.convert(whole.input_img_mode) if whole.input_img_mode else image
-    except Exception as error:  # a damaged file can make PIL raise nearly anything
+    except Exception as error:
         file.close()
         raise OSError(reason_of(error)) from error
     if target is not None and whole.target_transform is not None:
@@ -1069,6 +1081,15 @@ def _dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | Non
     return values, names
 
 
+def check_root(data_dir: str | None, *images: Any) -> None:
+    """Refuses a `data_dir` where none of the images is the name of a timm dataset."""
+    if data_dir is not None and not any(isinstance(given, str) and is_timm_name(given) for given in images):
+        raise InputError(
+            f'data_dir={data_dir!r} is the root of a timm dataset, and these images are not the name of one: leave it '
+            'out, or name one, torch/image_folder for instance'
+        )
+
+
 def is_timm_name(text: str) -> bool:
     """Whether it names a timm dataset, as `torch/cifar10` does unless there is a folder of that name."""
     return text.partition('/')[0] in _TIMM_PACKAGES and '/' in text and not os.path.exists(text)
@@ -1085,8 +1106,12 @@ def _find_labels(reader: Any) -> None:
         reader.dataset = table.add_column('label', [-1] * len(table))  # timm asks for one
 
 
-def _timm_dataset(name: str, data_dir: str | os.PathLike[str] | None, split: str, channels: int) -> Dataset:
+def _timm_dataset(
+    name: str, data_dir: str | os.PathLike[str] | None, split: str, channels: int, strict: bool
+) -> Dataset:
     prefix = name.partition('/')[0]
+    if strict and prefix == 'wds':
+        raise InputError(f'{name}: timm leaves out what it cannot read, with a line in its log alone: leave out strict')
     module, package = _TIMM_PACKAGES[prefix]
     if importlib.util.find_spec(module) is None:
         raise InputError(f'{name}: needs the package {package}: pip install {package}')

@@ -43,7 +43,7 @@ from timm_pudnet.config import (
 from timm_pudnet.files import local_path
 from timm_pudnet.hub import Pushed, push, resolve_hypernet
 from timm_pudnet.hypernet import PudNet, folder_written_whole, on_device, own_defaults, target_of, usable_device
-from timm_pudnet.images import ImageSource, open_images
+from timm_pudnet.images import ImageSource, check_root, open_images
 from timm_pudnet.sketch import Balance, ImageSample, content_keys
 from timm_pudnet.target import TargetSpec, check_loadable, keep_arguments, pretrained_cfg_of
 
@@ -145,6 +145,7 @@ def predict_model(
         raise InputError(
             f'{model_name} gives images, not classes: predict_denoiser takes noisy images (timm-pudnet denoise)'
         )
+    check_root(data_dir, images, unlabelled)
     device = usable_device(device)
     network = resolve_hypernet(model_name, hypernet)
     spec = _target_asked_for(network, model_name, timm_kwargs)

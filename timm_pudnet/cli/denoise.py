@@ -109,6 +109,8 @@ def denoise(
             (beside / json_name).write_text(json.dumps(result, indent=2, allow_nan=False) + '\n', encoding='utf-8')
     for measure, unit in (('psnr', ' dB'), ('ssim', '')) if partners else ():
         click.echo(_in_words(measure, unit, means[measure]))
+    if whites := sorted({facts['white'] for facts in found.values()} - {1.0} if partners else ()):
+        click.echo(f'           where white is {" or ".join(f"{white:.3g}" for white in whites)} of that of the files')
     what = 'reading, writing and measuring' if partners else 'reading and writing'
     click.echo(f'Denoised   {len(found):,} images in {seconds:.1f} s, {what} included')
     click.echo(f'Wrote      {out}; noisy and denoised ones side by side: {out / sheet_name}')
@@ -176,7 +178,7 @@ def _write_denoised(
         white = getattr(model, 'scale', 1.0)  # of images that use a part of their range
         versions = [version / white for version in (picture.pixels, pixels, *clean)]
         if partners:
-            found[name].update(_measured(*versions))
+            found[name].update(_measured(*versions), white=float(white))
         if len(rows) < 4:
             rows.append([pictures.middle(version) for version in versions])
     return rows

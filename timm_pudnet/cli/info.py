@@ -11,9 +11,9 @@ import click
 import timm
 
 from timm_pudnet.cli.group import main, size_of, some
-from timm_pudnet.config import MIN_PREDICTED, InputError
+from timm_pudnet.config import MIN_PREDICTED, InputError, shown
 from timm_pudnet.hub import describe_hypernet, list_hypernets
-from timm_pudnet.hypernet import copy_speed, plan_hypernet
+from timm_pudnet.hypernet import copy_speed, plan_hypernet, plan_of
 from timm_pudnet.target import check_architecture
 
 
@@ -51,12 +51,14 @@ def info(
                 raise InputError(f'{option.opts[0]} is for a new hypernetwork, {name} is one already: leave it out')
         click.echo(f'Hypernet   {found}')
         assert found.config is not None  # as of all but those listed by the Hub
+        assert found.folder is not None
         config, model_name = found.config, found.model_name
         if config.class_names:  # denoisers have none
             click.echo(f'Seen       {len(config.class_names)} classes: {some(config.class_names)}')
         click.echo(f'Input      {size_of(config.input)}, mean {config.input.mean}')
-        click.echo(f'Training   {", ".join(f"{key} {value}" for key, value in config.training.items()) or "not told"}')
-        plan = plan_hypernet(**vars(config))
+        training = (f'{shown(key)} {shown(value)}' for key, value in config.training.items())
+        click.echo(f'Training   {", ".join(training) or "not told"}')
+        plan = plan_of(found.folder)
     else:
         model_name = name
         plan = plan_hypernet(

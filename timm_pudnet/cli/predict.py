@@ -242,6 +242,8 @@ def predict(
     if tested is not None:
         alone = _said_of_classes(source)
         click.echo(f'Kept aside {len(tested):,} of them for the test, {len(used):,} give the weights')
+    elif source.labelled and source.labels is None and holdout and wanted != 'none':
+        click.echo('Not tested these images tell their labels only as they are read, in order, so none is kept aside')
     run = _Prediction(
         model_name=model_name,
         network=network,

@@ -20,6 +20,8 @@ def pull(name: str) -> None:
     click.echo(f'At hand    {folder} ({info.size / 1e6:.0f} MB, {info.license or "no licence"})')
     denoises = info.model_name == 'blindspot_unet'
     words = 'denoise NOISY --out denoised' if denoises else f'predict {info.model_name} IMAGES'
+    if Path(name).is_dir():  # which would be taken for it
+        name = f'hf-hub:{name}' if '/' in name else str(folder)
     click.echo(f'\n    timm-pudnet {words} --hypernet {shlex.quote(name)}\n')
 
 

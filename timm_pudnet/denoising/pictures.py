@@ -145,7 +145,7 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
     """
     try:
         with quiet_pillow(), open_file(path) as image:
-            return _read(image, Path(path))
+            return _read(image, local_path(path))
     except FileNotFoundError as error:
         raise NotFoundError(f'{path}: no such file') from error
     except PudNetError:

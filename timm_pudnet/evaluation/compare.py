@@ -36,7 +36,7 @@ from timm_pudnet.hypernet import (
     usable_device,
     written_whole,
 )
-from timm_pudnet.images import ImageSource, open_images, reorders
+from timm_pudnet.images import ImageSource, check_root, open_images, reorders
 from timm_pudnet.predict import predict_model
 from timm_pudnet.target import input_of
 from timm_pudnet.training.episodes import ImageBank, bank_input
@@ -152,6 +152,7 @@ def compare(
         )
     if isinstance(labels, Iterator):  # read once for each opening
         labels = list(labels)
+    check_root(data_dir, images)
     device = usable_device(device)
     network = resolve_hypernet(model_name, hypernet)
     config = network.config.input

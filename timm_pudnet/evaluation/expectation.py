@@ -138,7 +138,7 @@ class Expectation:
             isinstance(number, (int, float)) and math.isfinite(number) for row in self.references for number in row
         ):
             raise InputError('expectation: references must be sketches of one width')
-        if self.check and not _CHECKED.keys() <= self.check.keys():
+        if not isinstance(self.check, dict) or (self.check and not _CHECKED.keys() <= self.check.keys()):
             raise InputError(f'expectation: check must have {", ".join(_CHECKED)}')
         if any(key in self.check and not isinstance(self.check[key], kind) for key, kind in _CHECKED.items()):
             raise InputError('expectation: a value of check is of another type')

@@ -29,7 +29,7 @@ from timm_pudnet.config import InputConfig, InputError, PudNetWarning, as_plain
 from timm_pudnet.files import local_path
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults, pretrained_model, usable_device
-from timm_pudnet.images import channel_statistics, open_images
+from timm_pudnet.images import channel_statistics, check_root, open_images
 from timm_pudnet.predict import predict_model
 from timm_pudnet.target import batch_norms, input_of
 from timm_pudnet.training.episodes import ImageBank, bank_input, timm_augmented
@@ -223,6 +223,7 @@ class FineTuning:
         changes = {name: as_plain(value) for name, value in changes.items() if value is not None}
         for tuning in MODES.values():
             dataclasses.replace(tuning, **changes)  # refuses bad numbers before any work
+        check_root(data_dir, images)
         device = usable_device(device)
         start = _opened(model)
         network = resolve_hypernet(start, hypernet) if isinstance(start, str) else None
