@@ -607,6 +607,12 @@ def test_a_folder_among_the_images_is_no_place_for_output(images, predict, work,
             fails(*line, needles=['--out', 'is IMAGES or lies in it', 'choose a folder outside'])
 
 
+def test_a_hypernetwork_is_not_written_among_the_images_that_it_learns_from(shapes, nothing_written):
+    with nothing_written(shapes):
+        line = ('train', shapes / 'recipe.toml', '--out', shapes / 'my shapes' / 'net')
+        fails(*line, needles=['--out', 'is images of the recipe or lies in it', 'choose a folder outside'])
+
+
 def test_no_work_is_lost_when_nobody_reads_what_is_said(images, work, tiny_folder):
     words = f'predict test_resnet {shlex.quote(str(images))} --hypernet {shlex.quote(str(tiny_folder))} --out heard'
     line = f'{shlex.quote(sys.executable)} -m timm_pudnet.cli {words} | head -1'
@@ -991,7 +997,9 @@ def test_support_from_another_split_conditions_another_domain_and_scratch(n_shot
 
 def test_the_root_of_no_other_set_is_refused(trained, shapes):
     line = evaluation(trained[0], shapes / 'my shapes')
-    fails(*line, '--other-data-dir', shapes, needles=['--other-data-dir', 'add --other'])
+    needles = ['--other-data-dir', 'timm dataset that --other names']
+    fails(*line, '--other-data-dir', shapes, needles=needles)
+    fails(*line, '--other-data-dir', shapes, '--other', shapes / 'my shapes', needles=needles)
 
 
 def test_the_split_of_another_set_is_no_split_of_a_folder(trained, shapes, splits):
@@ -1048,7 +1056,8 @@ def test_evaluation_refuses_where_no_classes_are_unseen(trained, shapes, tmp_pat
         fails(*evaluation(trained[0], tmp_path / 'seen', save), needles=[': 1 classes', 'test_resnet.shapes', 'two'])
         shutil.rmtree(tmp_path / 'seen' / 'lid')
         fails(*evaluation(trained[0], tmp_path / 'seen', save), needles=[': 0 classes', 'test_resnet.shapes', 'two'])
-        fails(*evaluation(trained[0], tmp_path / 'seen' / 'cup', save), needles=['test_resnet.shapes'])
+        needles = ['labelled images are needed', 'test_resnet.shapes']
+        fails(*evaluation(trained[0], tmp_path / 'seen' / 'cup', save), needles=needles)
 
 
 BAD_EVALUATIONS = {
@@ -1071,6 +1080,7 @@ BAD_EVALUATIONS = {
     'more scratch than groups': (['--scratch', '4'], ['--scratch', '0-3', '4']),
     'negative scratch': (['--scratch', '-1'], ['--scratch', '-1']),
     'no epochs': (['--scratch-epochs', '0'], ['--scratch-epochs', '0']),
+    'epochs of nothing': (['--scratch-epochs', '5'], ['--scratch-epochs', 'add --scratch']),
     'missing other': (['--other', 'nowhere'], ['nowhere']),
     'a path as protocol': (['--protocol', '../mine'], ['--protocol ../mine']),
 }

@@ -284,6 +284,26 @@ def test_a_loader_that_shuffles_is_not_read_twice(compare, pictures, one_line):
     assert set(compare(loader, None, arms=[])['arms']) == {'predicted'}
 
 
+class Turning(torch.utils.data.IterableDataset):
+    """Gives its images in another order each time."""
+
+    def __init__(self, images, labels):
+        self.pairs, self.times = list(zip(images, labels, strict=True)), 0
+
+    def __iter__(self):
+        self.times += 1
+        yield from self.pairs[self.times :] + self.pairs[: self.times]
+
+
+def test_a_stream_that_comes_in_another_order_again_is_left_out_of_the_second_reading(compare, pictures, tmp_path):
+    pixels, names = pictures(24)
+    labels = [sorted(set(names)).index(name) for name in names]
+    timm_pudnet.save_model(timm.create_model('test_resnet', num_classes=0), tmp_path / 'weights')
+    stream = Turning(list(torch.from_numpy(pixels).permute(0, 3, 1, 2)), labels)
+    result = compare(stream, None, arms=['pretrained'], pretrained=f'local-dir:{tmp_path / "weights"}')
+    assert 'another order' in result['left_out']['pretrained']
+
+
 def test_too_few_images_are_told_in_one_line(compare, pictures, one_line):
     with pytest.raises(InputError) as error:
         compare(*pictures(3))

@@ -595,6 +595,43 @@ def test_copies_among_the_tested_images_are_told(hypernet, bank):
         evaluate(hypernet, twice, drawn, progress=False)
 
 
+def test_groups_of_the_same_images_have_no_sketch_of_another(hypernet, support_bank):
+    tested = coloured(torch.arange(80) % 4, seed=9, noise=250)
+    groups = TestGroups.draw(tested, count=3, n_way=4, n_shot='all', n_query=5, support_bank=support_bank)
+    result = evaluate(hypernet, tested, groups, support_bank=support_bank, progress=False)
+    assert not {'swapped_sketch', 'mean_sketch'} & set(result['accuracy'])
+    assert not any(name.startswith('conditioning_gain') for name in result)
+
+
+def test_a_swapped_sketch_is_of_other_images(hypernet, support_bank):
+    """Of three classes of four at a time, all images of each: a group's neighbour may be of the same ones."""
+    tested = coloured(torch.arange(80) % 4, seed=9, noise=250)
+    groups = TestGroups.draw(tested, count=12, n_way=3, n_shot='all', n_query=5, support_bank=support_bank)
+    supports = [groups.images(n, tested, support_bank, hypernet.config.input, hypernet.device)[0] for n in range(12)]
+    found = measure._sketches(hypernet, iter(supports), None)
+    own = [found['predicted'](number) for number in range(12)]
+    assert any(torch.equal(own[number - 1][0], own[number][0]) for number in range(12)), 'or this shows nothing'
+    for number in range(12):
+        swapped, size = found['swapped_sketch'](number)
+        assert not torch.equal(swapped, own[number][0])
+        assert any(torch.equal(swapped, sketch) and size == images for sketch, images in own)
+
+
+@pytest.mark.parametrize('name', ['mean', 'std'])
+def test_a_control_that_sees_images_otherwise_is_refused(name, hypernet, bank, one_line):
+    plain = timm.create_model('test_resnet', num_classes=0)
+    plain.pretrained_cfg[name] = (0.45, 0.45, 0.45)
+    with pytest.raises(InputError) as error:
+        evaluate(
+            hypernet,
+            bank,
+            TestGroups.draw(bank, count=1, n_way=2, n_shot=1, n_query=1),
+            controls={'plain': (plain, torch.eye(plain.num_features))},
+            progress=False,
+        )
+    one_line(error, 'control plain', '0.45', hypernet.name)
+
+
 def test_one_group_has_the_binomial_interval_and_no_gain_over_its_own_sketch(hypernet, support_bank):
     noisy = coloured(torch.arange(80) % 4, seed=9, noise=250)
     groups = TestGroups.draw(noisy, count=1, n_way=4, n_shot=2, n_query=18)

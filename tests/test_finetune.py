@@ -124,6 +124,11 @@ def test_two_classes_of_one_name_stay_two():
     input = InputConfig(input_size=(3, 8, 8), mean=(0.0,) * 3, std=(1.0,) * 3)
     bank = ImageBank.from_source(timm_pudnet.open_images(twins, input=input))
     assert (bank.labels.tolist(), [len(rows) for rows in bank.members]) == ([0, 1, 0, 1], [2, 2])
+    named = ImageBank.from_source(timm_pudnet.open_images(twins, input=input), ['crane', 'crane'])
+    assert (named.labels.tolist(), named.class_names) == ([0, 1, 0, 1], bank.class_names)
+    for classes, needle in ((['crane'], 'named 1 times, and 2'), (['crane'] * 3, 'named 3 times, and 2')):
+        with pytest.raises(InputError, match=needle):
+            bank.select(classes)
 
 
 def normalised_pixels(bank, net):

@@ -185,7 +185,7 @@ def test_training_leaves_the_global_random_states_alone(make_recipe, bank):
     assert_close(run(meta_train, recipe, None, bank, max_steps=2), first, rtol=0, atol=0)
 
 
-def test_an_ordinary_training_mixes_its_batches_where_the_recipe_says_so(make_recipe, bank):
+def test_an_ordinary_training_mixes_its_batches_where_the_recipe_says_so(make_recipe, bank, monkeypatch):
     """The loss is the cross-entropy by the classes' shares; another step mixes in another way."""
     recipe = make_recipe(augmentation=Augmentation(mixup={'cutmix_alpha': 1.0}), schedule={'label_smoothing': 0.0})
     loop_run = loop._PlainRun(recipe, [bank], 'cpu')
@@ -201,6 +201,13 @@ def test_an_ordinary_training_mixes_its_batches_where_the_recipe_says_so(make_re
         with torch.no_grad():
             wanted = -(loop_run.head(loop_run.features(images)).log_softmax(1) * shares).sum(1).mean()
             assert_close(loop_run.losses(number)[0], wanted)
+    monkeypatch.setattr(sampler.__class__, 'images_of', lambda *_: 7)  # mixed in pairs, so six
+    sizes = []
+    features = loop_run.features
+    monkeypatch.setattr(loop_run, 'features', lambda images: sizes.append(len(images)) or features(images))
+    loop_run.losses(0)
+    assert sizes == [7 * recipe.groups.per_step // 2 * 2]
+    monkeypatch.undo()
     images, labels = sampler.batch(0, recipe.images_per_step)
     with torch.no_grad():
         plain = torch.nn.functional.cross_entropy(loop_run.head(loop_run.features(images)), labels)

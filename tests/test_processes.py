@@ -55,6 +55,11 @@ for name, recipe in json.loads((root / 'recipes.json').read_text()).items():
         if last is None:
             weights = {key: value.clone() for key, value in net.state_dict().items()}
 found['wrote'] = wrote[:]
+for place in ('apart', 'apart' if rank == 0 else 'elsewhere'):  # as on two machines without a shared disk
+    try:
+        meta_train(Recipe.from_dict(recipe), root / place, banks=[bank], device='cpu', max_steps=1, progress=False)
+    except InputError as error:
+        found['apart'] = str(error)
 out = root.with_name(root.name + '-results')
 out.mkdir(exist_ok=True)
 safetensors.torch.save_file(weights, out / f'{rank}.safetensors')
@@ -172,6 +177,13 @@ def test_only_the_first_process_writes(two):
     assert second['wrote'] == []
     assert len(list((root / 'adamw' / 'board').iterdir())) == 2  # one for the start and one for the resumption
     assert '2 processes' in first['adamw']
+
+
+def test_processes_that_find_other_checkpoints_do_not_go_on(two):
+    root, found = two
+    for (one, _), place in zip(found, ('apart', 'elsewhere'), strict=True):
+        assert str(root / place) in one['apart']
+        assert 'a folder that all machines share' in one['apart']
 
 
 def test_fewer_groups_in_a_step_than_processes_is_one_line(two):

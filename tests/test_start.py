@@ -118,6 +118,16 @@ def test_timm_s_own_weights_are_a_start(start, make_recipe, bank, monkeypatch):
         assert_close(predicted[key], value.detach(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize('train', [meta_train, train_plain])
+def test_a_start_that_saw_images_otherwise_is_told_of(train, start, make_recipe, bank):
+    config = json.loads((start[1] / 'config.json').read_text())
+    config['pretrained_cfg']['std'] = [0.25] * 3
+    other = shutil.copytree(start[1], start[1].with_name('otherwise'), dirs_exist_ok=True)
+    (other / 'config.json').write_text(json.dumps(config))
+    with pytest.warns(PudNetWarning, match=r'otherwise saw images of mean .* std \(0\.25, 0\.25, 0\.25\)'):
+        train(make_recipe(1, start=str(other), hypernet=RESIDUAL), banks=[bank], device='cpu', progress=False)
+
+
 def test_the_statistics_of_the_start_can_be_kept(start, make_recipe, bank, monkeypatch):
     model, folder = start
     stay = {'fixed_statistics': True}

@@ -378,6 +378,14 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, kinds) or 'norm' in type(module).__name__.lower()
 
 
+def normalised_otherwise(model: nn.Module, wanted: InputConfig) -> str:
+    """Mean and std of a timm model in words, where its own config has others than wanted; else an empty text."""
+    own = input_of(model)
+    pairs = zip((*own.mean, *own.std), (*wanted.mean, *wanted.std), strict=False)
+    alike = len(own.mean) == len(wanted.mean) and all(math.isclose(a, b, abs_tol=1e-6) for a, b in pairs)
+    return '' if alike else f'of mean {own.mean} and std {own.std}'
+
+
 def input_of(model: nn.Module) -> InputConfig:
     """How a timm model sees images, by its own config; channels by its first conv, for `in_chans` is not in there."""
     found = resolve_model_data_config(model)

@@ -30,7 +30,7 @@ from timm_pudnet.config import InputError
 from timm_pudnet.files import config_sha256, weights_sha256
 from timm_pudnet.hub import load_hypernet
 from timm_pudnet.hypernet import PudNet, pretrained_model, usable_device, written_whole
-from timm_pudnet.images import ImageSource, open_images
+from timm_pudnet.images import ImageSource, is_timm_name, open_images
 from timm_pudnet.training import ImageBank, bank_input, whitening_path
 from timm_pudnet.training.meta_train import seen_by
 
@@ -94,8 +94,10 @@ def evaluate(
     check_split(images, other)
     _check_support_split(images, split, support_split)
     _check_scratch(scratch, scratch_epochs, groups, support_split, n_unlabelled)
-    if other_data_dir and not other:
-        raise InputError('--other-data-dir is the root of the set that --other names: add --other, or leave it out')
+    if other_data_dir and not (other and is_timm_name(other)):
+        raise InputError(
+            '--other-data-dir is the root of the timm dataset that --other names: name one there, or leave it out'
+        )
     _check_save(save, protocol, hypernet)
     network = load_hypernet(Path(hypernet).resolve() if save else hypernet)  # the folder, whatever else has its name
     hashes: dict[str, Any] = {}
@@ -192,6 +194,9 @@ def _check_scratch(scratch: int, epochs: int, groups: int, support_split: str | 
             f'--scratch must be in 0-{groups}, the number of groups, and --scratch-epochs at least 1, '
             f'got {scratch} and {epochs}'
         )
+    given = click.get_current_context().get_parameter_source('scratch_epochs')
+    if given == click.core.ParameterSource.COMMANDLINE and not scratch:
+        raise InputError('--scratch-epochs is of training from scratch: add --scratch, or leave it out')
     if scratch and support_split is None:
         raise InputError('--scratch trains on all images of the support split: add --support-split')
     if scratch and n_unlabelled:
@@ -210,7 +215,7 @@ def _check_save(save: bool, protocol: str | None, hypernet: str) -> None:
 def _read_controls(paths: Sequence[Path]) -> dict[str, Any]:
     """Controls that `train --plain` wrote, with their whitening, by the names of their folders."""
     found: dict[str, Any] = {}
-    for path in paths:
+    for path in map(Path.absolute, paths):  # `.` has no name
         if path.name in found:
             raise InputError(f'--control {path}: another control is called {path.name} too; rename its folder')
         beside = whitening_path(path)
@@ -232,7 +237,12 @@ def _unseen_images(network: PudNet, source: ImageSource, controls: Sequence[Path
     if not seen:
         click.echo(f'Note       {network.name} does not say which classes it was trained on: all are taken for unseen')
     names, whole = source.class_names, None
-    if names is None and source.labelled:  # the classes are numbers, known when all is read
+    if not source.labelled:
+        raise InputError(
+            f'{source.description}: labelled images are needed, of classes that {network.name} was not trained on: '
+            'folders with a subfolder per class'
+        )
+    if names is None:  # the classes are numbers, known when all is read
         if not all(name.isdigit() for name in seen):
             raise InputError(
                 f'{source.description}: its classes have no names, by which to tell those that {network.name} was '

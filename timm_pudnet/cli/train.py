@@ -12,7 +12,7 @@ import click
 import torch
 
 from timm_pudnet import denoising, training
-from timm_pudnet.cli.group import FOLDER, check_data_dir, device_option, main, size_of, some
+from timm_pudnet.cli.group import FOLDER, check_data_dir, check_outside, device_option, main, size_of, some
 from timm_pudnet.config import InputError, OutputExistsError
 from timm_pudnet.denoising.training import PatchBank
 from timm_pudnet.hypernet import target_of, usable_device, written_whole
@@ -50,6 +50,8 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         return
     if out is None:
         raise InputError('--out is missing: name a folder for the result, or try the recipe with --short')
+    for data in loaded.data:
+        check_outside(out, **{'images of the recipe': data.images})
     _check_result(loaded, text, out, plain)
     where = device if several else usable_device(device)
     first = os.environ.get('RANK', '0') == '0'  # of several processes the first one speaks and writes

@@ -353,8 +353,8 @@ def _pretrained(
     """Eq. 7 on features of timm's pretrained weights; gives `seconds` on its way, and in the end the accuracy too."""
     model = _downloaded(name).to(device).eval()
     is_used = torch.zeros(len(bank.labels)).index_fill_(0, picks, 1.0)
-    seconds, features, count = 0.0, [], 0
-    for images, _ in opened(input_of(model)).batches(32):
+    seconds, features, labels, count = 0.0, [], [], 0
+    for images, batch_labels in opened(input_of(model)).batches(32):
         started = time.perf_counter()
         with torch.inference_mode():
             features.append(model(images.to(device)).float().cpu())
@@ -362,9 +362,12 @@ def _pretrained(
         share = is_used[count : count + len(images)].sum() / len(images)
         seconds += float(share) * seconds_since(started, device)
         count += len(images)
+        labels.append(batch_labels)
         yield {'seconds': seconds}
     if count != len(bank.labels):
         raise NotFoundError(f'at its input size {count:,} of {len(bank.labels):,} images can be read')
+    if not torch.equal(torch.cat(labels), bank.labels):
+        raise NotFoundError('the images come in another order when they are read again')
     rows = torch.cat(features)
     centroids = class_centroids(rows[picks], bank.labels[picks], len(bank.class_names))
     right = int((centroid_logits(rows[aside], centroids, 1.0).argmax(1) == bank.labels[aside]).sum())

@@ -29,7 +29,7 @@ from timm_pudnet.evaluation.holdout import raw_pixels
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
 from timm_pudnet.hypernet import PudNet, forked_rng, library_versions, machine, own_defaults, with_hypernet_as_saved
-from timm_pudnet.target import channels_last, create_feature_model
+from timm_pudnet.target import channels_last, create_feature_model, normalised_otherwise
 from timm_pudnet.training.episodes import ImageBank
 
 # Features of the support, with labels and in batches, of the query and of the images without labels, from their images.
@@ -265,9 +265,14 @@ def _sketches(
         picks = torch.randperm(len(other.labels), generator=torch.Generator().manual_seed(number))
         return group_sketch(hypernet, GroupImages(other, [picks[: sizes[number]]], input, device))
 
+    def of_another(number: int) -> tuple[Tensor, float]:
+        before = (own[number - back] for back in range(1, len(own)))
+        return next(pair for pair in before if not torch.equal(pair[0], own[number][0]))
+
     found: dict[str, Callable[[int], tuple[Tensor, float]]] = {'predicted': lambda number: own[number]}
-    if len(own) > 1:  # the sketch of one group is also the one before it and the mean
-        found |= {'swapped_sketch': lambda number: own[number - 1], 'mean_sketch': lambda _: average}
+    # Groups of all images of the same classes have one sketch, which is also the mean of them all.
+    if any(not torch.equal(sketch, own[0][0]) for sketch, _ in own):
+        found |= {'swapped_sketch': of_another, 'mean_sketch': lambda _: average}
     return found if other is None else {**found, 'other_domain_sketch': of_other}
 
 
@@ -335,6 +340,8 @@ def _check_controls(
             raise InputError(
                 f'control {name} is no {hypernet.config.model_name} without classifier, which {hypernet.name} predicts'
             )
+        if other := normalised_otherwise(control, hypernet.config.input):
+            raise InputError(f'control {name} sees images {other}, which {hypernet.name} does not')
 
 
 def group_sketch(hypernet: PudNet, support: GroupImages) -> tuple[Tensor, float]:

@@ -5,6 +5,7 @@ Dimension letters: `n` images, `c h w` an image.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -137,11 +138,16 @@ class ImageBank:
 
 
 def _numbers(classes: Sequence[str], names: Sequence[str], where: str) -> list[int]:
-    """The numbers of some classes among `names`."""
-    for name in classes:
-        if name not in names:
+    """The numbers of some classes among `names`; of those that share a name (ImageNet's cranes) all, or none."""
+    places: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        places.setdefault(name, []).append(number)
+    for name, count in collections.Counter(classes).items():
+        if name not in places:
             raise InputError(f'{where}: no class {name!r}; it has {", ".join(names)}')
-    return [names.index(name) for name in classes]
+        if count != len(places[name]):
+            raise InputError(f'{where}: class {name!r} is named {count} times, and {len(places[name])} have that name')
+    return [places[name].pop(0) for name in classes]
 
 
 def bank_input(config: InputConfig) -> InputConfig:

@@ -39,7 +39,13 @@ from timm_pudnet.hypernet import (
 )
 from timm_pudnet.images import ImageSource, is_timm_name, open_images
 from timm_pudnet.predict import save_model
-from timm_pudnet.target import batch_norms, channels_last, create_feature_model, with_own_config
+from timm_pudnet.target import (
+    batch_norms,
+    channels_last,
+    create_feature_model,
+    normalised_otherwise,
+    with_own_config,
+)
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input, mixed
 from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
 from timm_pudnet.training.recipe import Data, Recipe
@@ -374,6 +380,7 @@ def seen_by(start: str) -> tuple[str, ...]:
 
 def whitening_path(control: Path) -> Path:
     """Where `train --plain` writes the whitening of a control's features, and which classes it has seen."""
+    control = control.absolute()  # `.` has no name
     return control.with_name(f'{control.name}.whitening.safetensors')
 
 
@@ -421,6 +428,13 @@ class _ClassifierRun(Run):
                     f'start {start} is no {config.model_name} with the arguments of the recipe: {key} is '
                     f'{tuple(found[key].shape) if key in found else "not there"}, not {tuple(value.shape)}'
                 )
+        if other := normalised_otherwise(model, config.input):
+            warnings.warn(
+                f'start {start} saw images {other}; set mean and std in [hypernet.input] alike, unless it is to learn '
+                'another input',
+                PudNetWarning,
+                stacklevel=1,
+            )
         self.started = {key: found[key] for key in expected}
         return self.started
 
@@ -686,8 +700,9 @@ class _PlainRun(_ClassifierRun):
         per_step = self.recipe.groups.per_step
         first = number // self.parts * per_step
         count = sum(self.sampler.images_of(group) for group in range(first, first + per_step))
-        images, labels = self.sampler.batch(number, count // self.parts)
-        if mixup := self.recipe.augmentation.mixup:
+        mixup, size = self.recipe.augmentation.mixup, count // self.parts
+        images, labels = self.sampler.batch(number, size - size % 2 if mixup else size)  # timm mixes pairs
+        if mixup:
             generator = self.sampler.generator('mixup', number)
             images, labels = mixed(images, labels, self.sampler.num_classes, mixup, generator)
         logits = self.head(self.features(images.to(self.device)))

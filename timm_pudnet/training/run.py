@@ -62,6 +62,7 @@ def go(
     if checkpoint is not None:
         if checkpoint.exists():
             run.load(checkpoint)
+        _check_together(run, checkpoint)
         if run.step < last:
             run.check_room(checkpoint)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -70,6 +71,16 @@ def go(
         if run.processes.any_(not free):
             raise InputError(f'{folder}: another training is at work there: wait for it, or choose another folder')
         _go(run, checkpoint, last, checkpoint_seconds, progress)
+
+
+def _check_together(run: Run, checkpoint: Path) -> None:
+    """Refuses to go on where not every process has read the same checkpoint: on several machines it must be shared."""
+    steps = torch.tensor(float(run.step), device=run.processes.device)
+    run.processes.sum_([steps])
+    if run.processes.any_(float(steps) != run.step * run.processes.count):
+        raise InputError(
+            f'{checkpoint}: not every process finds the same one there: use a folder that all machines share'
+        )
 
 
 def _go(run: Run, checkpoint: Path | None, last: int, checkpoint_seconds: float, progress: bool) -> None:
