@@ -84,7 +84,7 @@ TEXTS = {
     'NaN': b'{"format_version": NaN}',
     'a number without end': b'{"format_version": ' + b'9' * 5000 + b'}',
     'no UTF-8': b'\xff\xff',
-    'more than any config': b' ' * 5_000_000,
+    'more than any config': b'{}' + b' ' * 5_000_000,
     'nothing': b'',
 }
 
@@ -92,7 +92,7 @@ TEXTS = {
 @pytest.mark.parametrize('case', TEXTS)
 def test_what_is_no_config_is_refused(case, net, one_line):
     (net / 'config.json').write_bytes(TEXTS[case])
-    refused(net, one_line, net / 'config.json')
+    refused(net, one_line, net / 'config.json', *(['at most'] if case == 'more than any config' else []))
 
 
 def test_keys_of_a_later_version_are_told_and_left_out(net):
@@ -115,33 +115,36 @@ def entry(dtype='F32', shape=(2,), offsets=(0, 8)):
     return {'dtype': dtype, 'shape': shape, 'data_offsets': offsets}
 
 
+UNUSABLE, SHORT, APART = 'nothing usable', ' of shape ', 'is not where the one before it ends'
 HEADERS = {
-    'a length of exabytes': struct.pack('<Q', 2**63) + b'{}',
-    'a length beyond the file': struct.pack('<Q', 100) + b'{}',
-    'no length': b'\x01',
-    'a header that is a list': packed([]),
-    'a header of brackets': packed(b'[' * 100_000),
-    'a tensor of terabytes': packed({'a': entry(shape=[2**40], offsets=[0, 2**42])}),
-    'a shape that overflows': packed({'a': entry(shape=[2**40, 2**40, 0], offsets=[0, 0])}, b'x'),
-    'a negative shape': packed({'a': entry(shape=[-2, -1])}, bytes(8)),
-    'a shape of texts': packed({'a': entry(shape=['2'])}, bytes(8)),
-    'an unknown type': packed({'a': entry(dtype='PICKLE')}, bytes(8)),
-    'offsets that overlap': packed({'a': entry(), 'b': entry(offsets=[4, 12])}, bytes(12)),
-    'offsets with a gap': packed({'a': entry(), 'b': entry(offsets=[12, 20])}, bytes(20)),
-    'offsets that go back': packed({'a': entry(offsets=[8, 0])}, bytes(8)),
-    'three offsets': packed({'a': entry(offsets=[0, 8, 8])}, bytes(8)),
-    'bytes that belong to no tensor': packed({'a': entry()}, bytes(9)),
-    'a shape that is another size': packed({'a': entry(shape=[3])}, bytes(8)),
-    'a tensor that is a text': packed({'a': 'F32'}),
-    'a name of control characters': packed({'\x1b[2J': entry()}, bytes(8)),
-    'a pickle': pickle.dumps({'a': 1}) * 10,
+    'a length of exabytes': (struct.pack('<Q', 2**63) + b'{}', 'ends in its header'),
+    'a length beyond the file': (struct.pack('<Q', 100) + b'{}', 'ends in its header'),
+    'no length': (b'\x01', 'ends in its header'),
+    'a header of megabytes': (packed(b'{}' + b' ' * 5_000_000), 'at most'),
+    'a header that is a list': (packed([]), 'its header is no object'),
+    'a header of brackets': (packed(b'[' * 100_000), 'nested too deeply'),
+    'a tensor of terabytes': (packed({'a': entry(shape=[2**40], offsets=[0, 2**42])}), 'its header says'),
+    'a shape that overflows': (packed({'a': entry(shape=[2**40, 2**40, 0], offsets=[0, 0])}, b'x'), 'its header says'),
+    'a negative shape': (packed({'a': entry(shape=[-2, -1])}, bytes(8)), UNUSABLE),
+    'a shape of texts': (packed({'a': entry(shape=['2'])}, bytes(8)), UNUSABLE),
+    'an unknown type': (packed({'a': entry(dtype='PICKLE')}, bytes(8)), UNUSABLE),
+    'offsets that overlap': (packed({'a': entry(), 'b': entry(offsets=[4, 12])}, bytes(12)), APART),
+    'offsets with a gap': (packed({'a': entry(), 'b': entry(offsets=[12, 20])}, bytes(20)), APART),
+    'offsets that go back': (packed({'a': entry(offsets=[8, 0])}, bytes(8)), SHORT),
+    'three offsets': (packed({'a': entry(offsets=[0, 8, 8])}, bytes(8)), UNUSABLE),
+    'bytes that belong to no tensor': (packed({'a': entry()}, bytes(9)), 'its header says'),
+    'a shape that is another size': (packed({'a': entry(shape=[3])}, bytes(8)), SHORT),
+    'a tensor that is a text': (packed({'a': 'F32'}), UNUSABLE),
+    'a name of control characters': (packed({'\x1b[2J': entry()}, bytes(8)), 'not expected'),
+    'a pickle': (pickle.dumps({'a': 1}) * 10, 'ends in its header'),
 }
 
 
 @pytest.mark.parametrize('case', HEADERS)
 def test_a_hostile_weights_file_is_refused_before_memory_is_taken(case, net, one_line):
-    (net / WEIGHTS_NAME).write_bytes(HEADERS[case])
-    refused(net, one_line, net / WEIGHTS_NAME)
+    content, needle = HEADERS[case]
+    (net / WEIGHTS_NAME).write_bytes(content)
+    refused(net, one_line, net / WEIGHTS_NAME, needle)
 
 
 def test_a_tensor_of_another_type_is_refused(net, one_line):

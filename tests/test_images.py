@@ -1,5 +1,6 @@
 """images.py: every form of images people have, and every way in which they go wrong."""
 
+import dataclasses
 import io
 import os
 import pickle
@@ -8,6 +9,7 @@ import struct
 import time
 import warnings
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -990,12 +992,15 @@ def test_kept_images_are_decoded_once_and_come_again_to_the_bit(damaged, monkeyp
     assert len(decoded) > len(again)
 
 
-@pytest.mark.parametrize('trouble', ['a small limit', 'a full disk', 'no temporary folder'])
+@pytest.mark.parametrize('trouble', ['a small limit', 'half of a disk', 'a full disk', 'no temporary folder'])
 def test_images_that_cannot_be_kept_are_decoded_again(folder, monkeypatch, trouble):
     source = open_images(folder, input=RGB)
     expected, _ = read(source)
     if trouble == 'a small limit':
         monkeypatch.setattr(images_room, '_MOST_KEPT', 1000)
+    elif trouble == 'half of a disk':
+        usage = SimpleNamespace(free=2 * expected.numel() - 2)  # one byte a value
+        monkeypatch.setattr(images_room.shutil, 'disk_usage', lambda _: usage)
     elif trouble == 'a full disk':
         full = open('/dev/full', 'w+b', 0)  # noqa: SIM115
         monkeypatch.setattr(images_room.tempfile, 'TemporaryFile', lambda **_: full)
@@ -1009,6 +1014,11 @@ def test_images_that_cannot_be_kept_are_decoded_again(folder, monkeypatch, troub
     same(torch.cat([x for x, _ in source.batches(2, keep=True)]), expected)
     same(read(source)[0], expected)
     assert len(decoded) == 2 * len(source)
+    if trouble == 'half of a disk':
+        usage.free += 2
+        fits = open_images(folder, input=RGB)
+        assert len([*fits.batches(2, keep=True), *fits.batches(2)]) == 2 * -(-len(fits) // 2)
+        assert len(decoded) == 3 * len(source)
 
 
 def test_a_stream_that_outgrows_the_room_is_read_again(monkeypatch):
@@ -1231,6 +1241,16 @@ def test_images_that_were_opened_are_not_strict_later():
         open_images(source, input=RGB, strict=True)
     strict = open_images(noise(2, 8, 8, 3), input=RGB, strict=True)
     assert open_images(strict, input=RGB) is strict
+
+
+def test_images_that_were_opened_keep_their_labels_and_input():
+    source = open_images(noise(2, 8, 8, 3), ['a', 'b'], input=RGB)
+    assert open_images(source, input=dataclasses.replace(RGB, crop_pct=0.5)) is source
+    for changes in ({'mean': (0.1, 0.2, 0.3)}, {'std': (0.1, 0.2, 0.3)}, {'input_size': (3, 8, 8)}):
+        with pytest.raises(InputError, match='opened already, with its own labels and input'):
+            open_images(source, input=dataclasses.replace(RGB, **changes))
+    with pytest.raises(InputError, match='opened already, with its own labels and input'):
+        open_images(source, ['b', 'a'], input=RGB)
 
 
 def test_every_error_is_ours():

@@ -68,6 +68,13 @@ def truncated(repo):
         file.truncate(5000)
     return digest(repo)
 
+def bent(repo, length):
+    path = Path(remote.fetch(repo)) / 'config.json'
+    text = path.read_text()
+    path.write_text(text[:length] if length else text.replace('"eta": 0.5', '"eta": 0.25'))
+    assert path.read_text() != text
+    return digest(repo)
+
 def full_disk(repo):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
@@ -206,7 +213,10 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
     (whole / 'run').mkdir()
     (whole / 'run' / 'checkpoint.pt').write_bytes(b'pickle')
     (whole / 'secrets.json').write_text('{}')
-    other = timm_pudnet.PudNet.for_target('test_resnet', sketch_width=16).save_pretrained(folder / 'other')
+    half = timm_pudnet.PudNet.from_pretrained(tiny_folder).save_pretrained(folder / 'half', half=True)
+    other = timm_pudnet.PudNet.from_pretrained(tiny_folder)  # but for one number
+    other.temperature.data.add_(1)
+    other = other.save_pretrained(folder / 'other')
     complete(tiny.save_pretrained(shards, max_shard_bytes=60_000))
     assert len(list(shards.glob('model-*.safetensors'))) > 1
     shutil.copytree(whole, folder / 'shelf' / 'test_resnet.shelved')
@@ -222,6 +232,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         'again',
         'method',
         'method of another',
+        'method, half',
         'shards',
         'model',
         'once',
@@ -239,6 +250,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         ['push', str(whole), 'org/test_resnet.tiny', license],
         ['push_to_hub', str(whole), 'org/test_resnet.method', str(whole), license],
         ['push_to_hub', str(other), 'org/test_resnet.method', str(whole), license],
+        ['push_to_hub', str(half), 'org/test_resnet.method', str(whole), {**license, 'dry_run': True}],
         ['push', str(shards), 'timm-pudnet/test_resnet.shards', license],
         ['push_model', 'org/model'],
         ['push', str(whole), 'org/once', license],
@@ -303,6 +315,7 @@ def test_a_hypernetwork_pushes_itself_from_the_folder_that_holds_it_and_from_no_
     assert files['model.safetensors'] == (whole / 'model.safetensors').read_bytes()
     assert 'other weights' in outcomes['method of another']['error']
     assert str(whole) in outcomes['method of another']['error']
+    assert 'value' in outcomes['method, half'], 'the same weights to half precision'
 
 
 def test_a_published_card_has_the_licence_and_the_results_with_their_intervals(pushed, server):
@@ -415,6 +428,9 @@ def pulled(pushed, server, client, tiny_files, tmp_path_factory):
     evil = {'pytorch_model.bin': b'cos\nsystem\n', 'evil.py': b'raise SystemExit', '../../escape.json': b'{}'}
     evil['model-../../-of-00002.safetensors'] = b''
     server.commit('org/hostile', {**tiny_files, **evil})
+    in_shards = server.files('timm-pudnet/test_resnet.shards')
+    server.commit('org/hostile-shards', {**in_shards, 'mine-00001-of-00002.safetensors': b'', **evil})
+    server.commit('org/bent', server.files('org/test_resnet.tiny'))
     server.commit('org/llm', {'config.json': b'{"model_type": "llama"}', 'model.safetensors': bytes(10)})
     server.commit('org/halves', {'config.json': tiny_files['config.json'], 'model.safetensors': b'\x08'})
     first = server.refs['org/test_resnet.tiny']['main']
@@ -425,6 +441,9 @@ def pulled(pushed, server, client, tiny_files, tmp_path_factory):
         'architecture': ['served', 'test_resnet'],
         'list cache': ['listed', 'cache'],
         'hostile': ['digest', 'org/hostile'],
+        'hostile shards': ['digest', 'org/hostile-shards'],
+        'altered config': ['bent', 'org/bent', 0],
+        'cut config': ['bent', 'org/bent', 100],
         'other': ['pull', 'org/llm'],
         'published damaged': ['pull', 'org/halves'],
         'flaky': ['digest', 'org/flaky'],
@@ -472,6 +491,14 @@ def test_a_file_of_the_cache_that_was_cut_by_hand_is_fetched_again(pulled, diges
     assert 'model.safetensors' in outcome['warnings'][0]
 
 
+@pytest.mark.parametrize('name', ['altered config', 'cut config'])
+def test_a_config_of_the_cache_that_was_changed_by_hand_is_fetched_again(name, pulled, digest):
+    outcome = pulled[1][name]
+    assert outcome.get('value') == digest, outcome
+    assert len(outcome['warnings']) == 1
+    assert 'config.json' in outcome['warnings'][0]
+
+
 def test_a_full_disk_is_told_and_the_next_pull_works(pulled, digest):
     assert 'HubError: org/disk@main: the disk of' in pulled[1]['full']['error']
     assert pulled[1]['after full'].get('value') == digest
@@ -505,7 +532,11 @@ def test_nothing_but_our_files_is_fetched(pulled, server):
     assert server.gets('evil.py') == server.gets('pytorch_model.bin') == server.gets('escape') == 0
     assert not [path for path in home.rglob('*') if path.suffix in ('.py', '.bin') or 'escape' in path.name]
     assert 'no hypernetwork' in outcomes['other']['error']
-    assert server.gets('/org/llm/resolve/main/model.safetensors') == 0, 'weights of another kind are not downloaded'
+    fetched = [path for _, path in server.asked if path.startswith('/org/llm/resolve/')]
+    assert fetched, 'its config was looked at'
+    assert not [path for path in fetched if 'model.safetensors' in path], 'weights of another kind are not downloaded'
+    assert outcomes['hostile shards'].get('value') == outcomes['bits'].get('value')
+    assert not [path for _, path in server.asked if 'mine-00001' in path]
     assert 'published damaged' in outcomes['published damaged']['error']
     assert not server.leaked
 

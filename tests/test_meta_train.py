@@ -111,9 +111,26 @@ def test_meta_training_learns(changes, easy_recipe, bank, tmp_path):
     assert not torch.equal(hypernet.whitening, torch.eye(len(hypernet.whitening)))
 
 
+@pytest.mark.parametrize('kind', [loop._MetaRun, loop._PlainRun])
+def test_the_whitening_is_of_the_spread_within_the_classes_of_groups(kind, easy_recipe, bank):
+    run_of = kind(easy_recipe(), [bank], 'cpu')
+    scatter, count = 0, 0
+    for group, support, query in run_of.tested(40, 'whitening'):
+        for name in group.support_classes.unique():
+            rows = torch.cat([support[group.support_classes == name], query[group.query_classes == name]]).double()
+            scatter, count = scatter + (rows - rows.mean(0)).t() @ (rows - rows.mean(0)), count + len(rows) - 1
+    covariance = scatter / count
+    values, vectors = torch.linalg.eigh(
+        covariance + 0.1 * covariance.trace() / len(covariance) * torch.eye(len(covariance))
+    )
+    inverse_root = vectors * values.rsqrt() @ vectors.t()
+    assert_close(run_of.whitening().double(), inverse_root / values.rsqrt().mean(), rtol=1e-3, atol=1e-4)
+
+
 def test_plain_training_gives_a_feature_model_that_learned(easy_recipe, bank, tmp_path):
     model, whitening = train_plain(easy_recipe(), tmp_path, banks=[bank], device='cpu', progress=False)
     assert whitening.shape == (model.num_features, model.num_features)
+    assert not torch.equal(whitening, torch.eye(len(whitening)))
     losses = [entry['full'] for entry in log_of(tmp_path)]
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
     assert not model.training

@@ -939,9 +939,14 @@ def test_the_caller_s_hypernetwork_is_left_as_it_was(training, own, support):
 
 def test_parts_that_the_caller_froze_stay_in_eval_mode(own, support):
     own.train()
-    own.encoder.eval()
-    predict_model('test_resnet', *support, hypernet=own)
-    assert (own.training, own.encoder.training, own.ahru.training) == (True, False, True)
+    for part in (own.encoder, own.encoder.blocks[0]):
+        own.train()
+        part.eval()
+        modes = [module.training for module in own.modules()]
+        predict_model('test_resnet', *support, hypernet=own)
+        own.sketch(support[0])
+        assert [module.training for module in own.modules()] == modes
+        assert (own.training, part.training, own.ahru.training) == (True, False, True)
 
 
 @pytest.mark.parametrize('device', ['meta', 'cuda', 'cuda:99', 'xpu'])

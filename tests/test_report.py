@@ -185,6 +185,11 @@ def test_its_numbers_are_those_of_the_test(make):
     assert f'{test.right} of 90 images' in report.page()
     sure = dataclasses.replace(test, confidences=torch.ones(90))
     assert dataclasses.replace(report, test=sure)._gap() == pytest.approx(1 - test.right / 90)
+    few, many = torch.arange(90) < 20, torch.arange(90) >= 20
+    guesses = torch.where(many | (torch.arange(90) % 2 == 0), test.labels, (test.labels + 1) % 3)
+    mixed = dataclasses.replace(test, guesses=guesses, confidences=torch.where(few, 0.95, 0.35))
+    # Half of the first are right, all of the others: too sure here, too unsure there.
+    assert dataclasses.replace(report, test=mixed)._gap() == pytest.approx((20 * 0.45 + 70 * 0.65) / 90)
 
 
 @pytest.mark.parametrize(('n', 'k', 'side'), [(10_000, 10, 224), (10_000, 1000, 224), (3000, 3000, 32)])

@@ -177,6 +177,19 @@ def test_running_batch_norm_averages_its_first_batches():
     assert_close(norm.running_var, batches.var((1, 3, 4), correction=0).mean(0))
 
 
+def test_running_batch_norm_forgets_its_first_batches():
+    norm, mean, variance = RunningBatchNorm2d(5).train(), torch.zeros(5), torch.ones(5)
+    for number, batch in enumerate(
+        torch.randn(40, 4, 5, 6, 6) + torch.linspace(0, 3, 40)[:, None, None, None, None], 1
+    ):
+        norm(batch)
+        mean = mean.lerp(batch.mean((0, 2, 3)), max(0.1, 1 / number))
+        variance = variance.lerp(batch.var((0, 2, 3), correction=0), max(0.1, 1 / number))
+    assert_close(norm.running_mean, mean)
+    assert_close(norm.running_var, variance)
+    assert mean.min() > 2, 'a plain average would be 1.5'
+
+
 def test_sketching_leaves_the_encoder_as_it_was():
     encoder = make_encoder()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
@@ -244,6 +257,11 @@ def test_content_keys_depend_on_the_image_alone():
     assert content_keys(images[7:8]).tolist() == keys[7:8].tolist()
     assert content_keys(images.flip(0)).tolist() == keys.flip(0).tolist()
     assert content_keys(images.contiguous(memory_format=torch.channels_last)).tolist() == keys.tolist()
+    large = torch.randn(1, 3, 224, 224).repeat(4, 1, 1, 1)
+    large[1, 0, :9] += 1
+    large[2, 2, -9:] += 1
+    large[3, 1, 100:120, 100:120] += 1
+    assert len(content_keys(large).unique()) == 4
     small = torch.randn(2, 1, 5, 5)
     small[1] = small[0]
     small[1, 0, 3, 2] += 1e-6

@@ -57,7 +57,7 @@ from timm_pudnet.files import (
 )
 from timm_pudnet.generators import create_generator
 from timm_pudnet.images import open_images
-from timm_pudnet.sketch import Balance, SketchEncoder, SketchGate, StreamingSketch
+from timm_pudnet.sketch import Balance, SketchEncoder, SketchGate, StreamingSketch, in_eval_mode
 from timm_pudnet.target import TargetSpec, create_feature_model, describe_target, input_of, keep_arguments
 
 if TYPE_CHECKING:
@@ -94,18 +94,6 @@ def with_hypernet_as_saved(
             return function(on_device(hypernet, hypernet.device, hypernet), *args, **kwargs)
 
     return wrapped
-
-
-@contextmanager
-def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards every part in the mode that it had."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 @contextmanager
@@ -436,8 +424,8 @@ class PudNet(nn.Module):
             narrow = half and value.is_floating_point() and not key.startswith(_EXACT)
             narrow = narrow and not (value.abs() > most).any()  # which would be infinite
             state[key] = value.detach().cpu().to(torch.float16 if narrow else value.dtype).contiguous()
-        features = len(self.whitening)
-        if features <= MOST_UNSAVED and torch.equal(state['whitening'], torch.eye(features)):
+        whitening = state['whitening']
+        if len(whitening) <= MOST_UNSAVED and torch.equal(whitening, torch.zeros_like(whitening).fill_diagonal_(1)):
             del state['whitening']  # it may be larger than all the rest
         shards = _shards(state, max_shard_bytes)
         config = dataclasses.replace(self.config, library_versions=library_versions())

@@ -6,7 +6,8 @@ Dimension letters: `n` images, `c h w` an image, `m` width of the sketch, `k` cl
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -16,6 +17,18 @@ from torch.nn import functional as F
 from timm_pudnet.config import InputError
 
 Balance = Literal['none', 'class', 'kmeans']
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards every part in the mode that it had."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 class RunningBatchNorm2d(nn.BatchNorm2d):
@@ -103,11 +116,9 @@ class StreamingSketch:
     @torch.inference_mode()
     def add(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Takes in a batch `[n, c, h, w]` and its labels `[n]`."""
-        was_training, dtype = self.encoder.training, next(self.encoder.parameters()).dtype
-        try:
-            features = self.encoder.eval()(images.to(dtype)).cpu().double()
-        finally:
-            self.encoder.train(was_training)
+        dtype = next(self.encoder.parameters()).dtype
+        with in_eval_mode(self.encoder):
+            features = self.encoder(images.to(dtype)).cpu().double()
         if self.balance == 'kmeans':
             self.sample.add(features, keys=content_keys(images))
         if self.balance == 'class':

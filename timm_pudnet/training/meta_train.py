@@ -29,7 +29,6 @@ from timm_pudnet.hypernet import (
     MOST_PARAMETERS,
     PudNet,
     forked_rng,
-    in_eval_mode,
     own_defaults,
     pretrained_model,
     read_config,
@@ -39,6 +38,7 @@ from timm_pudnet.hypernet import (
 )
 from timm_pudnet.images import ImageSource, is_timm_name, open_images
 from timm_pudnet.predict import save_model
+from timm_pudnet.sketch import in_eval_mode
 from timm_pudnet.target import (
     batch_norms,
     channels_last,
