@@ -8,6 +8,8 @@ from timm_pudnet.hypernet import written_whole
 
 def read(out, settings):
     """The choices that are in the file `out` already; it ends the program where they are of other settings."""
+    if not out.parent.is_dir():
+        raise SystemExit(f'{out}: there is no folder {out.parent}')
     if not out.exists():
         return {}
     found = json.loads(out.read_text())

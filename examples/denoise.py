@@ -19,7 +19,13 @@ from timm_pudnet.predict import check_output
 
 @click.command(help=__doc__)
 @click.argument('folder', type=click.Path(path_type=Path))
-@click.option('--sigma', default=0.2, show_default=True, help='Standard deviation of the noise, of pixels in 0-1.')
+@click.option(
+    '--sigma',
+    type=click.FloatRange(0, min_open=True),
+    default=0.2,
+    show_default=True,
+    help='Standard deviation of the noise, of pixels in 0-1.',
+)
 @click.option('--kind', type=click.Choice(['gaussian', 'poisson']), default='gaussian', show_default=True)
 @click.option('--hypernet', help='Name or folder; by default the one that ships with the package.')
 @click.option('--out', type=click.Path(path_type=Path), required=True)

@@ -27,6 +27,8 @@ from timm_pudnet.evaluation import mean_interval, split_held_out
 def main(
     images: str, model_name: str, hypernet: str | None, labels: tuple[int, ...], draws: int, out: Path | None
 ) -> None:
+    if out is not None and not out.parent.is_dir():
+        raise click.UsageError(f'--out {out}: there is no folder {out.parent}')
     network = timm_pudnet.load_hypernet(hypernet or model_name)
     pool, tested = split_held_out(timm_pudnet.open_images(images, input=network.config.input), 0.25)
     if tested is None:

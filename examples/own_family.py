@@ -9,6 +9,7 @@ network trained as an ordinary classifier on as many images, tells whether it wa
 """
 
 import dataclasses
+import re
 from pathlib import Path
 
 import click
@@ -32,22 +33,21 @@ from timm_pudnet.training.episodes import ImageBank, bank_input
 def main(
     family: Path, start: str, model_name: str, side: int, images: int, n_way: int, n_shot: int, groups: int, out: Path
 ) -> None:
-    sets = sorted(path for path in family.iterdir() if path.is_dir())
+    sets = sorted(path for path in family.iterdir() if path.is_dir() and not path.name.startswith('.'))
     if len(sets) < 2:
         raise click.UsageError(f'{family} holds {len(sets)} folders: two sets at least, one of them for the test')
     if (out / 'config.json').exists():
         raise click.UsageError(f'{out} holds a hypernetwork already: choose another folder')
     *seen, unseen = sets
     print(f'trained on {", ".join(path.name for path in seen)}; tested on {unseen.name}')
+    tag = re.sub(r'[^A-Za-z0-9_-]+', '_', family.resolve().name)
     config = timm_pudnet.PudNetConfig(model_name=model_name, input=timm_pudnet.InputConfig(input_size=(3, side, side)))
     schedule = Schedule(images=images)
     if start:  # it has learned: small steps
         config = timm_pudnet.load_hypernet(start).config
         schedule = Schedule(images=images, optimizer='sgd', rate=0.01, sketch_rate=1e-4)
     recipe = Recipe(
-        hypernet=dataclasses.replace(
-            config, tag=family.name, class_names=(), training={}, sketch_limit=0.0, sketch_gate=False
-        ),
+        hypernet=dataclasses.replace(config, tag=tag, class_names=(), training={}, sketch_limit=0.0, sketch_gate=False),
         data=tuple(Data(images=str(path)) for path in seen),
         groups=Groups(n_way=n_way, n_shot=n_shot, n_query=n_shot, per_step=2, sketch_groups=4),
         schedule=schedule,

@@ -12,11 +12,13 @@ well, often a better one than any of them (Wortsman et al. 2022, "Model soups").
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 import torch
 
 from timm_pudnet import PudNet
+from timm_pudnet.config import PudNetError
 from timm_pudnet.hypernet import pretrained_model
 from timm_pudnet.target import create_feature_model, with_own_config
 from timm_pudnet.training import save_control
@@ -57,6 +59,9 @@ def main() -> None:
     seen = dict.fromkeys((*config.class_names, *(name for folder in options.folders for name in seen_by(folder))))
     kwargs = {**config.model_kwargs, 'num_classes': 0}
     networks = [pretrained_model(Path(folder), kwargs).state_dict() for folder in options.folders]
+    for folder, network in zip(options.folders, networks, strict=True):
+        if {key: value.shape for key, value in network.items()} != {k: v.shape for k, v in networks[0].items()}:
+            parser.error(f'{folder} is another network than {options.folders[0]}')
     if networks:
         hypernet.start_from({key: torch.stack([one[key] for one in networks]).double().mean(0) for key in networks[0]})
         hypernet.whitening.copy_(torch.eye(len(hypernet.whitening)))  # that of the earlier network's features
@@ -72,4 +77,8 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except PudNetError as error:
+        print(f'Error: {error}', file=sys.stderr)
+        sys.exit(2)

@@ -76,8 +76,22 @@ STRENGTHS = {
 @click.option('--protocol', required=True, help='Name of the results file.')
 @click.option('--plain', type=click.Path(path_type=Path), help='Folder of the control.')
 @click.option('--other', help='Folder of another set, for its sketch.')
-@click.option('--images', 'count', default=100, show_default=True, help='Images, spread evenly over the folder.')
-@click.option('--sigma', 'sigmas', multiple=True, type=float, default=(0.25, 0.5, 0.75), show_default=True)
+@click.option(
+    '--images',
+    'count',
+    type=click.IntRange(2),
+    default=100,
+    show_default=True,
+    help='Images, spread evenly over the folder.',
+)
+@click.option(
+    '--sigma',
+    'sigmas',
+    multiple=True,
+    type=click.FloatRange(0, min_open=True),
+    default=(0.25, 0.5, 0.75),
+    show_default=True,
+)
 @click.option('--reading', type=click.Choice(['standard', 'unit']), default='standard', show_default=True)
 @click.option('--kind', type=click.Choice(['gaussian', 'poisson']), default='gaussian', show_default=True)
 @click.option(
@@ -106,8 +120,10 @@ def main(
     out: Path | None,
 ) -> None:
     """What the module's docstring says."""
-    if scratch and turns != '1':
-        raise click.UsageError('--turns is not for --scratch: leave it out')
+    if scratch and (turns != '1' or plain or other):
+        raise click.UsageError('--turns, --plain and --other are not for --scratch: leave them out')
+    if not (out or hypernet).is_dir():
+        raise click.UsageError(f'{out or hypernet}: no such folder')
     network = load_hypernet(hypernet).eval()
     control = None if plain is None else timm.create_model(f'local-dir:{plain}', pretrained=True).eval()
     clean, elsewhere = pictures(folder, count), pictures(other, count) if other else []

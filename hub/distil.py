@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_pudnet.adapt import centroid_logits
-from timm_pudnet.config import InputError
+from timm_pudnet.config import InputError, PudNetError
 from timm_pudnet.hypernet import pretrained_model
 from timm_pudnet.target import channels_last, input_of, with_own_config
 from timm_pudnet.training import Recipe, load_banks, save_control
@@ -130,7 +130,7 @@ def main() -> None:
         if result.exists():
             raise InputError(f'{result} exists: choose another OUT')
         run = _Distilling(recipe, teacher, options.steps)
-    except InputError as error:
+    except PudNetError as error:
         parser.error(str(error))
     go(run, options.out / 'run-plain', 120.0, None, True)
     run.settle()

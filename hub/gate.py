@@ -7,9 +7,11 @@ HYPERNET is a folder with a recipe.toml that has `sketch_gate = true`; its weigh
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 from timm_pudnet import PudNet
+from timm_pudnet.config import PudNetError
 from timm_pudnet.training import Recipe
 from timm_pudnet.training.meta_train import fit_gate, load_banks
 
@@ -31,4 +33,8 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except PudNetError as error:
+        print(f'Error: {error}', file=sys.stderr)
+        sys.exit(2)

@@ -31,7 +31,7 @@ from timm_pudnet.denoising import (
 from timm_pudnet.denoising.noise import BOX
 from timm_pudnet.denoising.training import PatchSampler
 from timm_pudnet.files import weights_sha256
-from timm_pudnet.hub import hypernet_files
+from timm_pudnet.hub import describe_hypernet, hypernet_files
 from timm_pudnet.training.recipe import Data, Denoising, Recipe
 from timm_pudnet.training.run import CHECKPOINT_NAME, LOG_NAME
 
@@ -432,7 +432,8 @@ class TestPredict:
 
     def test_pictures_in_memory_keep_their_depth(self):
         grey = np.full((16, 16), 30_000, np.uint16)
-        for picture in (Image.fromarray(grey), Image.fromarray((grey / 65535).astype(np.float32))):
+        pictures = [Image.fromarray(grey), Image.fromarray((grey / 65535).astype(np.float32)), grey, grey.astype('>u2')]
+        for picture in [*pictures, torch.from_numpy(grey)]:
             assert_close(noisy_patches([picture], 3, 16), torch.full((1, 3, 16, 16), 30_000 / 65535))
         with pytest.raises(InputError, match='32 bits'):
             noisy_patches([Image.fromarray(grey.astype(np.int32))], 3, 16)
@@ -540,6 +541,11 @@ class TestPublishing:
         assert found == [('psnr', 24.5, 'image-to-image'), ('psnr', 21.5, 'image-to-image')]
         assert ['sigma 0.25' in result.dataset_name for result in results] == [True, False], 'each under its own noise'
 
+    def test_its_psnr_is_known_without_loading_it(self, folder):
+        found = describe_hypernet(folder)
+        assert found.psnr == {'mean': 24.5, 'interval': 0.2, 'sigma': 0.25, 'reading': 'unit'}
+        assert '24.50 ± 0.20 dB (sigma 0.25 unit)' in str(found)
+
     def test_results_of_other_weights_are_refused(self, folder):
         text = (folder / 'results.birds.json').read_text()
         digest = json.loads(text)['weights_sha256']['model.safetensors']
@@ -555,6 +561,26 @@ class TestPublishing:
 
 
 class TestCommands:
+    @pytest.mark.parametrize(
+        ('more', 'needle'),
+        [
+            ('label_smoothing = 0.2', '[schedule] label_smoothing is not used'),
+            ('whitening = false', '[schedule] whitening is not used'),
+            ('[groups]\nn_way = 3', '[groups] is not used'),
+            ('[losses]\nfull = 2.0', '[losses] is not used'),
+        ],
+    )
+    def test_what_a_denoiser_s_training_does_not_use_is_refused(self, more, needle, tmp_path):
+        text = (
+            '[hypernet]\nmodel_name = "blindspot_unet"\n[data]\nimages = "x"\n[denoising]\n[schedule]\nimages = 480\n'
+        )
+        (tmp_path / 'recipe.toml').write_text(text)
+        Recipe.load(tmp_path / 'recipe.toml')
+        (tmp_path / 'recipe.toml').write_text(text + more)
+        with pytest.raises(InputError) as error:
+            Recipe.load(tmp_path / 'recipe.toml')
+        assert needle in str(error.value)
+
     def test_from_a_recipe_to_a_denoised_folder(self, tmp_path):
         (tmp_path / 'photos').mkdir()
         (tmp_path / 'noisy').mkdir()

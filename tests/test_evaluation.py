@@ -617,6 +617,14 @@ def test_a_swapped_sketch_is_of_other_images(hypernet, support_bank):
         assert any(torch.equal(swapped, sketch) and size == images for sketch, images in own)
 
 
+def test_a_control_with_the_whitening_of_another_network_is_refused(hypernet, bank, one_line):
+    groups = TestGroups.draw(bank, count=1, n_way=2, n_shot=1, n_query=1)
+    plain = timm.create_model('test_resnet', num_classes=0)
+    with pytest.raises(InputError) as error:
+        evaluate(hypernet, bank, groups, controls={'plain': (plain, torch.eye(7))}, progress=False)
+    one_line(error, 'control plain', '7 features', str(plain.num_features))
+
+
 @pytest.mark.parametrize('name', ['mean', 'std'])
 def test_a_control_that_sees_images_otherwise_is_refused(name, hypernet, bank, one_line):
     plain = timm.create_model('test_resnet', num_classes=0)

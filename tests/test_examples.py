@@ -195,3 +195,5 @@ def test_the_benchmark_of_fine_tuning_sums_up_its_seeds_and_goes_on(run, photos,
     assert row['mean'] == pytest.approx(sum(gains) / 2)
     assert row['interval'] == pytest.approx(12.706 * abs(gains[0] - gains[1]) / 2, rel=1e-4)
     assert (tmp_path / 'found.png').is_file()
+    with pytest.raises(AssertionError, match='2'):  # what is there would be taken for runs of three epochs
+        run('tests/benchmarks/finetuning.py', *line[:6], 3, *line[7:])

@@ -397,6 +397,13 @@ def test_networks_of_another_architecture_get_the_sketch_encoder_of_a_hypernetwo
     code, _, err = fresh_process(HUB / 'average.py', 'given', 'other', '--norm-rank', '2', cwd=tmp_path)
     assert code == 2
     assert 'it needs --model' in err
+    timm_pudnet.save_model(timm.create_model('test_resnet', num_classes=0), tmp_path / 'third')
+    for folder, needle in (('third', 'third is another network than 0'), ('gone', 'gone: no such folder')):
+        words = [HUB / 'average.py', 'given', 'other', '0', folder, '--model', 'test_efficientnet']
+        code, _, err = fresh_process(*words, cwd=tmp_path)
+        assert code == 2
+        assert needle in err
+        assert 'Traceback' not in err
     assert not (tmp_path / 'other').exists()
 
 

@@ -390,6 +390,12 @@ def test_a_teacher_that_has_seen_an_unseen_class_is_refused_and_so_is_what_draws
     assert not Path('out').exists()
 
 
+def test_a_teacher_that_is_not_there_is_one_line(distil, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        script(monkeypatch, 'distil.py', 'distil.toml', 'gone', 6, 'out')
+    assert 'gone: no such folder' in capsys.readouterr().err
+
+
 def test_the_mean_of_networks_is_what_it_then_predicts_for_every_sketch(earlier, tmp_path, monkeypatch):
     hypernet, folder = earlier
     models = [timm.create_model('test_resnet', num_classes=0) for _ in range(3)]

@@ -56,8 +56,12 @@ def main(
     ]  # FOLDER/<class>/<image>
     if len(paths) < count + tested:
         raise click.UsageError(f'{len(paths)} images of {classes} classes, {count} + {tested} are asked for')
+    settings = {'folders': [str(folder) for folder in folders], 'classes': classes, 'model': model}
+    settings |= {'hypernet': network.name, 'learned': count, 'tested': tested, 'epochs': epochs}
+    if not out.parent.is_dir():
+        raise click.UsageError(f'--out {out}: no folder {out.parent}')
     for seed in seeds:
-        if str(seed) in read(out):
+        if str(seed) in read(out, settings):
             continue
         picks = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))[: count + tested].tolist()
         result = timm_pudnet.compare(
@@ -72,17 +76,20 @@ def main(
         )
         if result['ended'] != 'epochs':
             sys.exit('interrupted: this seed is not kept')
-        runs = {**read(out), str(seed): result}  # read again: another process may have written meanwhile
+        runs = {**read(out, settings), str(seed): result}  # read again: another process may have written meanwhile
         summary = summarise(runs)
         with written_whole(out) as beside:
-            text = {'setting': SETTING, 'folders': [str(folder) for folder in folders], 'classes': classes}
-            beside.write_text(json.dumps({**text, 'summary': summary, 'runs': runs}, indent=2) + '\n')
+            text = {'setting': SETTING, **settings, 'summary': summary, 'runs': runs}
+            beside.write_text(json.dumps(text, indent=2) + '\n')
         plot(summary, out.with_suffix('.png'), f'{model}, {result["images"]:,} images of {result["classes"]} classes')
         click.echo(json.dumps(summary['after'], indent=2))
 
 
-def read(path: Path) -> dict:
-    return json.loads(path.read_text())['runs'] if path.exists() else {}
+def read(path: Path, settings: dict) -> dict:
+    found = json.loads(path.read_text()) if path.exists() else {'runs': {}}
+    if any(found.get(name, value) != value for name, value in settings.items()):  # older files have fewer
+        raise click.UsageError(f'{path} is of other settings: choose another --out')
+    return found['runs']
 
 
 def interval(values: list[float]) -> dict[str, float | None]:

@@ -131,7 +131,7 @@ def from_files(count, height, width, queue):
 def timed(images):
     """Seconds of a prediction from some images, and of reading them and one forward pass."""
     started = time.perf_counter()
-    model = timm_pudnet.predict_model('resnet18', images)
+    model = timm_pudnet.predict_model('resnet18', images, device='cpu')
     predicted = time.perf_counter() - started
     config = timm_pudnet.load_hypernet('resnet18').config.input
     read = forward = 0.0
@@ -161,7 +161,7 @@ def predicted(name, queue):
     hypernet = timm_pudnet.PudNet.for_target(name, generator='residual', sketch_width=64, input=side).eval()
     made = time.perf_counter()
     images, labels = torch.rand(16, 3, 64, 64), torch.arange(16) % 4
-    model = timm_pudnet.predict_model(name, images, labels, hypernet=hypernet)
+    model = timm_pudnet.predict_model(name, images, labels, hypernet=hypernet, device='cpu')
     done = time.perf_counter()
     with torch.inference_mode():
         assert model(images).isfinite().all()

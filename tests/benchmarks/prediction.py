@@ -86,13 +86,13 @@ def generation(hypernet):
 @torch.inference_mode()
 def prediction(name):
     """`predict_model` on the example images, from files, the hypernetwork's loading included."""
-    model = timm_pudnet.predict_model(name, EXAMPLES)
+    model = timm_pudnet.predict_model(name, EXAMPLES, device='cpu')
     config = timm_pudnet.load_hypernet(name).config.input
     batches = list(timm_pudnet.open_images(EXAMPLES, input=config).batches(1024))
     images = torch.cat([batch for batch, _ in batches])
     forward = median_seconds(lambda: model(images))
     seconds = {
-        'predict_model': median_seconds(lambda: timm_pudnet.predict_model(name, EXAMPLES)),
+        'predict_model': median_seconds(lambda: timm_pudnet.predict_model(name, EXAMPLES, device='cpu')),
         'load_hypernet': median_seconds(lambda: timm_pudnet.load_hypernet(name)),
         'read_images': median_seconds(lambda: list(timm_pudnet.open_images(EXAMPLES, input=config).batches(1024))),
         'timm_create_model': median_seconds(lambda: timm.create_model(name)),
@@ -111,9 +111,9 @@ def unlabelled(name, labelled=100, count=5_000):
     labels = torch.arange(count) % 4
     ways = {
         'self_training': lambda: timm_pudnet.predict_model(
-            name, images[:labelled], labels[:labelled], unlabelled=images[labelled:]
+            name, images[:labelled], labels[:labelled], unlabelled=images[labelled:], device='cpu'
         ),
-        'all_labelled': lambda: timm_pudnet.predict_model(name, images, labels, head='blend'),
+        'all_labelled': lambda: timm_pudnet.predict_model(name, images, labels, head='blend', device='cpu'),
     }
     seconds = {way: median_seconds(run, 5) for way, run in ways.items()}
     return {
@@ -155,7 +155,7 @@ def in_its_own_process(function, *arguments):
 
 
 def peak_of(name, count, queue):
-    timm_pudnet.predict_model(name, Noise(count))
+    timm_pudnet.predict_model(name, Noise(count), device='cpu')
     queue.put(peak_mb())
 
 

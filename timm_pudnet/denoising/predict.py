@@ -180,7 +180,8 @@ def _pixels(image: Any, number: int, whites: dict[float, object]) -> Tensor:
             raise InputError(f'images[{number}] cannot be read ({error})') from error
     if not isinstance(image, (np.ndarray, Tensor)):
         raise InputError(f'images[{number}] is a {type(image).__name__}, not a path, image, array or tensor')
-    if str(image.dtype).endswith('uint16'):
+    name = image.dtype.name if isinstance(image, np.ndarray) else str(image.dtype)  # big-endian ones are '>u2' by str
+    if name.endswith('uint16'):
         image = image.astype(np.float32) / 65535 if isinstance(image, np.ndarray) else image.float() / 65535
     pixels = to_bchw(image[None], f'images[{number}]')[0]
     pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels

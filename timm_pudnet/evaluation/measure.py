@@ -333,13 +333,16 @@ def _check_controls(
     expected = {
         key: shape for key, shape in hypernet.target.shapes.items() if hypernet.target.roles[key] != 'classifier'
     }
-    for name, (control, _) in controls.items():
+    width = hypernet.target.num_features
+    for name, (control, learned) in controls.items():
         if name in reserved or name.removesuffix('_own_statistics') in controls.keys() - {name}:
             raise InputError(f'a control cannot be called {name}: that is the name of another result')
         if {key: tuple(value.shape) for key, value in control.state_dict().items()} != expected:
             raise InputError(
                 f'control {name} is no {hypernet.config.model_name} without classifier, which {hypernet.name} predicts'
             )
+        if learned.shape != (width, width):
+            raise InputError(f'control {name}: its whitening is of {len(learned)} features, its network has {width}')
         if other := normalised_otherwise(control, hypernet.config.input):
             raise InputError(f'control {name} sees images {other}, which {hypernet.name} does not')
 

@@ -241,6 +241,9 @@ class Recipe:
             for name, default in (('groups', Groups()), ('augmentation', Augmentation()), ('losses', LossWeights())):
                 if getattr(self, name) != default:
                     raise InputError(f'[{name}] is not used where there is [denoising]: remove one of them')
+            for name in ('label_smoothing', 'whitening'):
+                if getattr(self.schedule, name) != getattr(Schedule(), name):
+                    raise InputError(f'[schedule] {name} is not used where there is [denoising]: remove it')
             if self.start:
                 raise InputError('start is not used where there is [denoising]: remove it')
         if self.hypernet.sketch_gate and not (0 < self.groups.conditions < 1 and self.schedule.frozen):
