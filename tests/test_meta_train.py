@@ -419,7 +419,7 @@ def test_the_average_changes_nothing_of_the_training_itself(make_recipe, bank, t
     assert log_of(tmp_path / '0.0') == log_of(tmp_path / '0.9')
 
 
-# 32 pixels: oneDNN's bfloat16 gradient of a 3x3 conv of stride 2 on maps of one pixel is whatever lay in memory.
+# 32 pixels, for `strided_on_one_pixel`.
 LARGER = {'input': InputConfig(input_size=(3, 32, 32))}
 
 
@@ -456,14 +456,28 @@ def test_without_bfloat16_arithmetic_training_is_in_float32_and_says_so(
     assert_close(half, whole, rtol=0, atol=0)
 
 
-def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(make_recipe, bank, tmp_path, monkeypatch):
-    straight = run(meta_train, make_recipe(3), None, bank)
-    recipe = make_recipe(3, schedule={'precision': 'bfloat16'})
+@TRAINERS
+def test_small_images_are_trained_on_in_float32_where_bfloat16_gradients_are_wrong(
+    train, make_recipe, bank, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(engine, 'bfloat16_slowdown', lambda device: 0.5)
+    whole = run(train, make_recipe(2), tmp_path / 'float32', bank)
+    before = torch.get_rng_state()
+    with pytest.warns(PudNetWarning, match=r'layer4\.0\.conv1 is wrong, .*: training in float32'):
+        half = run(train, make_recipe(2, schedule={'precision': 'bfloat16'}), tmp_path / 'bfloat16', bank)
+    assert_close(half, whole, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert engine.strided_on_one_pixel(make_recipe(hypernet=LARGER).hypernet) == ''
+
+
+def test_a_run_goes_on_in_the_precision_that_it_was_begun_in(make_recipe, larger, tmp_path, monkeypatch):
+    straight = run(meta_train, make_recipe(3, hypernet=LARGER), None, larger)
+    recipe = make_recipe(3, hypernet=LARGER, schedule={'precision': 'bfloat16'})
     monkeypatch.setattr(engine, 'bfloat16_slowdown', lambda device: 9.0)
     with pytest.warns(PudNetWarning, match='float32'):
-        run(meta_train, recipe, tmp_path, bank, max_steps=1)
+        run(meta_train, recipe, tmp_path, larger, max_steps=1)
     monkeypatch.setattr(engine, 'bfloat16_slowdown', lambda device: 0.5)
-    assert_close(run(meta_train, recipe, tmp_path, bank), straight, rtol=0, atol=0)
+    assert_close(run(meta_train, recipe, tmp_path, larger), straight, rtol=0, atol=0)
 
 
 def test_a_busy_moment_does_not_change_the_precision_of_a_run(make_recipe, larger, tmp_path, monkeypatch):
