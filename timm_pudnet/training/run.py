@@ -209,13 +209,16 @@ def strided_on_one_pixel(config: PudNetConfig) -> str:
     Of such a conv of several taps oneDNN's gradient in bfloat16 is whatever lay in memory (seen with torch 2.14).
     """
     found: list[str] = []
+
+    def look(name: str, _: nn.Module, args: tuple[Tensor]) -> None:
+        if args[0].shape[2:] == (1, 1):
+            found.append(name)
+
     with forked_rng(torch.device('cpu')), torch.no_grad():
         model = create_feature_model(target_of(config)).eval()
         for name, module in model.named_modules():
             if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and max(module.kernel_size) > 1:
-                module.register_forward_pre_hook(
-                    lambda _, args, name=name: found.append(name) if args[0].shape[2:] == (1, 1) else None
-                )
+                module.register_forward_pre_hook(functools.partial(look, name))
         model(torch.zeros(1, *config.input.input_size))
     return next(iter(found), '')
 
