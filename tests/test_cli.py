@@ -1448,7 +1448,9 @@ def test_the_line_after_a_pull_names_what_was_pulled_beside_a_folder_of_that_nam
 
 def test_info_tells_what_a_hypernetwork_is(tiny_folder):
     text = succeeds('info', tiny_folder).output
-    for needle in ('test_resnet', '3x32x32', 'not measured', 'weights without the classifier'):
+    size = (tiny_folder / 'model.safetensors').stat().st_size
+    needles = ('test_resnet', '3x32x32', 'not measured', 'weights without the classifier')
+    for needle in (*needles, f'a file of {size / 1e6:.0f} MB;'):
         assert needle in text, (needle, text)
     assert 'resnet18.fashion_set' in succeeds('info', 'resnet18.fashion_set').output
 

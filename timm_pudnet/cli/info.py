@@ -58,7 +58,7 @@ def info(
         click.echo(f'Input      {size_of(config.input)}, mean {config.input.mean}')
         training = (f'{shown(key)} {shown(value)}' for key, value in config.training.items())
         click.echo(f'Training   {", ".join(training) or "not told"}')
-        plan = plan_of(found.folder)
+        plan, file = plan_of(found.folder), f'a file of {found.size / 1e6:.0f} MB'
     else:
         model_name = name
         plan = plan_hypernet(
@@ -70,6 +70,7 @@ def info(
             model_kwargs=dict(map(_key_value, model_kwargs)),
             **({} if sketch_width is None else {'sketch_width': sketch_width}),
         )
+        file = f'a file of about {plan.file_bytes / 1e6:.0f} MB'
     target, weights = plan.target, max(1, plan.weights)
     shares = {role: target.numel(role) / weights for role in ('predicted', 'shared')}
     moved = 4 * (plan.parameters + plan.weights)
@@ -85,7 +86,7 @@ def info(
     click.echo(f'Calibrated {target.numel("calibrated"):,} norm statistics, on the images')
     click.echo(
         f'Generator  {plan.config.generator}: {plan.parameters:,} parameters, {plan.parameters / weights:.2f} times '
-        f"the target's, a file of about {plan.file_bytes / 1e6:.0f} MB; sketches of width {plan.config.sketch_width}"
+        f"the target's, {file}; sketches of width {plan.config.sketch_width}"
     )
     click.echo(
         f'Predicting about {plan.memory_bytes / 1e6:,.0f} MB of memory beside images and activations; its bytes move '
