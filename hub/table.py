@@ -91,7 +91,7 @@ of what every denoiser gives, and of the noisy images, clipped to 0-1.
   sigma's denoiser*: over one predicted wholly for that, which takes the noise to be of that strength, too.
 - *Scratch*: the same network trained for 100 epochs on these very noisy images, all of their pixels an epoch, by Adam (rate 1e-3) without
   and with gradient centralisation (in brackets: by guesses alone), and its seconds over those of predicting
-  that were measured with it (0.1 to 0.6; *seconds* are newer).
+  that were measured with it (in `scratch.*.json`; the column *seconds* is newer).
 - *Paper*: PudNet at a width that is not stated, trained on ImageNet; the unit of its sigma and the size of its images are not stated
   either, so its numbers stand beside both readings.
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -197,3 +198,22 @@ def test_the_benchmark_of_fine_tuning_sums_up_its_seeds_and_goes_on(run, photos,
     assert (tmp_path / 'found.png').is_file()
     with pytest.raises(AssertionError, match='2'):  # what is there would be taken for runs of three epochs
         run('tests/benchmarks/finetuning.py', *line[:6], 3, *line[7:])
+
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        ('hub/denoising.py', 'net', 'photos', '--protocol', 'own', '--scratch', 1, '--plain', 'plain'),
+        ('hub/denoising.py', 'net', 'photos', '--protocol', 'own', '--out', 'nowhere'),
+        ('examples/label_budget.py', 'photos', '--out', 'nowhere/found.json'),
+        ('hub/gate.py', 'nowhere', 'out'),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_written_or_used_is_told_before_the_work(line, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', list(map(str, line)))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / line[0]), run_name='__main__')
+    assert ended.value.code == 2
+    assert re.search('--scratch: leave them out|nowhere', capsys.readouterr().err)

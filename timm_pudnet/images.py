@@ -996,37 +996,32 @@ def _item_or_error(dataset: Any, position: int, where: str) -> tuple[Any, Any]:
 
 def _item(dataset: Any, position: int) -> Any:
     """What a dataset has there, or what is wrong with the image that it cannot read."""
-    whole: Any = dataset
-    while type(whole) is Subset:
-        whole = whole.dataset
+    while type(dataset) is Subset:
+        chosen: Any = dataset.indices[position]
+        dataset, position = dataset.dataset, int(chosen) if isinstance(chosen, Tensor) else chosen
     kinds: tuple[type[Exception], ...] = (OSError, SyntaxError, Image.DecompressionBombError)  # PIL's, of damaged files
-    if type(whole).__module__.startswith(('torchvision.', 'timm.')):
+    if type(dataset).__module__.startswith(('torchvision.', 'timm.')):
         kinds = (Exception,)  # nearly anything; of a dataset of the user's own that may be an error in his code
     try:
-        return _item_of(dataset, position)
+        return _timm_item(dataset, position) if type(dataset) is ImageDataset else dataset[position]
     except kinds as error:
         return error
 
 
-def _item_of(dataset: Any, position: int) -> Any:
-    """What a dataset has there; timm's own gives the next image, and its label, in place of one that cannot be read."""
-    whole: Any = dataset
-    while type(whole) is Subset:
-        chosen: Any = whole.indices[position]
-        whole, position = whole.dataset, int(chosen) if isinstance(chosen, Tensor) else chosen
-    if type(whole) is not ImageDataset or whole.load_bytes:
-        return whole[position]
-    reader: Any = whole.reader
-    file, target, *_ = reader[position]
+def _timm_item(dataset: Any, position: int) -> Any:
+    """What timm's dataset has there; itself it gives the next image and its label in place of one it cannot read."""
+    if dataset.load_bytes:
+        return dataset[position]
+    file, target, *_ = dataset.reader[position]
     try:
         image = _open(file)
-        image = image.convert(whole.input_img_mode) if whole.input_img_mode else image
-    except Exception as error:
+        image = image.convert(dataset.input_img_mode) if dataset.input_img_mode else image
+    except Exception:
         file.close()
-        raise OSError(reason_of(error)) from error
-    if target is not None and whole.target_transform is not None:
-        target = whole.target_transform(target)
-    return image if whole.transform is None else whole.transform(image), -1 if target is None else target
+        raise
+    if target is not None and dataset.target_transform is not None:
+        target = dataset.target_transform(target)
+    return image if dataset.transform is None else dataset.transform(image), -1 if target is None else target
 
 
 def _class_names(dataset: Any) -> tuple[str, ...] | None:
@@ -1083,11 +1078,16 @@ def _dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | Non
 
 def check_root(data_dir: str | None, *images: Any) -> None:
     """Refuses a `data_dir` where none of the images is the name of a timm dataset."""
-    if data_dir is not None and not any(isinstance(given, str) and is_timm_name(given) for given in images):
+    if data_dir is not None and not any_timm_name(*images):
         raise InputError(
             f'data_dir={data_dir!r} is the root of a timm dataset, and these images are not the name of one: leave it '
             'out, or name one, torch/image_folder for instance'
         )
+
+
+def any_timm_name(*images: Any) -> bool:
+    """Whether one of these is the name of a timm dataset."""
+    return any(isinstance(given, str) and is_timm_name(given) for given in images)
 
 
 def is_timm_name(text: str) -> bool:

@@ -25,12 +25,13 @@ from timm_pudnet.cli.group import (
     main,
     size_of,
     some,
+    was_given,
 )
 from timm_pudnet.config import InputError
 from timm_pudnet.files import config_sha256, weights_sha256
 from timm_pudnet.hub import load_hypernet
 from timm_pudnet.hypernet import PudNet, pretrained_model, usable_device, written_whole
-from timm_pudnet.images import ImageSource, is_timm_name, open_images
+from timm_pudnet.images import ImageSource, any_timm_name, open_images
 from timm_pudnet.training import ImageBank, bank_input, whitening_path
 from timm_pudnet.training.meta_train import seen_by
 
@@ -94,7 +95,7 @@ def evaluate(
     check_split(images, other)
     _check_support_split(images, split, support_split)
     _check_scratch(scratch, scratch_epochs, groups, support_split, n_unlabelled)
-    if other_data_dir and not (other and is_timm_name(other)):
+    if other_data_dir and not any_timm_name(other):
         raise InputError(
             '--other-data-dir is the root of the timm dataset that --other names: name one there, or leave it out'
         )
@@ -194,8 +195,7 @@ def _check_scratch(scratch: int, epochs: int, groups: int, support_split: str | 
             f'--scratch must be in 0-{groups}, the number of groups, and --scratch-epochs at least 1, '
             f'got {scratch} and {epochs}'
         )
-    given = click.get_current_context().get_parameter_source('scratch_epochs')
-    if given == click.core.ParameterSource.COMMANDLINE and not scratch:
+    if was_given('scratch_epochs') and not scratch:
         raise InputError('--scratch-epochs is of training from scratch: add --scratch, or leave it out')
     if scratch and support_split is None:
         raise InputError('--scratch trains on all images of the support split: add --support-split')

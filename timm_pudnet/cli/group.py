@@ -17,7 +17,7 @@ import click
 import torch
 
 from timm_pudnet.config import InputConfig, InputError, PudNetError, __version__
-from timm_pudnet.images import is_timm_name
+from timm_pudnet.images import any_timm_name
 from timm_pudnet.predict import check_output
 from timm_pudnet.target import is_ours
 
@@ -113,7 +113,7 @@ def data_options(split: str) -> Callable[[Callable[..., None]], Callable[..., No
 
 def check_data_dir(data_dir: str | None, *images: str | None) -> None:
     """Refuses --data-dir where none of the images is a timm dataset."""
-    if data_dir is not None and not _any_timm_name(images):
+    if data_dir is not None and not any_timm_name(*images):
         raise InputError(
             f'--data-dir is the root of a timm dataset, and {images[0]} is not the name of one: leave it out, '
             'or name one, torch/image_folder for instance'
@@ -122,16 +122,16 @@ def check_data_dir(data_dir: str | None, *images: str | None) -> None:
 
 def check_split(*images: str | None) -> None:
     """Refuses a --split that was given where none of the images is a timm dataset."""
-    given = click.get_current_context().get_parameter_source('split') == click.core.ParameterSource.COMMANDLINE
-    if given and not _any_timm_name(images):
+    if was_given('split') and not any_timm_name(*images):
         raise InputError(
             f'--split is that of a timm dataset, and {images[0]} is not the name of one: name the folder of the split, '
             'or use torch/image_folder with --data-dir for a folder of splits'
         )
 
 
-def _any_timm_name(images: Sequence[str | None]) -> bool:
-    return any(name is not None and is_timm_name(name) for name in images)
+def was_given(name: str) -> bool:
+    """Whether the command line of the running command says this parameter."""
+    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def check_outside(out: Path, **given: str | Path | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import timm
 
-from timm_pudnet.cli.group import main, size_of, some
+from timm_pudnet.cli.group import main, size_of, some, was_given
 from timm_pudnet.config import MIN_PREDICTED, InputError, shown
 from timm_pudnet.hub import describe_hypernet, list_hypernets
 from timm_pudnet.hypernet import copy_speed, plan_hypernet, plan_of
@@ -44,10 +44,8 @@ def info(
         check_architecture(name)  # says that it goes without the tag
     if re.search(r'[./:]', name) or (Path(name) / 'config.json').is_file():  # no name of an architecture
         found = describe_hypernet(name)
-        context = click.get_current_context()
-        for option in context.command.params:
-            given = context.get_parameter_source(option.name or '') is click.core.ParameterSource.COMMANDLINE
-            if isinstance(option, click.Option) and given:
+        for option in click.get_current_context().command.params:
+            if isinstance(option, click.Option) and was_given(option.name or ''):
                 raise InputError(f'{option.opts[0]} is for a new hypernetwork, {name} is one already: leave it out')
         click.echo(f'Hypernet   {found}')
         assert found.config is not None  # as of all but those listed by the Hub

@@ -65,9 +65,9 @@ def evaluate(
 
     - `predicted`: the hypernetwork with the group's own sketch;
     - `predicted_without_whitening`: the same network, eq. 7 of its features as they are, as in the paper;
-    - `swapped_sketch`: with the sketch of the group before it (not where there is one group; where all groups have all
-      classes, it is one of other images of the same);
-    - `mean_sketch`: with the mean sketch of all groups (not where there is one group);
+    - `swapped_sketch`: with the sketch of the nearest group before it that has another one (where all groups have all
+      classes, it is one of other images of the same; not where all have one sketch, a single group for instance);
+    - `mean_sketch`: with the mean sketch of all groups (not where all have one);
     - `other_domain_sketch`: with the sketch of as many images of another data set as the support has; each of these
       sketches passes the hypernetwork's gate, where it has one;
     - each of `controls` by its name, the same architecture trained without a hypernetwork, and `..._own_statistics`:

@@ -78,9 +78,7 @@ def _check_together(run: Run, checkpoint: Path) -> None:
     steps = torch.tensor(float(run.step), device=run.processes.device)
     run.processes.sum_([steps])
     if run.processes.any_(float(steps) != run.step * run.processes.count):
-        raise InputError(
-            f'{checkpoint}: not every process finds the same one there: use a folder that all machines share'
-        )
+        raise InputError(f'{checkpoint}: not every process finds the same one: use a folder that all machines share')
 
 
 def _go(run: Run, checkpoint: Path | None, last: int, checkpoint_seconds: float, progress: bool) -> None:
