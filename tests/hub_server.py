@@ -218,6 +218,9 @@ class Handler(BaseHTTPRequestHandler):
         oid = hashlib.sha256(content).hexdigest()
         headers.update({'X-Linked-ETag': f'"{oid}"', 'X-Linked-Size': str(len(content))})
         headers['Location'] = f'{self.server.storage}/storage/{fault or "fine"}/{oid}'
+        if fault == 'xet':  # which has a hash of its own
+            headers |= {'X-Xet-Hash': (xet := hashlib.sha256(oid.encode()).hexdigest()), 'X-Xet-Refresh-Route': '/xet'}
+            self.server.lfs[xet] = content
         return self.answer(302, b'', headers)
 
     def store(self, method, oid, body):
@@ -256,7 +259,12 @@ class Handler(BaseHTTPRequestHandler):
         hub.count[f'{repo} commit'] += 1
         if fault == 'conflict' or (fault == 'conflict once' and hub.count[f'{repo} commit'] == 1):
             return self.refuse(409, None, 'The repository was changed')
+        if fault == 'overtaken' and hub.count[f'{repo} commit'] == 2:
+            hub.commit(repo, {**hub.files(repo), 'recipe.toml': b'theirs'})
         files = dict(hub.files(repo))
+        parent = json.loads(body.splitlines()[0])['value'].get('parentCommit')
+        if parent is not None and parent != hub.refs[repo]['main']:
+            return self.refuse(412, None, 'The repository was changed')
         for line in body.splitlines():
             item = json.loads(line)
             value = item['value']

@@ -167,6 +167,9 @@ def test_a_folder_in_the_current_one_does_not_take_an_architecture_s_place(shelf
     expected = predict_model('test_resnet', *pictures(6)).state_dict()
     (tmp_path / 'test_resnet').mkdir()
     assert_close(predict_model('test_resnet', *pictures(6)).state_dict(), expected)
+    timm_pudnet.save_model(timm.create_model('resnet10t'), tmp_path / 'resnet10t')  # which none that ships serves
+    with pytest.raises(UnsupportedTargetError, match='no hypernetwork predicts resnet10t'):
+        resolve_hypernet('resnet10t', None)
 
 
 def test_the_hypernetwork_that_serves_an_architecture_is_found(shelf, tiny):

@@ -75,6 +75,23 @@ def bent(repo, length):
     assert path.read_text() != text
     return digest(repo)
 
+def by_xet(name, repo):
+    # As the Hub serves weights, but for the transfer: hf_xet would want its storage servers.
+    from urllib.request import urlretrieve
+    from huggingface_hub import constants, file_download
+
+    def get(*, incomplete_path, xet_file_data, **_):
+        urlretrieve(f'{constants.ENDPOINT}/storage/fine/{xet_file_data.file_hash}', incomplete_path)
+
+    kept, file_download.xet_get, constants.HF_HUB_DISABLE_XET = file_download.xet_get, get, False
+    try:
+        found = globals()[name](repo)
+    finally:
+        file_download.xet_get, constants.HF_HUB_DISABLE_XET = kept, True
+    stored = (Path(remote.fetch(repo)) / 'model.safetensors').resolve()
+    assert stored.is_relative_to(Path(constants.HF_HUB_CACHE).resolve() / 'blobs'), stored
+    return found
+
 def full_disk(repo):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
@@ -223,6 +240,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
     (folder / 'shelf' / 'test_resnet.shelved' / 'README.md').write_text('---\nlicense: mit\n---\nOurs.\n')
     release = ['release', str(ROOT / 'hub' / 'release'), 'org', '--hub', str(folder / 'shelf')]
     server.faults.update({'org/conflict': 'conflict', 'org/once': 'conflict once', 'org/silent': 'silent'})
+    server.faults['org/overtaken'] = 'overtaken'
     license = {'license': 'apache-2.0'}
     home = tmp_path_factory.mktemp('pusher')
     names = [
@@ -241,7 +259,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         'gone',
     ]
     names += ['cli dry', 'cli', 'cli again', 'cli conflict', 'release dry', 'release', 'release again']
-    names += ['hidden', 'hidden again', 'public', 'public, nothing new', 'public, dry', 'cli hidden']
+    names += ['ahead', 'overtaken', 'hidden', 'hidden again', 'public', 'public, nothing new', 'public, dry', 'cli hidden']
     outcomes = client(
         home,
         ['push', str(whole), 'org/test_resnet.tiny', {**license, 'dry_run': True}],
@@ -264,6 +282,8 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         [*release, '--dry-run'],
         release,
         release,
+        ['push', str(whole), 'org/overtaken', {'license': 'mit'}],
+        ['push', str(whole), 'org/overtaken', license],
         ['push', str(whole), 'org/hidden', {**license, 'private': True}],
         ['push', str(shards), 'org/hidden', {**license, 'private': True}],
         ['push', str(shards), 'org/cli', {**license, 'private': True}],
@@ -370,6 +390,13 @@ def test_a_commit_that_meets_another_one_is_tried_again(pushed, server):
     assert outcomes['conflict']['error'].startswith('HubError: org/conflict')
 
 
+def test_a_push_that_another_one_overtakes_is_no_mixture_of_the_two(pushed, server):
+    outcomes, whole = pushed
+    assert set(outcomes['overtaken']['value'][0]) == {'README.md', 'sha256.json', 'recipe.toml'}
+    assert server.files('org/overtaken')['recipe.toml'] == (whole / 'recipe.toml').read_bytes()
+    assert b'apache-2.0' in server.files('org/overtaken')['README.md']
+
+
 def test_a_hub_that_says_nothing_is_not_waited_for_without_end(pushed):
     outcomes, _ = pushed
     assert outcomes['silent']['error'].startswith('HubError: org/silent: ')
@@ -416,12 +443,13 @@ def pulled(pushed, server, client, tiny_files, tmp_path_factory):
         if fault:
             server.commit(repo, tiny_files)
             server.faults[repo] = fault
-    for repo, fault in {'org/flaky': 'flaky', 'org/cut': 'cut', 'org/two': 'waiting'}.items():
+    for repo, fault in {'org/flaky': 'flaky', 'org/cut': 'cut', 'org/two': 'waiting', 'org/xet': 'xet'}.items():
         server.commit(repo, tiny_files)
         server.faults[repo] = fault
     server.commit('org/cut-by-hand', tiny_files)
     server.commit('org/disk', tiny_files)
     server.commit('org/newer', tiny_files)
+    good = server.commit('org/worse', tiny_files)
     server.commit('timm-pudnet/only-there.x', {})
     metric = {'value': 50, 'args': {'interval': 2, 'n_way': 5, 'n_shot': 1}}
     server.cards['timm-pudnet/only-there.x'] = {'license': 'mit', 'model-index': [{'results': [{'metrics': [metric]}]}]}
@@ -450,6 +478,8 @@ def pulled(pushed, server, client, tiny_files, tmp_path_factory):
         'cut': ['digest', 'org/cut'],
         'two': ['two_at_once', 'org/two'],
         'truncated': ['truncated', 'org/cut-by-hand'],
+        'xet': ['by_xet', 'digest', 'org/xet'],
+        'xet truncated': ['by_xet', 'truncated', 'org/xet'],
         'full': ['full_disk', 'org/disk'],
         'after full': ['digest', 'org/disk'],
         'cli pull': ['cli', 'pull', 'org/test_resnet.tiny'],
@@ -467,9 +497,18 @@ def pulled(pushed, server, client, tiny_files, tmp_path_factory):
         'newer 3': ['pull', 'org/newer'],
         'newer 4': ['control', 'down'],
         'newer 5': ['pull', 'org/newer'],
+        'good': ['digest', 'org/worse'],
+        'worse 1': ['control', 'worse'],
+        'worse 2': ['pull', 'org/worse'],
+        'worse 3': ['control', 'worse-down'],
+        'good again': ['digest', 'org/worse'],
+        'good by commit': ['digest', f'org/worse@{good}'],
     }
     server.controls['commit'] = lambda: server.commit('org/newer', {**tiny_files, 'README.md': b'new'})
     server.controls['down'] = lambda: server.faults.update({'org/newer': 'down'})
+    wrong = {'sha256.json': json.dumps({'config.json': '0' * 64}).encode()}
+    server.controls['worse'] = lambda: server.commit('org/worse', {**tiny_files, **wrong})
+    server.controls['worse-down'] = lambda: server.faults.update({'org/worse': 'down'})
     outcomes = client(home, *steps.values())
     return home, dict(zip(steps, outcomes, strict=True))
 
@@ -479,13 +518,20 @@ def digest(tiny_folder):
     return timm_pudnet.evaluation.weights_digest(timm_pudnet.PudNet.from_pretrained(tiny_folder))
 
 
-@pytest.mark.parametrize('name', ['bits', 'pinned', 'shards', 'architecture', 'hostile', 'flaky', 'cut', 'two'])
+@pytest.mark.parametrize('name', ['bits', 'pinned', 'shards', 'architecture', 'hostile', 'flaky', 'cut', 'two', 'xet'])
 def test_pulled_weights_are_those_pushed_to_the_bit(name, pulled, digest):
     assert pulled[1][name].get('value') == digest, pulled[1][name]
 
 
-def test_a_file_of_the_cache_that_was_cut_by_hand_is_fetched_again(pulled, digest, server):
-    outcome = pulled[1]['truncated']
+def test_a_bad_commit_leaves_what_the_cache_has_of_a_good_one(pulled, digest):
+    assert 'published damaged (config.json)' in pulled[1]['worse 2']['error']
+    for name in ('good', 'good again', 'good by commit'):
+        assert pulled[1][name].get('value') == digest, pulled[1][name]
+
+
+@pytest.mark.parametrize('name', ['truncated', 'xet truncated'])
+def test_a_file_of_the_cache_that_was_cut_by_hand_is_fetched_again(name, pulled, digest):
+    outcome = pulled[1][name]
     assert outcome.get('value') == digest, outcome
     assert len(outcome['warnings']) == 1
     assert 'model.safetensors' in outcome['warnings'][0]

@@ -364,7 +364,12 @@ def resolve_hypernet(model_name: str, hypernet: PudNet | str | os.PathLike[str] 
         UnsupportedTargetError: The hypernetwork was made for another architecture.
     """
     check_architecture(model_name)
-    found = hypernet if isinstance(hypernet, PudNet) else load_hypernet(model_name if hypernet is None else hypernet)
+    if isinstance(hypernet, PudNet):
+        found = hypernet
+    elif hypernet is None:  # no folder of that name: it may be a model that an earlier prediction left
+        found = PudNet.from_pretrained(_shipped(model_name) or _without_org(model_name))
+    else:
+        found = load_hypernet(hypernet)
     if found.config.model_name != model_name:
         raise UnsupportedTargetError(
             f'hypernetwork {found.name} predicts {found.config.model_name}, not {model_name}: '
@@ -426,11 +431,14 @@ def push(
     config = read_json(folder / CONFIG_NAME)
     is_model = isinstance(config, dict) and 'architecture' in config
     files = model_files(folder, repo, license) if is_model else hypernet_files(folder, repo, license)
+
     # What an earlier push of a hypernetwork left goes; beside a model everything else is somebody's own.
-    changes = remote.changes(repo, files, lambda name: not is_model and PUBLISHED.fullmatch(name) is not None)
-    address = ''
+    def ours(name: str) -> bool:
+        return not is_model and PUBLISHED.fullmatch(name) is not None
+
+    changes, address = remote.changes(repo, files, ours), ''
     if changes and not dry_run:
-        address = remote.commit(repo, files, changes, message, private=private)
+        changes, address = remote.commit(repo, files, ours, message, private=private)
     return Pushed(repo=repo, changes=changes, address=address)
 
 

@@ -191,12 +191,33 @@ def _check(folder: Path) -> tuple[list[Path], bool]:
 
 
 def _forget(paths: Iterable[Path]) -> None:
-    """Takes files of a snapshot, and the blobs that they point to, out of the cache."""
+    """Takes files of a snapshot out of the cache, and what they point to unless it is whole: others may point there."""
+    from huggingface_hub import constants
+
     for path in paths:
-        blob = path.resolve()
-        if blob.parent == path.parents[2].resolve() / 'blobs':
+        blob = _blob(path)
+        if blob.parent.resolve() == (path.parents[2] / 'blobs').resolve() and not _is_whole(blob):
+            stored = blob.resolve()  # it may be a link itself, into the store of all repositories
             blob.unlink(missing_ok=True)
+            if stored.is_relative_to(Path(constants.HF_HUB_CACHE).resolve() / 'blobs'):
+                stored.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
+
+
+def _blob(path: Path) -> Path:
+    """What a file of a snapshot points to, whose name is the hash of its content; itself where there are no links."""
+    return Path(os.path.normpath(path.parent / os.readlink(path))) if path.is_symlink() else path
+
+
+def _is_whole(blob: Path) -> bool:
+    """Whether a blob has the content that its name is the hash of: git's for small files, else SHA-256."""
+    if not blob.is_file():
+        return False
+    return blob.name == (sha256(blob) if len(blob.name) == 64 else _git_hash(blob.read_bytes()))
+
+
+def _git_hash(data: bytes) -> str:
+    return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
 
 
 def _download(repo: str, revision: str) -> Path:
@@ -224,8 +245,8 @@ def _download(repo: str, revision: str) -> Path:
         raise NotFoundError(f'{repo}@{revision} is no hypernetwork: it has no {WEIGHTS_NAME}')
     for name in sorted(name for name in there if BESIDE.fullmatch(name)) + wanted:
         path = get(name)
-        blob = path.resolve()
-        if re.fullmatch(r'[0-9a-f]{64}', blob.name) and sha256(blob) != blob.name:
+        blob = _blob(path)
+        if re.fullmatch(r'[0-9a-f]{64}', blob.name) and not _is_whole(blob):
             _forget([path])
             raise HubError(f'{repo}: {name} arrived damaged (its hash is not the one announced): try again')
     damaged, lacking = _check(path.parent)
@@ -287,21 +308,25 @@ def changes(repo: str, files: Mapping[str, bytes | Path], ours: Callable[[str], 
     Raises:
         HubError: The Hub cannot be asked, or refuses.
     """
-
-    def listing() -> dict[str, Any]:
-        return {file.path: file for file in _api().list_repo_tree(repo) if hasattr(file, 'blob_id')}
-
     try:
-        there = _again(listing, repo)
+        return _again(lambda: _compare(repo, files, ours), repo)[1]
     except NotFoundError:
-        there = {}
+        return dict.fromkeys(files, 'new')
+
+
+def _compare(
+    repo: str, files: Mapping[str, bytes | Path], ours: Callable[[str], bool]
+) -> tuple[str | None, dict[str, str]]:
+    """The newest commit of a repository, and the `changes` to it."""
+    head = _api().model_info(repo).sha
+    there = {file.path: file for file in _api().list_repo_tree(repo, revision=head) if hasattr(file, 'blob_id')}
     found = {}
     for name, content in files.items():
         if name not in there:
             found[name] = 'new'
         elif not _same(content, there[name]):
             found[name] = 'changed'
-    return {**found, **{name: 'gone' for name in there if name not in files and ours(name)}}
+    return head, {**found, **{name: 'gone' for name in there if name not in files and ours(name)}}
 
 
 def _same(content: bytes | Path, file: Any) -> bool:
@@ -311,29 +336,33 @@ def _same(content: bytes | Path, file: Any) -> bool:
     if file.lfs is not None:
         digest = sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
         return digest == file.lfs.sha256
-    data = content.read_bytes() if isinstance(content, Path) else content
-    return hashlib.sha1(b'blob %d\0' % size + data).hexdigest() == file.blob_id
+    return _git_hash(content.read_bytes() if isinstance(content, Path) else content) == file.blob_id
 
 
 def commit(
-    repo: str, files: Mapping[str, bytes | Path], done: Mapping[str, str], message: str, *, private: bool = False
-) -> str:
-    """Makes the `changes` in one commit, in a repository that is made where there is none; gives its address.
+    repo: str, files: Mapping[str, bytes | Path], ours: Callable[[str], bool], message: str, *, private: bool = False
+) -> tuple[dict[str, str], str]:
+    """Makes the `changes` in one commit, in a repository that is made where there is none; gives them and its address.
+
+    Where somebody else was faster the Hub takes nothing, and it is compared anew: never a mixture of two pushes.
 
     Raises:
         HubError: The Hub cannot be asked, or refuses.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    def send() -> str:
+    def send() -> tuple[dict[str, str], str]:
+        head, done = _compare(repo, files, ours)
+        if not done:
+            return done, ''
         operations: list[Any] = [CommitOperationDelete(name) for name, what in done.items() if what == 'gone']
         for name, what in done.items():
             if what != 'gone':
                 content = files[name]
                 source = str(content) if isinstance(content, Path) else content
                 operations.append(CommitOperationAdd(name, source))
-        made = _api().create_commit(repo, operations, commit_message=message)
-        return str(made.commit_url)
+        made = _api().create_commit(repo, operations, commit_message=message, parent_commit=head)
+        return done, str(made.commit_url)
 
     # None: as its owner has set it. One that is there stays as it is, whatever is asked for.
     _again(lambda: _api().create_repo(repo, private=private or None, exist_ok=True), repo)
@@ -446,11 +475,12 @@ def _of_status(what: str, host: str, error: Any, passing: bool = True) -> HubErr
         401: 'the token is missing or not valid: set HF_TOKEN',
         403: 'the token may not do that: use one with the right to',
         409: 'the repository was changed by someone else meanwhile: try again',
+        412: 'the repository was changed by someone else meanwhile: try again',
         413: 'the upload is too large',
         429: 'too many requests: wait a while, or set HF_TOKEN',
     }.get(status, 'try again later' if status >= 500 else _reason(error))
     found = HubError(f'{what}: {host} answers {status}: {meaning}')
-    found.passing = passing and (status >= 500 or status == 409)
+    found.passing = passing and (status >= 500 or status in (409, 412))
     return found
 
 

@@ -42,7 +42,7 @@ def info(
     """Show what a hypernetwork for the timm architecture NAME would be, or what the hypernetwork NAME is."""
     if '.' in name and timm.models.is_model_pretrained(name):
         check_architecture(name)  # says that it goes without the tag
-    if re.search(r'[./:]', name) or (Path(name) / 'config.json').is_file():  # no name of an architecture
+    if re.search(r'[./:]', name) or (not timm.is_model(name) and (Path(name) / 'config.json').is_file()):
         found = describe_hypernet(name)
         for option in click.get_current_context().command.params:
             if isinstance(option, click.Option) and was_given(option.name or ''):
