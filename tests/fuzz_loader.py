@@ -49,7 +49,8 @@ ARGUMENTS = re.findall(
     r'\w+',
     'layers depths dims in_chans img_size conv_mlp base_width cardinality width stem_width output_stride rank '
     'block_args embed_kernels basis_kernels largest pretrained checkpoint_path pretrained_cfg act_layer '
-    'norm_layer drop_rate global_pool stem_type avg_down features_only',
+    'norm_layer drop_rate global_pool stem_type avg_down features_only '
+    'device dtype',
 )
 KWARGS = st.dictionaries(
     st.sampled_from(ARGUMENTS),

@@ -518,6 +518,12 @@ def test_timm_s_own_pretrained_weights_are_taken_by_their_tag(monkeypatch, timm_
     assert_close(hypernet(torch.rand(16))['layer1.0.conv1.weight'], timm_model.layer1[0].conv1.weight)
 
 
+def test_a_warm_start_may_lie_in_the_home_directory(monkeypatch, timm_folder, timm_model):
+    monkeypatch.setenv('HOME', str(timm_folder.parent))
+    hypernet = PudNet.for_target('test_resnet', pretrained=f'~/{timm_folder.name}', sketch_width=16)
+    assert_close(hypernet(torch.rand(16))['layer1.0.conv1.weight'], timm_model.layer1[0].conv1.weight)
+
+
 def test_pretrained_weights_that_cannot_be_had_are_told_in_one_line(monkeypatch, tmp_path, one_line):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.setenv('HF_HOME', str(tmp_path))

@@ -4,6 +4,7 @@ import copy
 import errno
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -1295,6 +1296,40 @@ def test_a_config_of_one_s_own_says_nothing_else_of_the_weights(net, support, on
         with pytest.raises(InputError) as error:
             predict_model('test_resnet', *support, hypernet=net, pretrained_cfg_overlay=wrong)
         one_line(error, 'pretrained_cfg_overlay', next(iter(wrong)), 'for these weights')
+    for wrong in ({'file': 'mine.safetensors'}, {'state_dict': net.state_dict()}, {'hf_hub_id': 'org/name'}):
+        with pytest.raises(InputError) as error:
+            predict_model('test_resnet', *support, hypernet=net, pretrained_cfg_overlay=wrong)
+        one_line(error, 'pretrained_cfg_overlay', next(iter(wrong)), 'where the weights come from')
+
+
+def test_timm_s_own_arguments_travel_or_are_refused_with_what_does_it(net, support, model, tmp_path, one_line):
+    own = {'cache_dir': tmp_path, 'scriptable': False, 'exportable': True, 'no_jit': True, 'global_pool': None}
+    found = predict_model('test_resnet', *support, hypernet=net, **own)
+    state_close(found.state_dict(), model.state_dict(), tolerance=0)
+    save_model(found, tmp_path / 'model')
+    timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True)
+    with pytest.raises(InputError) as error:
+        predict_model('test_resnet', *support, hypernet=net, dtype=torch.float16)
+    one_line(error, 'dtype', '.to(torch.float16)')
+
+
+def test_none_is_an_argument_that_is_not_given(support):
+    kwargs = {'model_kwargs': {'global_pool': 'max'}, 'sketch_width': 8, 'input': InputConfig(input_size=(3, 32, 32))}
+    network = PudNet.for_target('test_resnet', **kwargs)
+    found = predict_model('test_resnet', *support, hypernet=network, global_pool=None)
+    assert found.global_pool.pool_type == 'max'
+
+
+def test_feature_models_that_are_made_at_once_leave_timm_s_log_as_it_was():
+    logger = logging.getLogger('timm.models._builder')
+    first, second = room._quiet_builder(), room._quiet_builder()
+    first.__enter__()
+    second.__enter__()
+    assert not logger.filter(logging.LogRecord(logger.name, logging.WARNING, '', 0, 'lost', (), None))
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert logger.filter(logging.LogRecord(logger.name, logging.WARNING, '', 0, 'lost', (), None))
+    assert logger.level == logging.NOTSET
 
 
 def test_a_feature_model_is_not_saved(net, support, tmp_path, nothing_written, one_line):

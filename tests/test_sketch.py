@@ -1,3 +1,6 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -195,6 +198,26 @@ def test_sketching_leaves_the_encoder_as_it_was():
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     encoder.train()
     StreamingSketch(encoder).add(IMAGES)
+    assert_close(encoder.state_dict(), before, rtol=0, atol=0)
+
+
+def test_threads_that_share_an_encoder_in_training_give_the_same_sketches_and_leave_it_as_it_was():
+    encoder = make_encoder().train()
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    encoder.blocks[0].register_forward_pre_hook(lambda *_: time.sleep(0.005))  # others come between
+    expected = StreamingSketch(encoder)
+    expected.add(IMAGES)
+
+    def sketch(number):
+        time.sleep(0.001 * number)
+        stream = StreamingSketch(encoder)
+        stream.add(IMAGES)
+        return stream.result()
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(sketch, range(12)):
+            assert_close(found, expected.result())
+    assert encoder.training
     assert_close(encoder.state_dict(), before, rtol=0, atol=0)
 
 

@@ -254,11 +254,29 @@ def test_describing_draws_no_random_numbers():
 def test_what_an_earlier_timm_forgets_of_a_model_is_kept_for_its_file():
     model = timm.create_model('test_resnet', in_chans=1)
     known = vars(model).pop('_model_args', None)
-    keep_arguments(model, {'in_chans': 1, 'num_classes': 3, 'drop_path_rate': 0.1, 'act_layer': nn.ReLU})
+    own = {'cache_dir': 'x', 'scriptable': False, 'exportable': True, 'no_jit': True}  # of timm.create_model
+    more = {'num_classes': 3, 'drop_path_rate': 0.1, 'act_layer': nn.ReLU, 'global_pool': None}
+    keep_arguments(model, {'in_chans': 1, **more, **own})
     assert model._model_args == {'in_chans': 1}
     keep_arguments(model, {'in_chans': 4})
     assert model._model_args == {'in_chans': 1}
     assert known in (None, {'in_chans': 1}), 'what a later timm keeps by itself'
+
+
+@pytest.mark.filterwarnings('ignore:Overwriting')
+def test_an_architecture_that_is_registered_anew_is_described_anew():
+    def made(width):
+        def pudnet_notebook_net(pretrained=False, **kwargs):
+            return timm.create_model('test_resnet', stem_width=width, **kwargs)
+
+        pudnet_notebook_net.__module__ = 'timm.models.resnet'  # where timm looks for its config
+        return timm.models.register_model(pudnet_notebook_net)
+
+    for width in (8, 24):
+        made(width)
+        spec = describe_target('pudnet_notebook_net')
+        assert spec.shapes == describe_target('test_resnet', stem_width=width).shapes
+        assert 'conv1.0.weight' in spec.headless
 
 
 def test_a_crop_larger_than_the_image_is_the_image():

@@ -322,6 +322,7 @@ def _is_json(value: Any, wanted: type) -> bool:
 # Arguments of timm.create_model that would fetch, unpickle or change something else than the architecture.
 _NOT_FROM_A_FILE = {'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_strict', 'checkpoint_path'}
 _NOT_FROM_A_FILE |= {'cache_dir', 'num_classes', 'scriptable', 'exportable', 'no_jit', 'features_only'}
+_NOT_FROM_A_FILE |= {'device', 'dtype'}  # which would take memory, where the meta device takes none
 
 
 def as_plain(value: Any) -> Any:

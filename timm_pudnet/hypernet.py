@@ -213,7 +213,7 @@ class PudNet(nn.Module):
         wanted = PudNetConfig(model_name=name if pretrained else model_name, **{**config, 'input': InputConfig()})
         spec = target_of(wanted)  # clear errors first
         if pretrained:
-            model = pretrained_model(model_name if pretrained is True else Path(pretrained), model_kwargs)
+            model = pretrained_model(model_name if pretrained is True else local_path(pretrained), model_kwargs)
         else:
             model = create_feature_model(spec)
         if 'input' not in config:

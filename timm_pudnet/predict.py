@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -51,8 +52,10 @@ Head = Literal['centroid', 'ridge', 'blend', 'none']
 _HeadStream = StreamingCentroids | StreamingRidge
 # Arguments of timm.create_model that change what the model gives, not its weights.
 _NOT_OF_TARGET = ('num_classes', 'pretrained_cfg_overlay', 'features_only', 'out_indices', 'feature_cls')
+_NOT_OF_TARGET += ('cache_dir', 'scriptable', 'exportable', 'no_jit')
 # Of a timm config, what is as it is for the predicted weights.
-_FIXED = {'state_dict', 'num_classes', 'first_conv', *(field.name for field in dataclasses.fields(InputConfig))}
+_FIXED = {'num_classes', 'first_conv', *(field.name for field in dataclasses.fields(InputConfig))}
+_WHERE_WEIGHTS_ARE = {'state_dict', 'file', 'url', 'hf_hub_id', 'hf_hub_filename', 'source'}  # of a timm config
 _WEIGHTS_FROM_ELSEWHERE = ('pretrained', 'checkpoint_path', 'pretrained_cfg')  # arguments of timm.create_model
 
 
@@ -132,13 +135,16 @@ def predict_model(
     asked = timm_kwargs.get('num_classes')
     if headless and asked:
         raise InputError(f'{headless} gives features, not num_classes={asked}: leave one of them out')
-    timm_kwargs = {name: as_plain(value) for name, value in timm_kwargs.items()}
+    # As timm does, which takes None for an argument that is not given.
+    timm_kwargs = {name: as_plain(value) for name, value in timm_kwargs.items() if value is not None}
     batch_size = as_plain(batch_size)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f'batch_size must be a whole number above zero, got {batch_size!r}')
     for name in _WEIGHTS_FROM_ELSEWHERE:
         if timm_kwargs.pop(name, None):
             raise InputError(f'{name}: the weights come from the images; leave it out')
+    if 'dtype' in timm_kwargs:
+        raise InputError(f'dtype: the weights are predicted in float32; call .to({timm_kwargs["dtype"]}) on the model')
     if unlabelled is not None and head == 'centroid':
         raise InputError(f'head {head} cannot use unlabelled images: leave head out (it is blend then), or these')
     if model_name == 'blindspot_unet':
@@ -500,6 +506,8 @@ def build_model(
         'label_names': tuple(class_names or map(str, range(num_classes))) if num_classes else None,
     }
     for key, value in (timm_kwargs.get('pretrained_cfg_overlay') or {}).items():
+        if key in _WHERE_WEIGHTS_ARE and value is not None:
+            raise InputError(f'pretrained_cfg_overlay: {key} and the images both say where the weights come from')
         if key in _FIXED and overlay.get(key) != value:
             raise InputError(f'pretrained_cfg_overlay: {key} is {overlay.get(key)!r} for these weights, not {value!r}')
         overlay[key] = value
@@ -534,13 +542,16 @@ def build_model(
 @contextlib.contextmanager
 def _quiet_builder() -> Iterator[None]:
     """No warnings of timm's about tensors that it does not load."""
-    logger = logging.getLogger('timm.models._builder')
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    logger, thread = logging.getLogger('timm.models._builder'), threading.get_ident()
+
+    def lets_through(record: logging.LogRecord) -> bool:
+        return record.thread != thread or record.levelno >= logging.ERROR
+
+    logger.addFilter(lets_through)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.removeFilter(lets_through)
 
 
 class _NoRandomInit(TorchFunctionMode):

@@ -6,8 +6,9 @@ Dimension letters: `n` images, `c h w` an image, `m` width of the sketch, `k` cl
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
@@ -18,17 +19,22 @@ from timm_pudnet.config import InputError
 
 Balance = Literal['none', 'class', 'kmeans']
 
+_changing_modes = threading.RLock()
+
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards every part in the mode that it had."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
+    """Eval mode, and afterwards every part in the mode that it had; of threads one at a time, where that is another."""
+    with ExitStack() as stack:
+        stack.enter_context(_changing_modes)
+        modes = {part: part.training for part in module.modules()}
+        if any(modes.values()):
+            for part, mode in modes.items():
+                stack.callback(setattr, part, 'training', mode)
+            module.eval()
+        else:
+            stack.close()
         yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 class RunningBatchNorm2d(nn.BatchNorm2d):

@@ -106,7 +106,8 @@ class TargetSpec:
     @property
     def headless(self) -> frozenset[str]:
         """Keys of timm's model of `num_classes=0`; a few architectures lose more than the classifier there."""
-        return _headless(self.model_name, json.dumps(self.model_kwargs, sort_keys=True))
+        key = json.dumps(self.model_kwargs, sort_keys=True)
+        return _headless(self.model_name, key, model_entrypoint(self.model_name))
 
     @property
     def ends_in_classifier(self) -> bool:
@@ -165,7 +166,9 @@ def describe_target(
                 "act_layer='gelu' for instance"
             ) from error
     key = json.dumps(model_kwargs, sort_keys=True)
-    spec, hint = _describe(model_name, predict_norm, predict_linear, key)
+    check_architecture(model_name)
+    # By the function too: a notebook's cell may register a network of that name anew.
+    spec, hint = _describe(model_name, predict_norm, predict_linear, key, model_entrypoint(model_name))
     if not spec.layers:
         raise UnsupportedTargetError(
             f'{model_name} has no conv whose kernels could be predicted: choose a convolutional network, resnet18 for '
@@ -199,9 +202,10 @@ def check_architecture(model_name: str) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _describe(model_name: str, predict_norm: bool, predict_linear: bool, kwargs_json: str) -> tuple[TargetSpec, str]:
+def _describe(
+    model_name: str, predict_norm: bool, predict_linear: bool, kwargs_json: str, made_by: Callable[..., nn.Module]
+) -> tuple[TargetSpec, str]:
     model_kwargs = json.loads(kwargs_json)
-    check_architecture(model_name)
     model = _meta_model(model_name, model_kwargs, _MARK)
     state = model.state_dict(keep_vars=True)
     roles: dict[str, Role] = {}
@@ -266,7 +270,7 @@ def _describe(model_name: str, predict_norm: bool, predict_linear: bool, kwargs_
 
 
 @functools.lru_cache(maxsize=64)
-def _headless(model_name: str, kwargs_json: str) -> frozenset[str]:
+def _headless(model_name: str, kwargs_json: str, made_by: Callable[..., nn.Module]) -> frozenset[str]:
     return frozenset(_meta_model(model_name, json.loads(kwargs_json), 0).state_dict())
 
 
@@ -421,10 +425,11 @@ def keep_arguments(model: nn.Module, arguments: Mapping[str, Any]) -> None:
     """Keeps the arguments that a model was made with, for `save_model`, where an earlier timm than 1.0.31 does not."""
     if hasattr(model, '_model_args'):
         return
-    # What a file has by itself, and what is of training alone.
-    passing = ('num_classes', 'pretrained_cfg_overlay', 'drop_rate', 'drop_path_rate', 'drop_block_rate')
+    # What a file has by itself, what is of training alone, and what is timm.create_model's own.
+    passing = {'num_classes', 'pretrained_cfg_overlay', 'drop_rate', 'drop_path_rate', 'drop_block_rate'}
+    passing |= {'cache_dir', 'scriptable', 'exportable', 'no_jit', 'device', 'dtype'}
     kept = {}
-    for key in arguments.keys() - passing:
+    for key in {key for key, value in arguments.items() if value is not None} - passing:
         with contextlib.suppress(TypeError):  # a class or function, which no file can hold
             json.dumps(arguments[key])
             kept[key] = arguments[key]
