@@ -3,7 +3,8 @@
     python hub/table.py            # writes
     python hub/table.py --check    # exit code 1 where README.md is not what it would write
 
-What was measured by hand about heads stands in heads.md, what the machine had no time for in not_run.md; both go below the table.
+What was measured by hand about heads stands in heads.md, where the images come from in data.md, what the machine had no time for in
+not_run.md; all go below the table.
 """
 
 import json
@@ -37,8 +38,9 @@ Accuracy in percent on classes that were never seen in training, with its 95 % i
   its interval over test images).
 - *Predicted* is by class centroids (eq. 7), and so is all that follows in its line but for *ridge head* and *blend head*: the same networks
   with these [heads](#heads); in brackets ordinary training with the blend head, by the better of its two statistics.
-- *Ordinary training*: the same architecture trained as a classifier on as many images of the same classes (what a sketch encoder alone saw
-  besides is not counted; the cards or `config.json` say it), with the same head and calibration; in brackets with its own norm statistics.
+- *Ordinary training*: the same architecture trained as a classifier on at least as many images of the same classes (twice as many for
+  `resnet18.mixed56`; for `resnet18.mixed96` three times, under conditions twice; what a sketch encoder alone saw besides is not counted),
+  with the same head and calibration; in brackets with its own norm statistics.
   *Base alone*: the network that the sketch changes, as it is; ordinary training went on from it.
 - *Another's sketch*: predicted from the sketch of another group; *own sketch over another's*: what the right one adds to that; *over
   another domain's*: what it adds to the sketch of another data set. *Over ordinary training* is over the calibrated one, group by group; in
@@ -255,7 +257,7 @@ def text() -> str:
             unlabelled.append(unlabelled_row(path.parent.name, protocol, result))
         else:
             lines.append(row(path.parent.name, protocol, result))
-    notes = [HUB / name for name in ('heads.md', 'not_run.md')]
+    notes = [HUB / name for name in ('heads.md', 'data.md', 'not_run.md')]
     tail = ''.join(f'\n{path.read_text(encoding="utf-8")}' for path in notes if path.exists())
     further = f'{UNLABELLED}{chr(10).join(unlabelled)}\n' if unlabelled else ''
     return f'{HEAD}{chr(10).join(lines)}\n{further}{DENOISERS}{chr(10).join(denoisers)}\n{tail}'

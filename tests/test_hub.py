@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -304,6 +305,11 @@ def test_every_hypernetwork_of_ours_may_be_published(folder):
     measured = {name for name in files if name.startswith('results')}
     named = [next(name for name in measured if f'({name})' in result.dataset_name) for result in found]
     assert set(named) == measured, 'no file stands under the name of another'
+    text = ModelCard(files['README.md'].decode()).text
+    assert all(f'(`{name}`)' in text for name in measured), 'a table of each'
+    assert '](../' not in text, 'which leads nowhere on the Hub'
+    assert '**Licence.**' in text
+    assert re.search(r'predict_model\(|predict_denoiser\(', text)
 
 
 def test_a_licence_is_asked_for_where_the_card_says_none_and_never_changed(complete, tmp_path, one_line):

@@ -254,7 +254,7 @@ def load_hypernet(name: str | os.PathLike[str]) -> PudNet:
     Args:
         name: An architecture (`resnet18`: the hypernetwork that serves it), the name of one (`resnet18.fashion_set`), a
             folder that `PudNet.save_pretrained` wrote, or a repository on the Hub, `org/name` or `org/name@revision`.
-            Names without an organisation are looked up in the package, in the Hub's cache, and on the Hub.
+            Names without an organisation are looked up in the package, as a folder, in the Hub's cache, and on the Hub.
 
     Raises:
         NotFoundError: Nothing has that name; the close ones are named.
@@ -521,7 +521,8 @@ def hypernet_card(
 ) -> str:
     """The card of a hypernetwork: the folder's `README.md`, or a plain one, with a header that the Hub understands.
 
-    The header gets the library, tags, the licence and the results with their intervals (`model-index`).
+    The header gets the library, tags, the licence and the results with their intervals (`model-index`); tables of them
+    stand at the end.
 
     Raises:
         InputError: Neither the card nor `license` says a licence.
@@ -530,6 +531,8 @@ def hypernet_card(
 
     own = folder / 'README.md'
     card = _own_card(own) if own.is_file() else ModelCard(_plain_card(hypernet, results, repo))
+    text = re.sub(r'\[([^][]+)\]\(\.\./[^)]*\)', r'\1', card.text)  # to what lies beside the folder, and not on the Hub
+    card.text = f'{text.rstrip()}\n\n{_tables(results)}'
     data = card.data.to_dict()
     for ours in ('model-index', 'model_name'):
         data.pop(ours, None)
@@ -641,7 +644,14 @@ def _plain_card(hypernet: PudNet, results: Mapping[str, Mapping[str, Any]], repo
         '',
         f'model = timm_pudnet.{call}',
         '```\n',
-        '## Results\n',
+    ]
+    return '\n'.join(lines)
+
+
+def _tables(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """All results for a card: in a repository on the Hub nothing else shows them."""
+    lines = [
+        '## All results\n',
         'Accuracy in percent on classes never seen in training, or PSNR in dB on images never seen, with the '
         'half-width of the 95 % interval.\n',
     ]
