@@ -6,9 +6,12 @@ import os
 import pickle
 import re
 import struct
+import tarfile
+import threading
 import time
 import warnings
 import zlib
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +25,7 @@ from PIL import Image
 from torch.testing import assert_close
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -547,12 +551,13 @@ def test_a_split_that_is_not_there_is_no_other_one(tmp_path, write_folder):
         write_folder(tmp_path / split, noise(2, 8, 8), ['cup', 'jar'])
     found = open_images('torch/image_folder', input=RGB, data_dir=tmp_path, split='val')
     assert (len(found), found.class_names) == (2, ('cup', 'jar'))
-    for name in ('torch/image_folder', 'torch/folder'):
+    for name in ('torch/image_folder', 'torch/folder', 'torch/Image_Folder'):
         with pytest.raises(InputError, match=r"has no split 'test': name one of train, val"):
             open_images(name, input=RGB, data_dir=tmp_path, split='test')
-    for split in ('Train', 'trian'):  # timm would give the test images
-        with pytest.raises(InputError, match=rf"torch/cifar10: no split '{split}': name train or test"):
-            open_images('torch/cifar10', input=RGB, data_dir=tmp_path, split=split)
+    for name in ('torch/cifar10', 'torch/CIFAR10', 'torch/qmnist'):
+        for split in ('Train', 'trian'):  # timm would give the test images
+            with pytest.raises(InputError, match=rf"{name}: no split '{split}': name train or test"):
+                open_images(name, input=RGB, data_dir=tmp_path, split=split)
 
 
 def test_targets_and_classes_of_a_dataset_are_known_before_reading():
@@ -581,6 +586,10 @@ def test_targets_and_classes_of_a_dataset_are_known_before_reading():
     for same in (some, DataLoader(some, 2, collate_fn=stack)):
         found = open_images(same, input=RGB)
         assert (read(found)[1].tolist(), found.class_names) == ([0, 0], ('c',))
+    first = Pairs([items[0], items[3]], targets=[0, 1], classes=['a', 'b', 'c'])  # whose numbers stay
+    for same in (first, DataLoader(first, 2, collate_fn=stack)):
+        found = open_images(same, input=RGB)
+        assert (read(found)[1].tolist(), found.class_names) == ([0, 1], ('a', 'b'))
     moved = Pairs(items, targets=[0, 2, 2, 1], classes=['a', 'b', 'c'], target_transform=abs)
     other = open_images(moved, input=RGB)
     assert other.labels is other.class_names is None, 'the names are those of the numbers before'
@@ -655,6 +664,51 @@ def test_a_broken_image_of_timm_s_dataset_does_not_lend_its_label_to_the_next_on
         read(open_images(data, input=RGB, strict=True))
 
 
+class Named(timm.data.ImageDataset):
+    """A user's, which reads as timm does."""
+
+
+@leaves_files_open
+def test_nor_does_it_in_a_subclass_or_among_several(folder):
+    first = sorted((folder / 'cat').iterdir())[0]
+    first.write_bytes(first.read_bytes()[:40])
+    data = Named(str(folder))
+    joined = ConcatDataset([data, data])
+    with pytest.warns(PudNetWarning, match='skipped 1 of 5'):
+        assert read(open_images(data, input=RGB))[1].tolist() == [0, 1, 1, 1]
+    with pytest.warns(PudNetWarning, match='skipped 2 of 10'):
+        assert read(open_images(joined, input=RGB), 3)[1].tolist() == 2 * [0, 1, 1, 1]
+    with pytest.warns(PudNetWarning, match='skipped 2 of 10'):
+        assert read(open_images(joined, range(10), input=RGB))[1].tolist() == [1, 2, 3, 4, 6, 7, 8, 9]
+    part = Subset(ConcatDataset([data, Subset(data, [0, 4, 1])]), [-1, 0, 5, 6])
+    with pytest.warns(PudNetWarning, match='skipped 2 of 4'):
+        assert read(open_images(part, input=RGB))[1].tolist() == [0, 1]
+    for other in (data, joined):
+        with pytest.raises(InputError, match='cannot be read'):
+            read(open_images(other, input=RGB, strict=True))
+
+
+@leaves_files_open
+def test_several_torchvision_datasets_skip_what_one_skips(folder):
+    sorted((folder / 'dog').iterdir())[0].write_bytes(b'P6\n')  # a ValueError
+    data = torchvision.datasets.ImageFolder(str(folder))
+    with pytest.warns(PudNetWarning, match='skipped 2 of 10'):
+        assert read(open_images(ConcatDataset([data, data]), input=RGB))[1].tolist() == 2 * [0, 0, 1, 1]
+
+
+@leaves_files_open
+def test_behind_a_loader_it_would_so_that_strict_and_labels_are_refused(folder, one_line):
+    plain = timm.data.ImageDataset(str(folder), transform=torchvision.transforms.ToTensor())
+    for data in (plain, Named(str(folder)), Subset(plain, range(5)), ConcatDataset([Pairs([]), plain])):
+        for options, name in (({'strict': True}, 'strict'), ({'labels': range(5)}, 'labels=...')):
+            with pytest.raises(InputError) as error:
+                open_images(DataLoader(data), input=RGB, **options)
+            one_line(error, 'the next image', f'for {name} pass the dataset itself')
+    assert len(read(open_images(DataLoader(plain, 1), input=RGB))[1]) == 5
+    source = open_images(DataLoader(TensorDataset(torch.rand(2, 3, 8, 8))), [1, 0], input=RGB, strict=True)
+    assert read(source)[1].tolist() == [1, 0]
+
+
 def png_with_a_broken_chunk():
     """PIL opens it, and raises a SyntaxError when it decodes it."""
     rows = zlib.compress(b''.join(b'\0' + row.tobytes() for row in noise(64, 64, 3)))
@@ -691,6 +745,20 @@ def test_an_error_in_a_dataset_of_the_user_s_own_is_not_taken_for_a_damaged_imag
 
     with pytest.raises(ValueError, match='mine'):
         open_images(Mine(), input=RGB)
+
+
+@leaves_files_open
+@pytest.mark.parametrize('kind', ['timm', 'torchvision'])
+def test_nor_is_one_in_a_transform_of_the_user_s_own(kind, folder):
+    def mine(image):
+        raise ValueError('mine')
+
+    made = {
+        'timm': lambda: timm.data.ImageDataset(str(folder), transform=mine),
+        'torchvision': lambda: torchvision.datasets.ImageFolder(str(folder), transform=mine),
+    }
+    with pytest.raises(ValueError, match='mine'):
+        read(open_images(made[kind](), input=RGB))
 
 
 def test_some_images_without_a_label_among_named_classes_are_an_error():
@@ -744,6 +812,18 @@ def test_loaders_are_peeked_at_without_losing_a_batch():
     same(read(streamed, 4)[0], want)
     with pytest.raises(TypeError):
         len(streamed)
+
+
+@leaves_files_open
+def test_timm_s_loader_is_refused_before_it_is_read(folder, one_line):
+    options = {'input_size': (3, 16, 16), 'batch_size': 2, 'num_workers': 0, 'device': torch.device('cpu')}
+    loader = timm.data.create_loader(timm.data.ImageDataset(str(folder)), **options)
+    with pytest.raises(InputError) as error:
+        open_images(loader, input=RGB)
+    one_line(error, 'PrefetchLoader', 'pass the Dataset', 'use_prefetcher=False, mean=(0, 0, 0), std=(1, 1, 1)')
+    options |= {'use_prefetcher': False, 'mean': (0, 0, 0), 'std': (1, 1, 1)}
+    loader = timm.data.create_loader(timm.data.ImageDataset(str(folder)), **options)
+    assert read(open_images(loader, input=RGB))[1].tolist() == [0, 0, 1, 1, 1]
 
 
 def test_a_stream_that_runs_dry_is_an_error():
@@ -849,6 +929,63 @@ def test_a_table_is_no_set_of_images_and_its_column_of_classes_may_have_another_
     assert source.class_names == ('cat', 'dog')
 
 
+class Column(Sequence):
+    """As that of the package datasets: it decodes an image when it is asked for it."""
+
+    def __init__(self, items):
+        self.items, self.asked = items, []
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        item = self.items[index]
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+def test_a_column_of_images_is_decoded_as_it_is_read():
+    pictures = [Image.fromarray(image) for image in noise(5, 18, 16, 3)]
+    column = Column([OSError('image file is truncated'), *pictures])
+    source = open_images(column, [0, 1, 0, 1, 0, 1], input=RGB)
+    assert set(column.asked) == {0}, 'not the whole column before the first batch'
+    with pytest.warns(PudNetWarning, match=r'skipped 1 of 6 images .*: image 0 \(truncated\)'):
+        batches = list(source.batches(2))
+    assert [len(x) for x, _ in batches] == [1, 2, 2]
+    same(torch.cat([x for x, _ in batches]), expect(pictures))
+    assert torch.cat([y for _, y in batches]).tolist() == [1, 0, 1, 0, 1]
+    same(read(source.subset([3, 1]))[0], expect([pictures[2], pictures[0]]))
+    with pytest.raises(InputError, match=r'image 0: cannot be read \(truncated\)'):
+        read(open_images(column, input=RGB, strict=True))
+    with pytest.raises(InputError, match=r'images\[1\] is a NoneType, not a path, image'):
+        read(open_images(Column([pictures[0], None]), input=RGB))
+    for wrong, message in ((range(3), r'images\[0\] is a int'), (Column([]), 'no images: list is empty')):
+        with pytest.raises(InputError, match=message):
+            open_images(wrong, input=RGB)
+
+
+def test_a_column_of_paths_names_its_files(folder):
+    paths = [str(folder / 'gone.png'), *sorted(str(path) for path in folder.rglob('*.png'))]
+    with pytest.warns(PudNetWarning, match=r'skipped 1 of 6 images .*gone\.png'):
+        read(open_images(Column(paths), input=RGB))
+
+
+@leaves_files_open
+def test_a_broken_image_in_a_column_of_hugging_face_is_skipped(folder):
+    datasets = pytest.importorskip('datasets')
+    paths = sorted(folder.rglob('*.png'))
+    paths[1].write_bytes(paths[1].read_bytes()[:40])
+    table = datasets.Dataset.from_dict({'image': list(map(str, paths)), 'label': [0, 0, 1, 1, 1]})
+    table = table.cast_column('image', datasets.Image())
+    source = open_images(table['image'], table['label'], input=RGB)
+    with pytest.warns(PudNetWarning, match='skipped 1 of 5'):
+        x, y = read(source)
+    assert y.tolist() == [0, 1, 1, 1]
+    same(x, read(open_images([paths[0], *paths[2:]], input=RGB))[0])
+
+
 def test_an_item_that_cannot_be_read_is_skipped():
     items = [OSError('image file is truncated'), (noise(8, 8), 1), (noise(8, 8), 0)]
     source = open_images(Pairs(items), input=RGB)
@@ -948,6 +1085,20 @@ def test_damaged_files_are_skipped_and_named_once(damaged, action):
     same(x, expect([Image.open(path) for path in paths]))
     same(again, x)
     read(source.subset(range(12)))  # does not repeat the warning
+
+
+def test_another_thread_is_heard_while_images_are_decoded(folder, monkeypatch):
+    original = images_room._Preprocess.any_image
+
+    def decode(*arguments):
+        other = threading.Thread(target=warnings.warn, args=('ours', PudNetWarning))
+        other.start()
+        other.join()
+        return original(*arguments)
+
+    monkeypatch.setattr(images_room._Preprocess, 'any_image', decode)
+    with pytest.warns(PudNetWarning, match='ours'):
+        read(open_images(folder, input=RGB))
 
 
 def count_decoded(monkeypatch):
@@ -1233,6 +1384,41 @@ def test_a_web_dataset(tmp_path, write_web_dataset):
         assert y.tolist() == [0, 1, 0]
     with pytest.raises(InputError, match=r'wds/mine: timm leaves out .* leave out strict'):
         open_images('wds/mine', input=RGB, data_dir=tmp_path, strict=True)
+
+
+@leaves_files_open
+def test_of_a_web_dataset_without_labels_timm_gives_nothing(tmp_path, write_web_dataset, one_line):
+    pytest.importorskip('webdataset')
+    write_web_dataset(tmp_path, noise(2, 16, 16, 3), [0, 1])
+    with tarfile.open(tmp_path / 'train.tar', 'w') as tar:
+        tar.add(save(tmp_path / '0.png', noise(16, 16, 3)), '0.png')
+    with pytest.raises(InputError) as error:
+        open_images('wds/rest', input=RGB, data_dir=tmp_path, with_labels=False)
+    one_line(error, 'no images: wds/rest is empty', 'no .cls: timm leaves those out')
+
+
+@leaves_files_open
+def test_what_timm_raises_of_a_set_of_hugging_face_is_one_line(folder, tmp_path, monkeypatch, one_line):
+    pytest.importorskip('datasets')
+    monkeypatch.setattr('datasets.config.HF_CACHE_HOME', tmp_path)
+    flat = folder / 'dog'
+    counts = '{name: train, num_examples: 3, num_bytes: 9}'
+    (flat / 'README.md').write_text(f'---\ndataset_info:\n  splits:\n  - {counts}\n---\n')
+    with pytest.raises(InputError) as error:
+        open_images(f'hfids/{flat}', input=RGB, data_dir=tmp_path, with_labels=False)
+    one_line(error, "timm cannot read its first image (KeyError: 'label')", 'hfds/... does without')
+    with pytest.raises(InputError, match="cannot be opened for split 'trian'") as error:
+        open_images(f'hfds/{flat}', input=RGB, data_dir=tmp_path, split='trian')
+    assert 'downloaded' not in str(error.value)
+
+
+def test_an_error_in_a_stream_of_the_user_s_own_stays_his():
+    def mine():
+        raise KeyError('mine')
+        yield
+
+    with pytest.raises(KeyError, match='mine'):
+        open_images(Stream(mine()), input=RGB)
 
 
 def test_images_that_were_opened_are_not_strict_later():

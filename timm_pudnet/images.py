@@ -5,6 +5,7 @@ Letters: `n` images of the set, `b` of a batch, `c h w` channels, height and wid
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -29,10 +30,11 @@ import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from timm.data.dataset import ImageDataset
 from timm.data.dataset_factory import create_dataset
+from timm.data.loader import PrefetchLoader
 from timm.data.transforms import center_crop_or_pad
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -65,7 +67,7 @@ _TIMM_PACKAGES = {  # prefix of a timm dataset name: (module, name to install)
 }
 _SPLIT_NAMES = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test', 'testing'}
 # Of which timm gives the test images for whatever is not called train or training.
-_TRAIN_OR_TEST = {f'torch/{name}' for name in ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist')}
+_TRAIN_OR_TEST = {'cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist'}
 _ACCEPTED = (
     'a folder, a list of paths or images, an array [n, h, w, c], a tensor [n, c, h, w], a Dataset, a DataLoader '
     'or a timm dataset name (torch/cifar10)'
@@ -238,9 +240,18 @@ class ImageSource:
         """Whether there are labels to take; looks at the first item only, and keeps it for the first pass."""
         if self.is_stream:
             stream = iter(self._data)
-            first = next(stream, None)
+            try:
+                first = next(stream, None)
+            except Exception as error:
+                if _runs_own_code(self._data):
+                    raise
+                unlabelled = self._where.startswith('hfids/') and error.args == ('label',)
+                more = '; hfds/... does without such a column' if unlabelled else ''
+                reason = f'{type(error).__name__}: {first_line(error)}'
+                raise InputError(f'{self._where}: timm cannot read its first image ({reason}){more}') from error
             if first is None:
-                raise InputError(f'no images: {self._where} is empty')
+                more = ', or its samples have no .cls: timm leaves those out' if self._where.startswith('wds/') else ''
+                raise InputError(f'no images: {self._where} is empty{more}')
             self._started = (first, stream)
         if self.labels is not None:
             return True
@@ -286,7 +297,7 @@ class ImageSource:
                     items = [_item_or_error(data, position, self._where) for position in positions.tolist()]
                     yield [image for image, _ in items], [label for _, label in items]
                 else:
-                    yield [data[position] for position in positions], None
+                    yield [_listed(data, position) for position in positions.tolist()], None
             return
         stream = iter(data) if self._started is None else itertools.chain([self._started[0]], self._started[1])
         self._started = None
@@ -531,7 +542,13 @@ def open_images(
             raise InputError(f'{images.description}: opened already, with its own labels and input')
         return images
     names = found_labels = class_names = renumber = declared = None
-    if _is_column(images):
+    if isinstance(images, PrefetchLoader):
+        raise InputError(
+            "images: timm's PrefetchLoader normalises: pass the Dataset, without a transform, or pixels in 0-1, "
+            'create_loader(..., use_prefetcher=False, mean=(0, 0, 0), std=(1, 1, 1))'
+        )
+    in_place = _is_column_of_pictures(images)
+    if _is_column(images) and not in_place:
         images = list(images)
     if isinstance(images, str) and is_timm_name(images):
         where = images
@@ -548,13 +565,17 @@ def open_images(
         _refuse_single(images, labels)
         if len(images):
             to_bchw(images[:1], where)  # so that a wrong type or shape is an error here, not at the first batch
-    elif isinstance(images, (list, tuple)):
+    elif isinstance(images, (list, tuple)) or in_place:
         where = 'list'
-        for index, image in enumerate(images):
-            if not isinstance(image, (str, os.PathLike, Image.Image, np.ndarray, Tensor)):
-                raise InputError(f'images[{index}] is a {type(image).__name__}, not a path, image, array or tensor')
+        for index in range(1 if in_place else len(images)):
+            _listed(images, index)
     elif isinstance(images, (Dataset, DataLoader)):
         where = type(images).__name__
+        if isinstance(images, DataLoader) and (strict or labels is not None) and _gives_next(images.dataset):
+            raise InputError(
+                f"{where}: timm's ImageDataset gives it the next image in place of one that cannot be read: for "
+                f'{"strict" if strict else "labels=..."} pass the dataset itself'
+            )
     elif _is_table(images):
         raise InputError(
             f'images: a {type(images).__module__}.{type(images).__name__} is a table: pass its column of '
@@ -580,9 +601,9 @@ def open_images(
         if isinstance(data, DataLoader) and not isinstance(dataset, IterableDataset):
             values, all_names = _dataset_targets(dataset)
             if values is not None:
-                numbers, present = _index_labels(values, all_names)
+                numbers, class_names = _index_labels(values, all_names)
                 if isinstance(dataset, Subset) or not torch.equal(numbers, values):  # of some classes
-                    class_names, renumber = present, dict(zip(values.tolist(), numbers.tolist(), strict=True))
+                    renumber = dict(zip(values.tolist(), numbers.tolist(), strict=True))
     elif is_dataset and with_labels:
         declared, class_names = _dataset_targets(data)
         if declared is not None:
@@ -608,6 +629,13 @@ def _is_column(images: Any) -> bool:
     known = (str, os.PathLike, list, tuple, Tensor, Dataset, DataLoader, Mapping, Set, Image.Image)
     listed = isinstance(images, Iterable) and hasattr(images, '__len__')
     return listed and not isinstance(images, known) and not _is_table(images)
+
+
+def _is_column_of_pictures(images: Any) -> bool:
+    """Whether it is a column that decodes an image only when asked for it, as one of the package datasets does."""
+    if not (isinstance(images, Sequence) and _is_column(images) and len(images)):  # a Series is no Sequence
+        return False
+    return not isinstance(_item(images, 0), (str, os.PathLike))
 
 
 def _is_table(images: Any) -> bool:
@@ -814,7 +842,7 @@ def _refuse_single(images: np.ndarray | Tensor, labels: Any) -> None:
 def quiet_pillow() -> Iterator[None]:
     """PIL's remarks on metadata, transparency and sizes stay inside; the lock keeps our threads' filters apart."""
     with _quiet_lock, warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+        warnings.filterwarnings('ignore', module=r'PIL\.')  # filters hold for all threads: what others warn is heard
         yield
 
 
@@ -994,18 +1022,50 @@ def _item_or_error(dataset: Any, position: int, where: str) -> tuple[Any, Any]:
     return (item, -1) if isinstance(item, Exception) else _split_item(item, where)
 
 
+def _listed(images: Any, position: int) -> Any:
+    """What a list or column has there, or what is wrong with the image that a column cannot decode."""
+    item = _item(images, position)
+    if not isinstance(item, (str, os.PathLike, Image.Image, np.ndarray, Tensor, Exception)):
+        raise InputError(f'images[{position}] is a {type(item).__name__}, not a path, image, array or tensor')
+    return item
+
+
 def _item(dataset: Any, position: int) -> Any:
     """What a dataset has there, or what is wrong with the image that it cannot read."""
-    while type(dataset) is Subset:
-        chosen: Any = dataset.indices[position]
-        dataset, position = dataset.dataset, int(chosen) if isinstance(chosen, Tensor) else chosen
+    while type(dataset) in (Subset, ConcatDataset):
+        if type(dataset) is Subset:
+            chosen: Any = dataset.indices[position]
+            dataset, position = dataset.dataset, int(chosen) if isinstance(chosen, Tensor) else chosen
+        else:
+            position = range(len(dataset))[position]  # a Subset may count from the end
+            part = bisect.bisect_right(dataset.cumulative_sizes, position)
+            position -= dataset.cumulative_sizes[part - 1] if part else 0
+            dataset = dataset.datasets[part]
     kinds: tuple[type[Exception], ...] = (OSError, SyntaxError, Image.DecompressionBombError)  # PIL's, of damaged files
-    if type(dataset).__module__.startswith(('torchvision.', 'timm.')):
-        kinds = (Exception,)  # nearly anything; of a dataset of the user's own that may be an error in his code
+    if not _runs_own_code(dataset):
+        kinds = (Exception,)  # nearly anything
     try:
-        return _timm_item(dataset, position) if type(dataset) is ImageDataset else dataset[position]
+        return _timm_item(dataset, position) if _is_timm_s(dataset) else dataset[position]
     except kinds as error:
         return error
+
+
+def _runs_own_code(dataset: Any) -> bool:
+    """Whether code of the user's runs where it gives an image: an error may be one of his."""
+    own = not type(dataset).__module__.startswith(('torchvision.', 'timm.'))
+    places = ('transform', 'transforms', 'target_transform')
+    return own or any(getattr(dataset, place, None) is not None for place in places)
+
+
+def _is_timm_s(dataset: Any) -> bool:
+    return isinstance(dataset, ImageDataset) and type(dataset).__getitem__ is ImageDataset.__getitem__
+
+
+def _gives_next(dataset: Any) -> bool:
+    """Whether timm's code gives the next image in place of one that cannot be read."""
+    if isinstance(dataset, ConcatDataset):
+        return any(map(_gives_next, dataset.datasets))
+    return _gives_next(dataset.dataset) if isinstance(dataset, Subset) else _is_timm_s(dataset)
 
 
 def _timm_item(dataset: Any, position: int) -> Any:
@@ -1095,6 +1155,16 @@ def is_timm_name(text: str) -> bool:
     return text.partition('/')[0] in _TIMM_PACKAGES and '/' in text and not os.path.exists(text)
 
 
+def takes_folder(images: Any) -> bool:
+    """Whether it is a name under which timm reads the folders of classes in `data_dir`."""
+    return any_timm_name(images) and _torch_name(images) in ('image_folder', 'folder')
+
+
+def _torch_name(name: str) -> str:
+    """Which of torchvision's datasets timm reads, in lower case; empty for those of others."""
+    return name.split('/', 2)[-1].lower() if name.startswith('torch/') else ''
+
+
 def _find_labels(reader: Any) -> None:
     """Has timm's reader of a Hugging Face set without a column `label` take the one that holds classes."""
     table = reader.dataset
@@ -1125,7 +1195,7 @@ def _timm_dataset(
             f'{name}: data_dir is where the package datasets keeps what it downloads, and {root} holds images: pass '
             'that folder itself as the images'
         )
-    if name in _TRAIN_OR_TEST and split not in _SPLIT_NAMES:
+    if _torch_name(name) in _TRAIN_OR_TEST and split not in _SPLIT_NAMES:
         raise InputError(f'{name}: no split {split!r}: name train or test')
     mode = '' if prefix == 'hfds' else 'L' if channels == 1 else 'RGB'  # hfds: undecoded, so that we see what is broken
     try:
@@ -1135,9 +1205,11 @@ def _timm_dataset(
     except Exception as error:
         reason = first_line(error)
         kind = NotFoundError if 'not found' in reason.lower() else InputError
+        if prefix.startswith('hf'):  # which may have downloaded much by then
+            raise kind(f'{name}: cannot be opened for split {split!r} ({reason})') from error
         raise kind(f'{name}: not in data_dir={root!r} for split {split!r} ({reason}); nothing is downloaded') from error
     # timm takes the folder itself where it has no such split.
-    classes = sorted(_class_names(found) or ()) if name in ('torch/image_folder', 'torch/folder') else []
+    classes = sorted(_class_names(found) or ()) if takes_folder(name) else []
     if len(classes) > 1 and _are_splits(classes):
         raise InputError(f'{name}: {root} has no split {split!r}: name one of {", ".join(classes)}')
     return found

@@ -17,7 +17,8 @@ import click
 import torch
 
 from timm_pudnet.config import InputConfig, InputError, PudNetError, __version__
-from timm_pudnet.images import any_timm_name
+from timm_pudnet.files import local_path
+from timm_pudnet.images import any_timm_name, takes_folder
 from timm_pudnet.predict import check_output
 from timm_pudnet.target import is_ours
 
@@ -137,7 +138,8 @@ def was_given(name: str) -> bool:
 def check_outside(out: Path, **given: str | Path | None) -> None:
     """Refuses an output folder among the images, which would be a class of them, or images, the next time."""
     for name, folder in given.items():
-        if folder is not None and Path(folder).is_dir() and out.resolve().is_relative_to(Path(folder).resolve()):
+        path = None if folder is None else local_path(folder)
+        if path is not None and path.is_dir() and out.resolve().is_relative_to(path.resolve()):
             raise InputError(f'--out {out} is {name} or lies in it ({folder}): choose a folder outside')
 
 
@@ -145,7 +147,8 @@ def check_paths(images: str, out: Path | None, data_dir: str | None, unlabelled:
     """Refuses, before any work, what a command cannot read from or write to, by its arguments of these names."""
     if out is not None:
         check_output(out)
-        check_outside(out, **{'IMAGES': images, '--unlabelled': unlabelled})
+        root = data_dir if takes_folder(images) or takes_folder(unlabelled) else None
+        check_outside(out, **{'IMAGES': images, '--unlabelled': unlabelled, '--data-dir': root})
     check_data_dir(data_dir, images, unlabelled)
     check_split(images, unlabelled)
 

@@ -238,12 +238,14 @@ def predict(
 
     wanted: Head = head or ('centroid' if unlabelled is None else 'blend')
     used, tested = evaluation.split_held_out(source, holdout if wanted != 'none' else 0, seed)
-    alone = ''
+    note = ''
     if tested is not None:
-        alone = _said_of_classes(source)
+        note = _said_of_classes(source)
         click.echo(f'Kept aside {len(tested):,} of them for the test, {len(used):,} give the weights')
     elif source.labelled and source.labels is None and holdout and wanted != 'none':
-        click.echo('Not tested these images tell their labels only as they are read, in order, so none is kept aside')
+        note = 'these images tell their labels only as they are read, in order, so none is kept aside'
+        click.echo(f'Not tested {note}')
+        note = f'Not tested: {note}.'
     run = _Prediction(
         model_name=model_name,
         network=network,
@@ -272,7 +274,7 @@ def predict(
         click.echo('Not saved: add --out FOLDER to keep the model and a page about it')
         return
 
-    run.notes += [alone] if alone else []
+    run.notes += [note] if note else []
     page = run.report(images) if report else None
     save_model(run.model, out)
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
