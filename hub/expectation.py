@@ -7,7 +7,8 @@ learned from held-out sets, each of 2 to 20 classes with 3 to 20 labels, tested 
 unseen classes of each of the recipe's sets, of every --domain, and of three domains that are made here (letters in many
 fonts, textures, cells). A third of the sets is seen as it is, a third under an imaging condition as in training, a third
 under a stronger one than any in training. Fit and check share no image and no domain: each domain is expected by a fit
-of the others alone. (Some of Tiny-ImageNet's classes show what classes of CIFAR-10 and unseen ones of CIFAR-100 do.) matplotlib brings the fonts (`pip install -e '.[train]'`).
+of the others alone. (Some of Tiny-ImageNet's classes show what classes of CIFAR-10 and unseen ones of CIFAR-100 do.)
+matplotlib brings the fonts (`pip install -e '.[train]'`).
 """
 
 import argparse
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from timm_pudnet import PudNet, load_hypernet, open_images
 from timm_pudnet.adapt import centroid_logits, class_centroids
+from timm_pudnet.config import InputConfig
 from timm_pudnet.evaluation import TestGroups, weights_digest
 from timm_pudnet.evaluation.expectation import Expectation, HeldOutSet, fit_expectation, measure_traits, sketch_distance
 from timm_pudnet.evaluation.measure import group_sketch, support_features
@@ -34,7 +36,7 @@ from timm_pudnet.training import Recipe
 from timm_pudnet.training.conditions import Condition
 from timm_pudnet.training.episodes import ImageBank, bank_input
 
-SIDE = 32  # of the images made here
+SIDE = 32  # of the images made here, before they are resized as a user's of that size are
 EACH = 100  # most images a class of a held-out domain
 SEEN = 40  # images of each seen class
 SHOTS = (3, 5, 10, 20)  # labelled images a class of a held-out set
@@ -52,29 +54,27 @@ def main() -> None:
     hypernet, recipe = load_hypernet(options.folder), Recipe.load(options.folder / 'recipe.toml')
     seen_names, config = set(hypernet.config.class_names), bank_input(hypernet.config.input)
 
-    seen, domains = [], {}
+    seen: list[ImageBank] = []
+    domains: list[tuple[str, ImageBank]] = []  # two splits of one set are one domain, of two banks
     for data in recipe.data:
         source = open_images(data.images, input=config, split=data.split, data_dir=data.data_dir)
         names = [name for name in source.class_names if name in seen_names]
         others = [name for name in source.class_names if name not in seen_names]
         seen.append(_bank(source, names, SEEN))
         if len(others) > 1:
-            domains[data.images] = _bank(source, others, EACH)
+            domains.append((data.images, _unseen(data.images, source, others)))
     for folder in options.domain:
         source = open_images(folder, input=config)
         others = [name for name in source.class_names if name not in seen_names]
-        counts = sorted(source.labels.bincount()[[source.class_names.index(name) for name in others]].tolist())
-        if len(others) < 2 or counts[0] <= SHOTS[0]:
-            sys.exit(
-                f'{folder}: two classes that the hypernetwork has not seen are needed, of {SHOTS[0] + 1} images or more'
-            )
-        domains[folder] = _bank(source, others, EACH)
-    domains |= {'letters': letters(), 'textures': textures(), 'cells': cells()}
+        domains.append((folder, _unseen(folder, source, others)))
+    domains += [('letters', letters(config)), ('textures', textures(config)), ('cells', cells(config))]
+    for _, bank in domains:
+        bank.check_size(config)
 
     references, sizes, familiar = _seen_sketches(hypernet, seen, recipe.groups.conditions)
     model = create_feature_model(hypernet.target).eval()
     sets = []
-    for place, (name, bank) in enumerate(domains.items()):
+    for place, (name, bank) in enumerate(domains):
         sets += [_held_out(hypernet, model, name, bank, references, 1000 * place + i) for i in range(options.sets)]
         mean = sum(one.right / one.total for one in sets[-options.sets :]) / options.sets
         print(f'{name}: {options.sets} sets of {len(bank.class_names)} classes, mean accuracy {mean:.1%}', flush=True)
@@ -110,6 +110,16 @@ def _bank(source: ImageSource, names: list[str], each: int) -> ImageBank:
         members = (source.labels == source.class_names.index(name)).nonzero().flatten()
         picks.append(members[torch.randperm(len(members), generator=generator)[:each]])
     return ImageBank.from_source(source.subset(torch.cat(picks)), names)
+
+
+def _unseen(domain: str, source: ImageSource, names: list[str]) -> ImageBank:
+    """The images of the unseen classes of a domain; exits where they are too few for the smallest held-out set."""
+    bank = _bank(source, names, EACH) if len(names) > 1 else None
+    if bank is None or min(map(len, bank.members)) <= SHOTS[0]:
+        sys.exit(
+            f'{domain}: two classes that the hypernetwork has not seen are needed, each of {SHOTS[0] + 1} images or more'
+        )
+    return bank
 
 
 @torch.inference_mode()
@@ -185,7 +195,7 @@ def _strong(generator: torch.Generator, bank: ImageBank) -> Condition:
     return dataclasses.replace(drawn, noise=0.1 + 0.4 * noise, gamma=gamma if side < 0.5 else 1 / gamma)
 
 
-def letters() -> ImageBank:
+def letters(config: InputConfig) -> ImageBank:
     """Capital letters in many fonts and two colours, turned and shifted a little."""
     wanted = ('DejaVuSans', 'DejaVuSerif', 'STIXGeneral', 'cmr', 'cmtt', 'cmss', 'cmb10')
     found = sorted((Path(matplotlib.get_data_path()) / 'fonts/ttf').glob('*.ttf'))
@@ -202,10 +212,10 @@ def letters() -> ImageBank:
             ImageDraw.Draw(image).text(place, letter, fill=tuple(map(int, ink)), font=font, anchor='mm')
             turned = image.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC, fillcolor=tuple(map(int, paper)))
             images.append(np.asarray(turned.resize((SIDE, SIDE), Image.Resampling.BICUBIC)))
-    return _made(images, list(alphabet))
+    return _made(images, list(alphabet), config)
 
 
-def textures() -> ImageBank:
+def textures(config: InputConfig) -> ImageBank:
     """Gratings of four directions and three widths in any two colours, under noise."""
     rng, images = np.random.default_rng(0), []
     y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE
@@ -217,10 +227,10 @@ def textures() -> ImageBank:
             wave = 0.5 + 0.5 * np.sin(2 * math.pi * (count * along + rng.uniform()))[..., None]
             first, second = rng.uniform(0, 255, (2, 3))
             images.append(first + (second - first) * wave + rng.normal(0, 25, (SIDE, SIDE, 3)))
-    return _made(images, [f'texture {number}' for number in range(len(classes))])
+    return _made(images, [f'texture {number}' for number in range(len(classes))], config)
 
 
-def cells() -> ImageBank:
+def cells(config: InputConfig) -> ImageBank:
     """Dark discs on a bright ground, few to many, small to large, as of a stained section."""
     rng, images = np.random.default_rng(0), []
     y, x = np.mgrid[0:SIDE, 0:SIDE]
@@ -233,12 +243,14 @@ def cells() -> ImageBank:
                 disc = 1 / (1 + np.exp(np.hypot(x - left, y - top) - size))[..., None]
                 image = image * (1 - disc) + disc * (np.array([110.0, 50.0, 130.0]) + rng.normal(0, 20, 3))
             images.append(image)
-    return _made(images, [f'cells {number}' for number in range(len(classes))])
+    return _made(images, [f'cells {number}' for number in range(len(classes))], config)
 
 
-def _made(images: list[np.ndarray], names: list[str]) -> ImageBank:
-    pixels = torch.from_numpy(np.stack(images).clip(0, 255).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
-    return ImageBank(pixels, torch.arange(len(names)).repeat_interleave(EACH), names)
+def _made(images: list[np.ndarray], names: list[str], config: InputConfig) -> ImageBank:
+    """Images that were drawn here, as a prediction would see them."""
+    pixels = np.stack(images).clip(0, 255).astype(np.uint8)
+    labels = [name for name in names for _ in range(EACH)]
+    return ImageBank.from_source(open_images(pixels, labels, input=config), names)
 
 
 if __name__ == '__main__':

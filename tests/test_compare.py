@@ -2,11 +2,13 @@
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import timm_pudnet
 from timm_pudnet import InputError, PudNetWarning
@@ -145,14 +147,54 @@ def test_pretrained_weights_that_cannot_be_loaded_are_left_out(compare, pictures
     assert 'cannot be loaded' in result['left_out']['pretrained']
 
 
+def test_a_pickle_of_pretrained_weights_is_not_read(compare, pictures, tmp_path, monkeypatch):
+    folder = timm_pudnet.save_model(timm.create_model('test_resnet', num_classes=0), tmp_path / 'weights')
+    torch.save(load_file(folder / 'model.safetensors'), folder / 'pytorch_model.bin')
+    (folder / 'model.safetensors').unlink()
+    read = []
+    monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: read.append(args))
+    result = compare(*pictures(24), arms=['pretrained'], pretrained=f'local-dir:{folder}')
+    assert not read
+    assert result['left_out'] == {'pretrained': f'local-dir:{folder} cannot be loaded (no model.safetensors)'}
+
+
 def test_a_budget_ends_it_and_what_was_measured_is_there(compare, pictures):
     result = compare(*pictures(24), epochs=500, budget=1.0)
     assert result['ended'] == 'budget'
     assert len(result['arms']['predicted']) == 1
     assert all(len(rows) < 400 for rows in result['arms'].values())
     result = compare(*pictures(24), budget=1e-6)
-    assert points(result) == {'predicted': [0], 'fine_tuned': [0]}
-    assert result['left_out'] == dict.fromkeys(TRAINED[1:], 'not done within the budget of 1e-06 s')
+    assert points(result) == {'predicted': [0]}
+    assert result['left_out'] == dict.fromkeys(TRAINED, 'not done within the budget of 1e-06 s')
+
+
+def test_epochs_are_begun_until_the_budget_is_spent_however_long_the_first_took(compare, pictures, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(room, 'time', SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def scripted(*args, **kwargs):
+        for epoch in range(1, 100):
+            now[0] += 10 if epoch == 1 else 1  # the first makes the model too
+            yield {'epoch': epoch, 'seconds': float(epoch), 'right': torch.ones(1), 'accuracy': 50.0}
+
+    monkeypatch.setattr(room, 'train_from_scratch', scripted)
+    result = compare(*pictures(24), epochs=99, budget=24.5, arms=('adam', 'adam_centralised'))
+    assert now == [25], 'the last one was begun within it'
+    assert points(result) == {'predicted': [0], 'adam': [1, 2, 3, 4], 'adam_centralised': [1, 2, 3]}
+    assert result['ended'] == 'budget'
+
+
+def test_fine_tuning_that_dies_in_its_first_epoch_is_left_out(compare, pictures, monkeypatch):
+    def diverging(*args, **kwargs):
+        raise FloatingPointError('a loss of nan')
+        yield
+
+    monkeypatch.setattr(room, 'finetune_epochs', diverging)
+    result = compare(*pictures(24), arms=('fine_tuned', 'adam'))
+    assert points(result) == {'predicted': [0], 'adam': [1, 2]}
+    assert result['left_out'] == {'fine_tuned': 'a loss of nan'}
+    assert result['break_even']['adam'].keys() == {'predicted'}
+    assert 'predicted, fine-tuned       left out: a loss of nan' in format_comparison(result)
 
 
 def test_an_interrupt_keeps_what_was_measured(compare, pictures):

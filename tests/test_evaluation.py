@@ -18,6 +18,7 @@ from timm_pudnet.adapt import (
     ridge_classifier,
     self_training_classifier,
 )
+from timm_pudnet.cli.evaluate import _read_controls
 from timm_pudnet.config import DamagedFileError, InputConfig, InputError, PudNetWarning
 from timm_pudnet.evaluation import (
     TestGroups,
@@ -32,9 +33,10 @@ from timm_pudnet.evaluation import (
 from timm_pudnet.evaluation.holdout import HeldOutTest
 from timm_pudnet.hypernet import PudNet
 from timm_pudnet.predict import predict_model
-from timm_pudnet.target import create_feature_model
+from timm_pudnet.target import create_feature_model, with_own_config
 from timm_pudnet.training import ImageBank
 from timm_pudnet.training.conditions import Condition
+from timm_pudnet.training.meta_train import save_control
 
 protocols = importlib.import_module('timm_pudnet.evaluation.protocols')
 scratch = importlib.import_module('timm_pudnet.evaluation.scratch')
@@ -1080,3 +1082,48 @@ def test_training_from_scratch_takes_two_images_at_least_at_a_time(bank):
         train_from_scratch('resnet18', {}, images, bank.labels[:5], images, bank.labels[:5], num_epochs=1, batch_size=1)
     )
     assert points[0]['epoch'] == 1
+
+
+@pytest.fixture
+def control(tmp_path):
+    """Writes the folder of a control, of new weights."""
+
+    def write(name, size=16, **kwargs):
+        model = timm.create_model(name, num_classes=0, **kwargs)
+        width = model.num_features
+        model = with_own_config(model, InputConfig(input_size=(3, size, size)))
+        save_control(tmp_path / 'plain', model, torch.eye(width), ['cup'])
+        return tmp_path / 'plain'
+
+    return write
+
+
+@pytest.mark.parametrize('kwargs', [{}, {'act_layer': 'gelu'}], ids=str)
+def test_a_control_of_the_network_that_is_predicted_is_read(kwargs, control):
+    config = InputConfig(input_size=(3, 16, 16))
+    hypernet = PudNet.for_target('test_resnet', model_kwargs=kwargs, sketch_width=16, input=config)
+    path = control('test_resnet', **kwargs, drop_path_rate=0.1)  # which says something of its training alone
+    (found,) = _read_controls([path], hypernet).values()
+    assert_close(found[0].state_dict(), timm.create_model(f'local-dir:{path}', pretrained=True).state_dict())
+
+
+@pytest.mark.parametrize(
+    ('target', 'name', 'changes', 'needles'),
+    [
+        ('test_resnet', 'test_resnet', {'size': 32}, ['3x32x32', '3x16x16']),
+        ('test_resnet', 'test_resnet', {'act_layer': 'gelu'}, ['act_layer="gelu"']),
+        ('test_resnet', 'test_resnet', {'global_pool': 'max'}, ['global_pool="max"', 'global_pool="avg"']),
+        ('mobilenetv3_small_075', 'tf_mobilenetv3_small_075', {}, ['is tf_mobilenet', 'predicts mobilenet']),
+    ],
+)
+def test_a_control_of_other_images_or_of_another_network_with_the_same_tensors_is_refused(
+    target, name, changes, needles, control, one_line
+):
+    config = InputConfig(input_size=(3, 16, 16))
+    hypernet = PudNet.for_target(target, generator='residual', sketch_width=16, input=config)
+    path = control(name, **changes)
+    shapes = {key: value.shape for key, value in create_feature_model(hypernet.target).state_dict().items()}
+    assert {key: value.shape for key, value in timm.create_model(name, num_classes=0).state_dict().items()} == shapes
+    with pytest.raises(InputError) as error:
+        _read_controls([path], hypernet)
+    one_line(error, path, hypernet.name, 'train it by the recipe', *needles)

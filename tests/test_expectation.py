@@ -1,15 +1,19 @@
 """evaluation/expectation.py: what accuracy to expect, how familiar images are, and how honestly that is checked."""
 
 import dataclasses
+import importlib.util
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from timm_pudnet import DamagedFileError, InputError, PudNet
-from timm_pudnet.evaluation import Expectation, fit_expectation, rank_correlation, read_traits, weights_digest
+from timm_pudnet import DamagedFileError, InputConfig, InputError, PudNet, load_hypernet
+from timm_pudnet.cli.predict import _expectation_of
+from timm_pudnet.evaluation import Expectation, fit_expectation, rank_correlation, read_traits
 from timm_pudnet.evaluation.expectation import (
     HeldOutSet,
     Traits,
@@ -18,10 +22,11 @@ from timm_pudnet.evaluation.expectation import (
     measure_traits,
     sketch_distance,
 )
-from timm_pudnet.hub import embedded
 from timm_pudnet.images import open_images
 from timm_pudnet.predict import predict_model
+from timm_pudnet.training import bank_input
 
+HUB = Path(__file__).parents[1] / 'hub'
 FIXED = {
     'weights_digest': 'x',
     'references': torch.randn(8, 3, generator=torch.Generator().manual_seed(0)),
@@ -244,11 +249,90 @@ def test_traits_of_a_folder_are_those_of_its_images(tiny, fitted, pictures, monk
     assert read_traits(tiny, model, alone, fitted) is None
 
 
-@pytest.mark.parametrize('name', ['resnet18.mixed56', 'resnet18.mixed'])
-def test_a_published_expectation_is_of_the_published_weights_and_ranks_domains_that_it_did_not_see(name):
-    folder = embedded()[name]
-    found = Expectation.load(folder)
-    assert found.weights_digest == weights_digest(PudNet.from_pretrained(folder)), 'run hub/expectation.py again'
+@pytest.fixture
+def script(monkeypatch):
+    """hub/expectation.py, of few images, groups and sets."""
+    pytest.importorskip('matplotlib')
+    spec = importlib.util.spec_from_file_location('hub_expectation', HUB / 'expectation.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, value in {'EACH': 8, 'REFERENCES': 6, 'SIZES': {4: (2, 2), 64: (2, 4)}}.items():
+        monkeypatch.setattr(module, name, value)
+
+    def run(*args):
+        monkeypatch.setattr(sys, 'argv', ['expectation.py', *map(str, args)])
+        module.main()
+
+    module.run = run
+    return module
+
+
+@pytest.fixture
+def trained(tmp_path, pictures, write_folder):
+    """The folder of a hypernetwork for images of 40 pixels and, with a recipe, of what it was trained on."""
+    hypernet = PudNet.for_target(
+        'test_resnet', sketch_width=16, input=InputConfig(input_size=(3, 40, 40)), class_names=('cup', 'jar')
+    )
+    folder = hypernet.save_pretrained(tmp_path / 'test_resnet.small')
+    recipe = '[hypernet]\nmodel_name = "test_resnet"\n[groups]\nn_way = 2\n'
+    for seed, split in enumerate(('one', 'two')):
+        write_folder(tmp_path / 'images' / split, *pictures(40, ('bowl', 'cup', 'jar', 'pan'), seed=seed))
+        recipe += f'[[data]]\nimages = "torch/image_folder"\ndata_dir = "{tmp_path / "images"}"\nsplit = "{split}"\n'
+    (folder / 'recipe.toml').write_text(recipe)
+    return folder
+
+
+@pytest.mark.parametrize('size', [(3, 40, 40), (1, 28, 28), (1, 32, 32)], ids=str)
+@pytest.mark.parametrize('domain', ['letters', 'textures', 'cells'])
+def test_images_that_the_script_makes_are_seen_as_a_prediction_sees_them(domain, size, script):
+    config = bank_input(InputConfig(input_size=size, mean=(0.4,) * size[0], std=(0.2,) * size[0]))
+    make = getattr(script, domain)
+    bank, drawn = make(config), make(bank_input(InputConfig(input_size=(3, 32, 32))))
+    bank.check_size(config)
+    ((seen, _),) = open_images(drawn.images, input=config).batches(len(drawn.labels))
+    assert torch.equal(bank.images, (seen * 255).round().to(torch.uint8))
+    assert torch.equal(bank.labels, torch.arange(len(bank.class_names)).repeat_interleave(8))
+
+
+def test_the_script_fits_what_its_recipe_and_the_made_domains_show(trained, script, monkeypatch, capsys):
+    seen, held_out = [], script._held_out
+    monkeypatch.setattr(script, '_held_out', lambda *args: seen.append(args[2:4]) or held_out(*args))
+    script.run(trained, '--sets', 3)
+    found = Expectation.load(trained)
+    assert set(found.check['domains']) == {'torch/image_folder', 'letters', 'textures', 'cells'}
+    assert found.check['sets'] == len(seen) == 5 * 3, 'two splits of one data set are two banks of one domain'
+    assert {tuple(bank.images.shape[1:]) for _, bank in seen} == {(3, 40, 40)}
+    splits = {id(bank): bank for domain, bank in seen if domain == 'torch/image_folder'}.values()
+    assert [bank.class_names for bank in splits] == [('bowl', 'pan')] * 2
+    assert not torch.equal(*(bank.images for bank in splits))
+    assert _expectation_of(load_hypernet(trained)) == found
+
+
+def test_a_domain_at_another_size_than_the_hypernetwork_s_is_refused(trained, script, monkeypatch, one_line):
+    small = script.cells(bank_input(InputConfig(input_size=(3, 32, 32))))
+    monkeypatch.setattr(script, 'cells', lambda config: small)
+    with pytest.raises(InputError) as error:
+        script.run(trained)
+    one_line(error, '3x32x32', '3x40x40')
+
+
+@pytest.mark.parametrize('where', ['recipe', 'domain'])
+def test_a_domain_with_too_few_images_of_a_class_is_told(where, trained, script, pictures, write_folder, tmp_path):
+    few = tmp_path / 'images' / 'two' if where == 'recipe' else tmp_path / 'few'
+    if where == 'domain':
+        write_folder(few, *pictures(40, ('lid', 'pan'), seed=3))
+    for path in sorted((few / 'pan').iterdir())[3:]:
+        path.unlink()
+    with pytest.raises(SystemExit, match='4 images or more') as stopped:
+        script.run(trained, *(['--domain', few] if where == 'domain' else []))
+    assert str(stopped.value).startswith('torch/image_folder' if where == 'recipe' else str(few))
+
+
+@pytest.mark.parametrize(
+    'folder', [path.parent for path in sorted(HUB.glob('*/expectation.json'))], ids=lambda x: x.name
+)
+def test_a_published_expectation_is_of_the_published_weights_and_ranks_domains_that_it_did_not_see(folder):
+    found = _expectation_of(load_hypernet(folder))  # which warns of other weights, or of another config
     assert found.check['sets'] >= 100
     assert len(found.check['domains']) >= 5
     assert found.check['rank_correlation'] >= 0.8

@@ -24,6 +24,7 @@ from timm_pudnet.evaluation import (
     HeldOutTest,
     Report,
     fit_expectation,
+    holdout,
     make_report,
     measure_held_out,
     read_traits,
@@ -367,21 +368,45 @@ def test_what_does_not_fit_in_memory_at_once_is_tested_and_shown_in_parts(model,
     torch.testing.assert_close(parts[2].row(), whole[2].row(), rtol=1e-4, atol=1e-5)
 
 
-def test_raw_pixels_have_the_better_of_two_heads(model, tiny):
-    """A ridge regression finds a small mark that unequal light hides from the nearest class mean."""
+@pytest.fixture
+def marked(tiny):
+    """Makes images that a small mark tells, which a ridge regression finds and unequal light hides from class means."""
     generator = torch.Generator().manual_seed(0)
 
-    def source(count):
-        labels = torch.arange(count) % 3
+    def source(labels):
+        count = len(labels)
         light = torch.randint(0, 200, (count, 1, 1, 1), generator=generator)
         pixels = torch.randint(0, 8, (count, 3, 32, 32), generator=generator) + light
         pixels[torch.arange(count), 0, 4 * labels] += 40
         return open_images(pixels.to(torch.uint8), labels, input=tiny.config.input)
 
-    test = measure_held_out(model, source(90), source(60))
+    return source
+
+
+def test_raw_pixels_have_the_better_of_two_heads(model, marked):
+    test = measure_held_out(model, marked(torch.arange(90) % 3), marked(torch.arange(60) % 3))
     assert test.raw_head == 'ridge regression'
     assert test.right_raw > 50
     assert any('by ridge regression' in line for line in test.lines())
+
+
+def test_a_ridge_of_some_of_the_pixels_has_all_classes_and_says_of_how_many_images_it_is(model, marked, monkeypatch):
+    monkeypatch.setattr(holdout, 'MOST_RAW_IMAGES', 60)
+    labels = torch.arange(238) % 2
+    labels[[30, 31]] = 2  # at no fourth place of all
+    images, found = marked(labels), []
+    fit = holdout.ridge_classifier
+    monkeypatch.setattr(holdout, 'ridge_classifier', lambda *args: found.append(args[:2]) or fit(*args))
+    batches = type(images).batches
+    monkeypatch.setattr(type(images), 'batches', lambda self: batches(self, 50))  # counts go on from batch to batch
+    test = measure_held_out(model, images, marked(torch.arange(60) % 2))
+    ((rows, classes),) = found
+    assert classes.bincount().tolist() == [30, 30, 1]
+    places = torch.cat([(labels == label).nonzero().flatten()[::4] for label in range(3)]).sort().values
+    whole = raw_pixels(torch.cat([part for part, _ in images.batches()])[places], 32)
+    assert torch.equal(rows, whole)
+    assert test.raw_head == 'ridge regression of 61 images'
+    assert any('by ridge regression of 61 images (' in line for line in test.lines())
 
 
 def test_pixels_of_large_images_are_compared_at_a_smaller_size():

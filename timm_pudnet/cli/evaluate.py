@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 import click
 import safetensors.torch
+import timm
 from safetensors import SafetensorError
+from torch import nn
 
 from timm_pudnet import evaluation
 from timm_pudnet.cli.group import (
@@ -32,6 +34,7 @@ from timm_pudnet.files import config_sha256, weights_sha256
 from timm_pudnet.hub import load_hypernet
 from timm_pudnet.hypernet import PudNet, pretrained_model, usable_device, written_whole
 from timm_pudnet.images import ImageSource, any_timm_name, open_images
+from timm_pudnet.target import create_feature_model, input_of, with_own_config
 from timm_pudnet.training import ImageBank, bank_input, whitening_path
 from timm_pudnet.training.meta_train import seen_by
 
@@ -109,7 +112,7 @@ def evaluate(
             f'{network.name} predicts a {network.config.model_name}, which does not classify; denoisers are '
             'measured by timm-pudnet denoise --clean, or by hub/denoising.py of a checkout'
         )
-    rivals = _read_controls(controls)
+    rivals = _read_controls(controls, network)
     network = network.to(usable_device(device))
     config = bank_input(network.config.input)
     bank = _unseen_images(network, open_images(images, input=config, split=split, data_dir=data_dir), controls)
@@ -212,20 +215,41 @@ def _check_save(save: bool, protocol: str | None, hypernet: str) -> None:
         raise InputError(f'--save: {hypernet} cannot be written to: copy it, or leave --save out')
 
 
-def _read_controls(paths: Sequence[Path]) -> dict[str, Any]:
-    """Controls that `train --plain` wrote, with their whitening, by the names of their folders."""
+def _read_controls(paths: Sequence[Path], network: PudNet) -> dict[str, Any]:
+    """Controls that `train --plain` wrote, with their whitening, by the names of their folders.
+
+    One that was trained as another network, or for images of another size, is refused: its tensors would be measured in
+    the hypernetwork's network, at the hypernetwork's size.
+    """
     found: dict[str, Any] = {}
+    wanted = _in_words(with_own_config(create_feature_model(network.target), network.config.input)) if paths else ''
     for path in map(Path.absolute, paths):  # `.` has no name
         if path.name in found:
             raise InputError(f'--control {path}: another control is called {path.name} too; rename its folder')
         beside = whitening_path(path)
         if not beside.is_file():
             raise InputError(f'--control {path}: {beside} is not there; `train --plain` writes both')
+        model = pretrained_model(path, {})
+        if (words := _in_words(model)) != wanted:
+            raise InputError(
+                f'--control {path} is {words}, but {network.name} predicts {wanted}: train it by the recipe of the '
+                'hypernetwork'
+            )
         try:
-            found[path.name] = pretrained_model(path, {}), safetensors.torch.load_file(beside)['whitening']
+            found[path.name] = model, safetensors.torch.load_file(beside)['whitening']
         except (KeyError, OSError, SafetensorError) as error:
             raise InputError(f'--control {path}: {beside} holds no whitening: {error}') from error
     return found
+
+
+def _in_words(model: nn.Module) -> str:
+    """Architecture, arguments and input size of a timm model, which its tensors alone do not tell."""
+    kept = getattr(model, '_model_args', None) or {}  # by keep_arguments, where timm is earlier than 1.0.31
+    found: dict[str, Any] = getattr(timm.models, 'get_model_args', lambda model: kept)(model)
+    found = {'global_pool': 'avg', **found}  # which an earlier timm does not write
+    told = (f'{key}={json.dumps(found[key])}' for key in sorted(found.keys() - {'num_classes', 'in_chans'}))
+    name = model.pretrained_cfg['architecture']  # type: ignore[index]
+    return f'{name} ({", ".join(told)}) of images of {size_of(input_of(model))}'
 
 
 def _unseen_images(network: PudNet, source: ImageSource, controls: Sequence[Path]) -> ImageBank:

@@ -25,7 +25,7 @@ from timm_pudnet.adapt import centroid_logits, class_centroids
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetWarning, close_names, first_line
 from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.evaluation.scratch import train_from_scratch
-from timm_pudnet.files import local_path
+from timm_pudnet.files import WEIGHTS_NAME, local_path
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import (
     PudNet,
@@ -199,8 +199,6 @@ def compare(
     try:
         with curves.bar:
             curves.add('predicted', networks.predict())
-            if 'fine_tuned' in arms:  # where its curve begins
-                result['arms']['fine_tuned'] = list(result['arms']['predicted'])
             curves.extend({name: runs[name]() for name in arms})
     except KeyboardInterrupt:
         if not result['arms']:
@@ -226,6 +224,8 @@ class _Curves:
         result, right, count = self.result, point['right'], self.result['tested']
         low, high = share_interval(right, count)
         row = {**{key: point[key] for key in ('epoch', 'seconds')}, 'accuracy': 100 * right / count}
+        if name == 'fine_tuned':  # whose curve begins where the prediction is
+            result['arms'].setdefault(name, list(result['arms']['predicted']))
         result['arms'].setdefault(name, []).append({**row, 'low': 100 * low, 'high': 100 * high})
         result['break_even'] = _break_even(result['arms'])
         self.bar.update()
@@ -236,20 +236,17 @@ class _Curves:
     def extend(self, arms: dict[str, Iterator[dict[str, Any]]]) -> None:
         """Takes points from these arms until they or the budget end; the arm that had the fewest seconds goes next."""
         result, budget, waiting = self.result, self.result['budget'], dict(arms)
-        spent, last = dict.fromkeys(arms, 0.0), dict.fromkeys(arms, 0.0)
+        spent = dict.fromkeys(arms, 0.0)
         while waiting:
             name = min(waiting, key=spent.__getitem__)
-            left = None if budget is None else budget - (time.perf_counter() - self.began)
-            if left is not None and left < last[name]:
+            if budget is not None and time.perf_counter() - self.began >= budget:
                 waiting.pop(name)
                 result['ended'] = 'budget'
                 if name not in result['arms']:
                     result['left_out'][name] = f'not done within the budget of {budget:g} s'
                 continue
             try:
-                started = time.perf_counter()
                 point = next(waiting[name], None)
-                last[name] = time.perf_counter() - started
             except (InputError, FloatingPointError, NotFoundError, torch.OutOfMemoryError) as error:
                 result['left_out'][name] = str(error)
                 point = None
@@ -394,7 +391,10 @@ def _downloaded(name: str) -> torch.nn.Module:
     """A feature model with pretrained weights, from timm's cache, the Hub or a folder."""
     overlay: dict[str, Any] = {}
     if name.startswith('local-dir:'):
-        name = f'local-dir:{local_path(name.removeprefix("local-dir:"))}'
+        folder = local_path(name.removeprefix('local-dir:'))
+        name = f'local-dir:{folder}'
+        if not (folder / WEIGHTS_NAME).is_file():  # timm would take a pickle then
+            raise NotFoundError(f'{name} cannot be loaded (no {WEIGHTS_NAME})')
     else:
         config = timm.get_pretrained_cfg(name)
         if config is None or not config.has_weights:

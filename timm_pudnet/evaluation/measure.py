@@ -58,8 +58,10 @@ def evaluate(
     """Accuracy of predicted networks over groups of unseen classes, beside the controls.
 
     For every group the support images give the sketch, the norm statistics and the class centroids; the query images
-    are classified by eq. 7 in eval mode, so no query image touches anything that classifies it. Images without labels
-    teach the self-trained head, and nothing else (it begins from the blend head, that of raw pixels from the ridge).
+    are classified by eq. 7 in eval mode, so no query image touches anything that classifies it. Two controls are the
+    exception, without a support bank: the sketches of other groups may be of some of the tested images, which favours
+    `swapped_sketch` and `mean_sketch`. Images without labels teach the self-trained head, and nothing else (it begins
+    from the blend head, that of raw pixels from the ridge).
     Every network below gets the same support and head; predicted networks and controls get their whitening, and all but
     the controls' `..._own_statistics` are calibrated on the support:
 
