@@ -505,11 +505,30 @@ def test_impossible_groups_are_refused(changes, needles, one_line):
 
 
 def test_every_bank_must_suffice():
-    with pytest.raises(InputError, match='2 classes'):
+    with pytest.raises(InputError, match=r'2 classes, but set 2 has 1 to draw from \(class 0\)'):
         make_sampler([unique_bank(), unique_bank(num_classes=1)])
     make_sampler([unique_bank(num_classes=1)], turns=2)
     with pytest.raises(InputError, match='has 3 images'):
         make_sampler([unique_bank(), unique_bank(per_class=3)])
+
+
+@pytest.mark.parametrize(
+    ('groups', 'needed', 'most'),
+    [
+        ({'n_way': 8, 'n_shot': 2, 'n_query': 2}, 16, 6),  # of 2 classes four times as many, of which 3 times are there
+        ({'n_way': 8, 'n_shot': 2, 'n_query': 2, 'turns': 2}, 8, 4),
+        ({'n_way': 8, 'n_shot': 9, 'n_query': 7}, 64, None),
+        ({'n_way': 2, 'n_shot': 9, 'n_query': 7}, 16, None),
+    ],
+)
+def test_a_class_that_is_too_small_is_told_with_what_would_do(groups, needed, most, one_line):
+    bank = unique_bank(num_classes=2, per_class=7 if groups.get('turns') else 15)
+    with pytest.raises(InputError) as error:
+        make_sampler([bank], **groups)
+    remedy = 'lower n_shot and n_query' if most is None else f'lower n_way to {most}, or n_shot and n_query'
+    one_line(error, "'class 0'", f'a group needs {needed}: {remedy}')
+    if most is not None:
+        make_sampler([bank], **{**groups, 'n_way': most})
 
 
 def test_quarter_turns_of_oblong_images_are_refused_and_conditions_leave_them_out():

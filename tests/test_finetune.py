@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import timm_pudnet
 from timm_pudnet import InputError, NotFoundError, PudNet, PudNetWarning
 from timm_pudnet.config import InputConfig
-from timm_pudnet.target import batch_norms
+from timm_pudnet.target import batch_norms, keep_arguments
 from timm_pudnet.training import FineTuning, ImageBank, finetune, finetune_epochs
 from timm_pudnet.training.finetune import MODES, fit_classifier, measured, split_copies, tuning_for
 
@@ -398,6 +398,29 @@ def test_other_architectures_are_tuned(name, pictures):
     assert tuned(torch.zeros(1, 3, 160, 160)).shape == (1, 3)
 
 
+@pytest.mark.parametrize('pool', ['max', 'catavgmax'])
+def test_a_model_keeps_its_pooling(pool, pictures, tmp_path, monkeypatch):
+    model = timm.create_model('test_resnet', global_pool=pool, pretrained_cfg_overlay=SIZE)
+    keep_arguments(model, {'global_pool': pool})
+    reset = type(model).reset_classifier  # before timm 1.0.31 its default is another pool than the model's
+    monkeypatch.setattr(
+        type(model), 'reset_classifier', lambda self, count, global_pool='avg': reset(self, count, global_pool)
+    )
+    tuned = finetune(model, *pictures(12), epochs=2, progress=False)
+    assert tuned.global_pool.pool_type == pool
+    loaded = timm.create_model(f'local-dir:{timm_pudnet.save_model(tuned, tmp_path / "model")}', pretrained=True).eval()
+    images = torch.rand(4, 3, 32, 32)
+    assert_close(loaded(images), tuned(images))
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_convnext', 'test_mambaout', 'test_vit', 'convnet3'])
+def test_a_model_that_does_not_pool_is_refused(name, pictures, one_line):
+    model = timm.create_model(name, global_pool='', num_classes=0)
+    with pytest.raises(InputError) as error:
+        finetune(model, *pictures(6), epochs=2, holdout=0, progress=False)
+    one_line(error, type(model).__name__, "global_pool=''", "global_pool='avg'")
+
+
 @pytest.mark.parametrize('name', ['dla46_c', 'test_mambaout'])
 def test_a_head_that_is_no_plain_linear_layer_learns_too(name, pictures):
     model = timm.create_model(name)
@@ -494,22 +517,20 @@ def test_bad_models_and_images_are_told_in_one_line(model, pictures, tiny_folder
         one_line(error, *needles)
 
 
-def test_a_loss_that_is_not_finite_later_keeps_the_best_model_before(model, pictures, monkeypatch):
-    tuning = FineTuning(model, *pictures(24), epochs=5)
-    room = importlib.import_module('timm_pudnet.training.finetune')  # the package's name for it is the function
-    epochs = room.finetune_epochs
-
-    def breaks(*args, **kwargs):
-        for point in epochs(*args, **kwargs):
-            if point['epoch'] == 3:
-                raise FloatingPointError('the loss is nan in epoch 3')
-            yield point
-
-    monkeypatch.setattr(room, 'finetune_epochs', breaks)
-    with pytest.warns(PudNetWarning, match='epoch 3; stopped, the best model before is kept'):
+@pytest.mark.parametrize(
+    ('holdout', 'epochs', 'batch_size'),
+    [(0.2, 8, 64), (0, 8, 8), (0, 8, 64), (0, 3, 64)],  # by 64 an epoch is one step: its loss is of those before it
+)
+def test_a_rate_that_diverges_leaves_the_best_model_before(holdout, epochs, batch_size, pictures):
+    model = timm.create_model('test_resnet', layers=(6, 6, 6, 6), num_classes=7, pretrained_cfg_overlay=SIZE)
+    how = {'mode': 'few', 'rate': 1.0, 'layer_decay': 1.0, 'batch_size': batch_size}
+    tuning = FineTuning(model, *pictures(24), epochs=epochs, holdout=holdout, **how)
+    with pytest.warns(PudNetWarning, match='the loss is (nan|inf) in epoch .*; stopped, the best model before is kept'):
         tuning.run(progress=False)
-    assert len(tuning.history) == 2
-    assert all(value.isfinite().all() for value in tuning.result().parameters())
+    assert len(tuning.history) < epochs
+    kept = tuning.result()
+    for part in room.normalised_batches(tuning.images, room.input_of(kept), torch.device('cpu')):
+        assert kept(part).isfinite().all()
 
 
 def test_a_loss_that_is_not_finite_ends_it(model, pictures, one_line):

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from timm_pudnet.config import DamagedFileError, InputConfig, InputError, PudNetWarning
 from timm_pudnet.hypernet import PudNet
 from timm_pudnet.predict import save_model
-from timm_pudnet.training import Augmentation, Data, ImageBank, LossWeights, meta_train, train_plain
+from timm_pudnet.training import Augmentation, Data, ImageBank, LossWeights, meta_train, train_plain, try_recipe
 from timm_pudnet.training import run as engine
 
 loop = importlib.import_module('timm_pudnet.training.meta_train')  # the package's name for it is the function
@@ -486,8 +486,23 @@ def test_a_busy_moment_does_not_change_the_precision_of_a_run(make_recipe, large
     straight = run(meta_train, recipe, None, larger)
     run(meta_train, recipe, tmp_path, larger, max_steps=1)
     monkeypatch.setattr(engine, 'bfloat16_slowdown', lambda device: 1.6)
-    with pytest.warns(PudNetWarning, match='float32'):
-        assert_close(run(meta_train, recipe, tmp_path, larger), straight, rtol=0, atol=0)
+    assert_close(run(meta_train, recipe, tmp_path, larger), straight, rtol=0, atol=0)  # and no word of float32
+
+
+@pytest.mark.parametrize(('slowdown', 'told'), [(9.0, 'a conv takes 9.0 times'), (0.5, 'layer4.0.conv1 is wrong')])
+def test_where_bfloat16_is_out_of_the_question_a_run_does_not_go_on_in_it(
+    slowdown, told, make_recipe, bank, tmp_path, monkeypatch
+):
+    """As one that was begun on a GPU: float32 it is then, as the warning says."""
+    recipe = make_recipe(3, schedule={'precision': 'bfloat16'})
+    monkeypatch.setattr(engine, 'bfloat16_slowdown', lambda device: slowdown)
+    begun = loop._MetaRun(recipe, [bank], 'cpu')
+    begun.precision = 'bfloat16'
+    begun.save(tmp_path / engine.CHECKPOINT_NAME)
+    with pytest.warns(PudNetWarning, match=f'{told}.*: training in float32') as caught:
+        net = meta_train(recipe, tmp_path, banks=[bank], device='cpu', progress=False)
+    assert len(caught) == 1
+    assert net.config.training['machine'].endswith('float32')
 
 
 def test_a_folder_belongs_to_one_training_at_a_time(make_recipe, bank, tmp_path):
@@ -781,6 +796,13 @@ def test_the_cost_counts_the_images_that_were_shown(make_recipe, bank):
     assert cost['images'] != 2 * recipe.images_per_step
 
 
+def test_a_short_try_counts_the_images_that_were_shown(make_recipe, bank):
+    groups = {'n_way': 8, 'n_shot': 1, 'n_query': 1, 'turns': 1, 'per_step': 2}  # the bank has six classes
+    found = try_recipe(make_recipe(4, groups=groups), banks=[bank], device='cpu', seconds=1, progress=False)
+    assert found['images'] == 4 * 24
+    assert found['images_per_second'] * found['whole_seconds'] == pytest.approx(4 * 24)
+
+
 @pytest.mark.parametrize('keep', [0.0, 0.5, 0.999])
 def test_a_truncated_checkpoint_is_refused_in_one_line(keep, make_recipe, bank, tmp_path, one_line):
     run(meta_train, make_recipe(), tmp_path, bank, max_steps=1)
@@ -877,7 +899,8 @@ def test_a_term_that_is_only_watched_stops_nothing(make_recipe, bank, monkeypatc
     monkeypatch.setattr(loop, 'group_losses', infinite)
     run_of = loop._MetaRun(make_recipe(3, losses=LossWeights(consistency=0.0)), [bank], 'cpu')
     before = tensors_of(run_of)
-    assert not any('skipped' in entry for entry in run_of.steps(3))
+    list(run_of.steps(3))
+    assert not any('skipped' in entry for entry in run_of.log)
     assert not all(torch.equal(value, before[key]) for key, value in tensors_of(run_of).items() if key in before)
 
 

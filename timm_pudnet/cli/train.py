@@ -15,11 +15,15 @@ from timm_pudnet import denoising, training
 from timm_pudnet.cli.group import FOLDER, check_data_dir, check_outside, device_option, main, size_of, some
 from timm_pudnet.config import InputError, OutputExistsError
 from timm_pudnet.denoising.training import PatchBank
+from timm_pudnet.files import local_path
 from timm_pudnet.hypernet import target_of, usable_device, written_whole
-from timm_pudnet.images import is_timm_name
+from timm_pudnet.images import is_timm_name, takes_folder
 from timm_pudnet.predict import save_model
 from timm_pudnet.training import Recipe
 from timm_pudnet.training.episodes import ImageBank
+
+# Of timm's datasets, those that are known to have a split `test`.
+_WITH_TEST = [f'torch/{name}' for name in ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')]
 
 
 @main.command()
@@ -51,7 +55,8 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
     if out is None:
         raise InputError('--out is missing: name a folder for the result, or try the recipe with --short')
     for data in loaded.data:
-        check_outside(out, **{'images of the recipe': data.images})
+        root = data_dir or data.data_dir
+        check_outside(out, **{'images of the recipe': root if takes_folder(data.images) else data.images})
     _check_result(loaded, text, out, plain)
     where = device if several else usable_device(device)
     first = os.environ.get('RANK', '0') == '0'  # of several processes the first one speaks and writes
@@ -130,10 +135,19 @@ def _next_command(recipe: Recipe, out: Path, plain: bool, data_dir: str | None) 
     data = recipe.data[0]
     some_left = data.classes or data.unseen
     words = ['timm-pudnet', 'evaluate', name, data.images if some_left else 'IMAGES_OF_OTHER_CLASSES']
-    root = data_dir or data.data_dir
-    words += ['--data-dir', root] if root and some_left and is_timm_name(data.images) else []
+    if some_left and is_timm_name(data.images):
+        root = data_dir or data.data_dir
+        words += ['--data-dir', root] if root else []
+        words += [] if _has_test(data.images, root) else ['--split', data.split]
     words += ['--control', str(_result(out, plain))] if plain else []
     return shlex.join(words)
+
+
+def _has_test(images: str, root: str | None) -> bool:
+    """Whether a timm dataset is known to have the split that is measured by default."""
+    if takes_folder(images):
+        return root is not None and (local_path(root) / 'test').is_dir()
+    return images.lower() in _WITH_TEST
 
 
 def _say_found(banks: Sequence[ImageBank | PatchBank]) -> None:
@@ -150,7 +164,7 @@ def _try_recipe(recipe: Recipe, data_dir: str | None, device: torch.device) -> N
     banks = training.load_banks(recipe, data_dir, progress=True)
     _say_found(banks)
     found = training.try_recipe(recipe, banks=banks, device=device)
-    hours = recipe.schedule.images / found['images_per_second'] / 3600
+    hours = found['whole_seconds'] / 3600
     click.echo(
         f'Tried      {found["images"]:,} images in {found["seconds"]:.0f} s; right in groups of seen classes: '
         f'{found["before"]:.1%} before, {found["after"]:.1%} after (chance {found["chance"]:.1%})'
@@ -159,7 +173,7 @@ def _try_recipe(recipe: Recipe, data_dir: str | None, device: torch.device) -> N
         kept = found['after'] > found['before'] - found['chance'] / 2
         verdict = 'It keeps what it starts with' if kept else 'It loses what it starts with'
     else:
-        learns = 1 - found['after'] < 0.9 * (1 - found['before'])
+        learns = 1 - found['after'] < 0.9 * (1 - found['before']) or found['after'] == 1
         verdict = 'It learns' if learns else 'It does not learn yet'
     click.echo(
         f'{verdict}; the whole recipe takes about {hours:.1f} hours here, at {found["images_per_second"]:.0f} images/s'

@@ -353,17 +353,25 @@ class GroupSampler:
         counts = [len(bank.class_names) * groups.turns for bank in self.banks]
         self.num_classes = sum(counts)
         self.first = [sum(counts[:number]) for number in range(len(counts))]  # number of each bank's first class
-        for bank, count in zip(self.banks, counts, strict=True):
+        for number, (bank, count) in enumerate(zip(self.banks, counts, strict=True), 1):
             bank.check_size(config)
             height, width = bank.images.shape[2:]
             if height != width and groups.turns == 4:
                 raise InputError(f'turned images must be square, these are {height}x{width}: use turns = 2 or 1')
             if count < 2:
-                raise InputError(f'a group needs 2 classes, but there is {count} to draw from')
+                raise InputError(
+                    f'a group needs 2 classes, but set {number} has {count} to draw from '
+                    f'({", ".join(bank.class_names)}): add one, or leave the set out'
+                )
             each = sum(self._sizes(bank)[1:])
             for name, members in zip(bank.class_names, bank.members, strict=True):
                 if len(members) < each:
-                    raise InputError(f'class {name!r} has {len(members)} images, a group needs {each}')
+                    times = min(map(len, bank.members)) // (groups.n_shot + groups.n_query)
+                    fewer = f'n_way to {times * count}, or ' if times else ''  # as many times more images a class
+                    raise InputError(
+                        f'class {name!r} has {len(members)} images, a group needs {each}: lower {fewer}n_shot and '
+                        'n_query, or leave the class out'
+                    )
         self.mean, self.std = channel_statistics(config)
 
     def generator(self, what: str, number: int) -> torch.Generator:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import inspect
 import math
 import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.optim import create_optimizer_v2  # type: ignore[reportPrivateImportUsage]
@@ -329,7 +330,7 @@ def finetune_epochs(
         in percent and `test_loss`.
 
     Raises:
-        FloatingPointError: The loss is no longer finite.
+        FloatingPointError: The loss is no longer finite; without a test, also that of the weights after the epoch.
     """
     config = input_of(model)
     device = next(model.parameters()).device
@@ -379,12 +380,16 @@ def finetune_epochs(
                     total += error.detach() * len(picks)
                     step += 1
             loss = float(total) / len(images.labels)
-        if not math.isfinite(loss):
-            why = 'the model gave such features' if is_head else f'try a lower rate than {tuning.rate:g}'
-            raise FloatingPointError(f'the loss is {loss} in epoch {epoch}: {why}')
         seconds += seconds_since(started, device)
+        first = torch.arange(len(images.labels))[: tuning.batch_size]
+        found = measured(model, images.part(first) if tested is None else tested)
+        # The loss alone has not seen what the last step made of the weights, and without a test they are kept unseen.
+        seen = loss + found['test_loss'] if tested is None else loss
+        if not math.isfinite(seen):
+            why = 'the model gave such features' if is_head else f'try a lower rate than {tuning.rate:g}'
+            raise FloatingPointError(f'the loss is {seen} in epoch {epoch}: {why}')
         point = {'epoch': epoch, 'phase': 'head' if is_head else 'all', 'seconds': seconds, 'loss': loss}
-        yield point if tested is None else {**point, **measured(model, tested)}
+        yield point if tested is None else {**point, **found}
 
 
 def even_parts(count: int, size: int, least: int = 2) -> int:
@@ -537,15 +542,23 @@ def fit_classifier(model: nn.Module, class_names: Sequence[str]) -> bool:
     """Gives a timm model a head for these classes, unless it has one already; tells whether it had.
 
     Raises:
-        InputError: Its head is none that can be fitted here.
+        InputError: Its head is none that can be fitted here, or it does not pool.
     """
     if not hasattr(model, 'reset_classifier') or not hasattr(model, 'forward_head'):
         raise InputError(f'a {type(model).__name__} is no timm model: it has no reset_classifier and forward_head')
+    pool, reset = _pool_of(model), cast(Any, model.reset_classifier)
+    if pool == '':
+        raise InputError(
+            f"a {type(model).__name__} of global_pool='' gives maps, which no classifier can read: make it with "
+            "another one, global_pool='avg' for instance"
+        )
     known = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     fits = tuple(known or ()) == tuple(class_names) and bool(model.num_classes)
     if not fits:
+        # Else a timm before 1.0.31 puts an average in place of another pool.
+        kept = {'global_pool': pool} if pool and 'global_pool' in inspect.signature(reset).parameters else {}
         with torch.random.fork_rng(devices=[]):
-            model.reset_classifier(len(class_names))  # type: ignore[operator]
+            reset(len(class_names), **kept)
     classifier = model.get_classifier()  # type: ignore[operator]
     pointwise = isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1) and classifier.groups == 1
     if not (isinstance(classifier, nn.Linear) or pointwise):
@@ -557,6 +570,16 @@ def fit_classifier(model: nn.Module, class_names: Sequence[str]) -> bool:
         nn.init.zeros_(classifier.weight)  # no head yet, see _fit_head
     name_classes(model, class_names)
     return fits
+
+
+def _pool_of(model: nn.Module) -> str | None:
+    """How a timm model pools its maps, '' where it does not; None where it does not say."""
+    head = getattr(model, 'head', None)
+    for place in (getattr(model, 'global_pool', None), getattr(head, 'global_pool', None), head):
+        name = getattr(place, 'pool_type', place)
+        if isinstance(name, str):
+            return name
+    return None
 
 
 def name_classes(model: nn.Module, class_names: Sequence[str]) -> None:

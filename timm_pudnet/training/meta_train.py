@@ -150,8 +150,8 @@ def try_recipe(
 
     Returns:
         `before` and `after`, the share of query images that eq. 7 gets right in groups of the *seen* classes (so no
-        measure of quality), `chance`, `images` and `seconds` of the squeezed training, and `images_per_second`, from
-        which the time of the whole recipe follows.
+        measure of quality), `chance`, `images` and `seconds` of the squeezed training, `images_per_second`, and
+        `whole_seconds`, which the whole recipe would take.
     """
     if not seconds > 0:
         raise InputError(f'seconds must be above zero, got {seconds}')
@@ -165,8 +165,9 @@ def try_recipe(
     started = time.monotonic()
     while time.monotonic() - started < seconds / 20:
         next(run.steps(run.step + 1))
-    speed = (run.step - 1) * each / run.seconds
-    images = min(recipe.schedule.images, max(10 * each, int(speed * seconds)))
+    speed, pace = run.shown(1) / run.seconds, run.seconds / (run.step - 1)  # images a second, seconds a step
+    whole = run.num_steps * pace
+    images = min(recipe.schedule.images, max(10 * each, int(seconds / pace * each)))
     short = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, images=images))
     run = _MetaRun(short, banks, device)
     before = run.accuracy()[0]
@@ -177,9 +178,10 @@ def try_recipe(
         'before': before,
         'after': run.accuracy()[0],
         'chance': chance,
-        'images': run.step * each,
+        'images': run.shown(),
         'seconds': run.seconds,
         'images_per_second': speed,
+        'whole_seconds': whole,
     }
 
 
@@ -566,14 +568,17 @@ class _MetaRun(_ClassifierRun):
         """Groups whose sketches come before the first step."""
         return 0 if self.undoing is None else min(UNDOING_GROUPS, self.num_steps * self.parts)
 
+    def shown(self, first: int = 0) -> int:
+        """Images of the groups of all steps so far, from step `first` on."""
+        return sum(self.sampler.images_of(number) for number in range(first * self.parts, self.step * self.parts))
+
     def cost(self) -> dict[str, Any]:
         """As of any run; images that the sketch encoder alone has seen, and what it all started from, apart."""
         groups, drawn = self.recipe.groups, self.step * self.parts
-        shown = sum(self.sampler.images_of(number) for number in range(drawn))
         further = drawn * groups.sketch_groups * 2 * groups.sketch_images if self.recipe.losses.sketch else 0
         further += sum(self.sampler.images_of(number, 'undoing') for number in range(self._groups_before))
         started = {'start': self.recipe.start} if self.recipe.start else {}
-        return {**super().cost(), 'images': shown, 'sketch_images': further, **started}
+        return {**super().cost(), 'images': self.shown(), 'sketch_images': further, **started}
 
     def prepare(self, progress: bool) -> None:
         """Has the first layers learn to undo conditions, where the recipe wants it."""

@@ -23,6 +23,13 @@ from timm_pudnet.config import (
 from timm_pudnet.files import local_path
 from timm_pudnet.training.episodes import Augmentation, Groups
 
+# What a hypernetwork's config says of its training, which a recipe cannot know.
+_OF_TRAINING = {
+    'class_names': 'name the classes to train on in [data] classes',
+    'training': 'leave it out',
+    'library_versions': 'leave it out',
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
@@ -140,7 +147,8 @@ class Schedule:
     """How long and how fast.
 
     Args:
-        images: Images seen in all, not counting those of the sketches that `undoing` learns from before.
+        images: Images seen in all, at most: groups of a set with fewer classes than `n_way` may hold fewer. Those of
+            the sketches that `undoing` learns from before are not counted.
         optimizer: `adamw` for all; or `sgd` (Nesterov, 0.9) for what an ordinary training of the target would train,
             base kernels, shared weights and the full head, and AdamW for the rest.
         rate: Largest rate: AdamW's, or SGD's where that is the optimizer; there 0 leaves what an ordinary training of
@@ -303,8 +311,12 @@ class Recipe:
                 raise InputError(f'{where}: the table [{name}] is missing')
         values: dict[str, Any] = dict(data)
         hypernet = values['hypernet']
-        if isinstance(hypernet, Mapping) and 'input' in hypernet:
-            hypernet = {**hypernet, 'input': _build(InputConfig, hypernet['input'], f'{where}: [hypernet.input]')}
+        if isinstance(hypernet, Mapping):
+            for name, remedy in _OF_TRAINING.items():
+                if hypernet.get(name):
+                    raise InputError(f'{where}: [hypernet] {name} is what training writes: {remedy}')
+            if 'input' in hypernet:
+                hypernet = {**hypernet, 'input': _build(InputConfig, hypernet['input'], f'{where}: [hypernet.input]')}
         values['hypernet'] = _build(PudNetConfig, hypernet, f'{where}: [hypernet]')
         for name, kind in (('seed', int), ('start', str)):
             if name in values:

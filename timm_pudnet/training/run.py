@@ -67,6 +67,8 @@ def go(
             run.check_room(checkpoint)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
     main = run.processes.rank == 0
+    if run.unfit and run.step < last and main:  # not before: a checkpoint has a say in it
+        warnings.warn(f'{run.unfit}: training in float32', PudNetWarning, stacklevel=2)
     with _held(checkpoint.parent if checkpoint is not None and main else None) as free:
         if run.processes.any_(not free):
             raise InputError(f'{folder}: another training is at work there: wait for it, or choose another folder')
@@ -230,7 +232,8 @@ class Run:
         self.recipe, self.step, self.seconds, self.skipped = recipe, 0, 0.0, 0
         self.processes = Processes(device)
         self.device = self.processes.device or usable_device(device)
-        self.precision = self._usable_precision()
+        self.unfit = self._unfit(MOST_SLOWDOWN)
+        self.precision = 'float32' if self.unfit else recipe.schedule.precision
         self.num_steps = -(-recipe.schedule.images // recipe.images_per_step)
         self.log: list[dict[str, float]] = []
         if self.parts < self.processes.count:
@@ -264,21 +267,17 @@ class Run:
         ema, modules = recipe.schedule.ema, nn.ModuleDict(self.modules)
         self.average = ModelEmaV3(modules, ema, use_warmup=True, warmup_power=1.0) if ema else None
 
-    def _usable_precision(self) -> str:
-        """The recipe's precision; `float32` in place of a `bfloat16` that only slows training down."""
+    def _unfit(self, most: float) -> str:
+        """Why the bfloat16 of the recipe is not used: it is wrong, or more than `most` times as slow; else empty."""
         if self.recipe.schedule.precision == 'float32':
-            return 'float32'
+            return ''
         slowdown = bfloat16_slowdown(self.device)
-        if self.processes.any_(slowdown > MOST_SLOWDOWN):  # all do as the slowest
+        if self.processes.any_(slowdown > most):  # all do as the slowest
             times = f' (a conv takes {slowdown:.1f} times as long as in float32)' if math.isfinite(slowdown) else ''
-            why = f'this {self.device.type} does not compute in bfloat16{times}'
-        elif self.device.type == 'cpu' and (name := strided_on_one_pixel(self.recipe.hypernet)):
-            why = f"torch's bfloat16 gradient of {name} is wrong, a strided conv on maps of one pixel"
-        else:
-            return 'bfloat16'
-        if self.processes.rank == 0:
-            warnings.warn(f'{why}: training in float32', PudNetWarning, stacklevel=2)
-        return 'float32'
+            return f'this {self.device.type} does not compute in bfloat16{times}'
+        if self.device.type == 'cpu' and (name := strided_on_one_pixel(self.recipe.hypernet)):
+            return f"torch's bfloat16 gradient of {name} is wrong, a strided conv on maps of one pixel"
+        return ''
 
     def _make_optimizers(self, named: list[tuple[str, nn.Parameter]]) -> list[torch.optim.Optimizer]:
         schedule = self.recipe.schedule
@@ -502,9 +501,10 @@ class Run:
         for name, module in self.modules.items():
             module.load_state_dict(_taken(tensors, f'{name}.'))
         # As it was begun, on another machine perhaps; but for bfloat16 where that is out of the question.
-        begun = about.get('precision', self.precision)
-        if begun == 'float32' or not self.processes.any_(bfloat16_slowdown(self.device) > 2 * MOST_SLOWDOWN):
-            self.precision = begun
+        self.precision = about.get('precision', self.precision)
+        if self.precision == 'bfloat16':
+            self.unfit = self._unfit(2 * MOST_SLOWDOWN)
+            self.precision = 'float32' if self.unfit else 'bfloat16'
         self.step, self.seconds, self.skipped = int(about['step']), float(about['seconds']), int(about['skipped'])
         self.log = json.loads(tensors['log'].numpy().tobytes())
 
