@@ -36,8 +36,9 @@ Accuracy in percent on classes that were never seen in training, with its 95 % i
   imaging condition), `train-support` (labels from the training images) are of the same classes. `cifar10`: all ten classes;
   `cifar10-all`: the same with the first 1,000 training images of each class as labels, some of them nearly the same picture (one group,
   its interval over test images).
-- *Predicted* is by class centroids (eq. 7), and so is all that follows in its line but for *ridge head* and *blend head*: the same networks
-  with these [heads](#heads); in brackets ordinary training with the blend head, by the better of its two statistics.
+- *Predicted* is by class centroids (eq. 7), and so is all that follows in its line but for *ridge*, *blend* and *logistic head*: the same
+  networks with these [heads](#heads), the last where there are 40 labels a class and more; in brackets ordinary training with the head, by
+  the better of its two statistics.
 - *Ordinary training*: the same architecture trained as a classifier on at least as many images of the same classes (twice as many for
   `resnet18.mixed56`; for `resnet18.mixed96` three times, under conditions twice; what a sketch encoder alone saw besides is not counted),
   with the same head and calibration; in brackets with its own norm statistics.
@@ -48,9 +49,9 @@ Accuracy in percent on classes that were never seen in training, with its 95 % i
 - *Scratch*: training on all images of the group's classes, by Adam with and without gradient centralisation: the seconds until it is as
   good as the predicted network, over the seconds of predicting.
 
-| hypernetwork | protocol | labels a class | predicted | ridge head | blend head | ordinary training | base alone | another's sketch | \
-own sketch over another's | over another domain's | over ordinary training | scratch | paper |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+| hypernetwork | protocol | labels a class | predicted | ridge head | blend head | logistic head | ordinary training | base alone | \
+another's sketch | own sketch over another's | over another domain's | over ordinary training | scratch | paper |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 UNLABELLED = """
 ## With images without labels
@@ -138,9 +139,9 @@ def plain(accuracy: dict[str, dict[str, float]]) -> str:
     return cell(accuracy.get('plain')) + own
 
 
-def blend(result: dict[str, Any]) -> str:
-    """The prediction with the blend head, and in brackets the control with it: the better of its two statistics."""
-    found = result.get('accuracy_blend', {})
+def by_head(result: dict[str, Any], head: str) -> str:
+    """The prediction with another head, and in brackets the control with it: the better of its two statistics."""
+    found = result.get(f'accuracy_{head}', {})
     rivals = [row['mean'] for name, row in found.items() if name in ('plain', 'plain_own_statistics')]
     return cell(found.get('predicted')) + (f' ({max(rivals):.2f})' if rivals else '')
 
@@ -189,7 +190,8 @@ def row(folder: str, protocol: str, result: dict[str, Any]) -> str:
         str(result['n_shot']),
         cell(accuracy['predicted']),
         cell(result.get('accuracy_ridge', {}).get('predicted')),
-        blend(result),
+        by_head(result, 'blend'),
+        by_head(result, 'logistic'),
         plain(accuracy),
         cell(accuracy.get('start')),
         cell(accuracy.get('swapped_sketch')),

@@ -7,11 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from timm_pudnet.adapt import (
+    LOGISTIC_PENALTY,
+    SPREAD_FLOOR,
     StreamingBlend,
     StreamingCentroids,
+    StreamingLogistic,
     StreamingRidge,
     Whitening,
     calibrate,
@@ -610,3 +614,86 @@ def test_a_blend_of_features_that_differ_by_rounding_alone_is_finite(seed):
     assert torch.isfinite(generative).all()
     assert generative.abs().max() < 1e3
     assert torch.isfinite(bias).all()
+
+
+def streamed_logistic(features, labels, chunks=(), whitening=None):
+    stream, start = StreamingLogistic(4), 0
+    for size in (*chunks, len(features)):
+        stream.add(features[start : start + size], labels[start : start + size])
+        start += size
+    return stream.classifier(whitening)
+
+
+def four_classes(count, seed=0):
+    """Images of four classes, some of which are many times clearer than others."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    clear = torch.rand(count, 1, generator=generator).log().neg()
+    ways = torch.randn(4, 9, generator=torch.Generator().manual_seed(9))
+    return 3 * clear * ways[labels] + torch.randn(count, 9, generator=generator), labels
+
+
+@pytest.mark.parametrize('count', [8, 300])
+def test_the_logistic_regression_is_where_the_gradient_of_a_plain_rewrite_is_zero(count):
+    features, labels = four_classes(count)
+    weight, bias = (part.double().requires_grad_() for part in streamed_logistic(features, labels))
+    deviation = features.double().std(0, correction=0)
+    deviation = deviation + SPREAD_FLOOR * deviation.mean()
+    loss = F.cross_entropy(features.double() @ weight.t() + bias, labels, reduction='sum')
+    loss = loss + LOGISTIC_PENALTY * (weight * deviation).square().sum()
+    for gradient in torch.autograd.grad(loss, (weight, bias)):
+        assert gradient.abs().max() < 1e-3 * count
+
+
+@settings(max_examples=10, deadline=None)
+@given(chunks=st.lists(st.integers(1, 9), max_size=3), order=st.permutations(range(24)))
+def test_neither_order_nor_batches_change_the_logistic_regression(chunks, order):
+    features, labels = four_classes(24)
+    found = streamed_logistic(features[list(order)], labels[list(order)], chunks)
+    assert_close(found, streamed_logistic(features, labels), rtol=1e-3, atol=1e-4)
+
+
+def test_the_logistic_regression_of_whitened_features_is_mapped_back():
+    features, labels = four_classes(40)
+    root = torch.randn(9, 9, generator=torch.Generator().manual_seed(2))
+    whitening = torch.eye(9) + root @ root.t() / 9
+    weight, bias = streamed_logistic((features.double() @ whitening.double()).float(), labels)
+    found = streamed_logistic(features, labels, whitening=whitening)
+    assert_close(found, (weight @ whitening, bias), rtol=1e-3, atol=1e-4)
+
+
+def test_the_scale_of_features_does_not_change_the_answers_of_the_logistic_regression():
+    features, labels = four_classes(60)
+    answers = []
+    for scale in (1e-3, 1.0, 1e3):
+        weight, bias = streamed_logistic(scale * features, labels)
+        answers.append((scale * features @ weight.t() + bias).softmax(1))
+    assert_close(answers[0], answers[1], rtol=1e-2, atol=1e-3)
+    assert_close(answers[2], answers[1], rtol=1e-2, atol=1e-3)
+
+
+def test_the_logistic_regression_is_the_best_head_with_many_labels():
+    features, labels = four_classes(4000)
+    tested, truth = four_classes(4000, seed=1)
+    heads = {
+        'logistic': streamed_logistic(features, labels),
+        'ridge': streamed_ridge(features, labels),
+        'blend': streamed_blend(features, labels),
+    }
+    found = {name: float(((tested @ w.t() + b).argmax(1) == truth).float().mean()) for name, (w, b) in heads.items()}
+    assert found['logistic'] > max(found['ridge'], found['blend']) + 0.005, found
+    assert found['logistic'] < 0.99
+
+
+@pytest.mark.parametrize('value', [0.0, 0.3])
+def test_a_logistic_regression_of_features_without_spread_is_finite(value):
+    weight, bias = streamed_logistic(torch.full((6, 9), value), torch.tensor([0, 1, 2, 3, 3, 3]))
+    assert weight.isfinite().all()
+    assert (torch.full((9,), value) @ weight.t() + bias).argmax() == 3, 'the most frequent class'
+
+
+def test_a_class_without_an_image_has_no_logistic_regression():
+    stream = StreamingLogistic(2, ['cup', 'jar'])
+    stream.add(torch.rand(3, 4), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(InputError, match='no image of class jar'):
+        stream.classifier()

@@ -240,7 +240,7 @@ def test_without_a_holdout_all_images_give_the_weights(images, work, predict):
 
 def test_the_head_is_the_one_that_is_asked_for(images, work, predict):
     biases = {}
-    for head in ('centroid', 'ridge', 'blend'):
+    for head in ('centroid', 'ridge', 'blend', 'logistic'):
         out = succeeds(*predict(images, '--head', head, out=head)).stdout
         assert float(re.search(r'Accuracy +([\d.]+)%', out)[1]) > 60
         biases[head] = timm.create_model(f'local-dir:{head}', pretrained=True).fc.bias.detach()
@@ -319,14 +319,16 @@ def test_raw_pixels_that_do_as_well_are_told(right_raw, head, told, images, work
 @pytest.mark.parametrize(
     ('count', 'labelled', 'line', 'told'),
     [
-        (60, True, [], True),
-        (60, True, ['--head', 'centroid'], False),
-        (60, True, ['--head', 'none'], False),
-        (57, True, [], False),
-        (60, False, [], False),
+        (120, True, [], 'logistic'),
+        (117, True, [], 'blend'),
+        (60, True, [], 'blend'),
+        (60, True, ['--head', 'centroid'], None),
+        (60, True, ['--head', 'none'], None),
+        (57, True, [], None),
+        (60, False, [], None),
     ],
 )
-def test_the_blend_head_is_named_where_labels_are_many(
+def test_a_better_head_is_named_where_labels_are_many(
     count, labelled, line, told, tmp_path, work, predict, pictures, write_folder
 ):
     write_folder(tmp_path / 'many', *pictures(count))  # three classes
@@ -335,7 +337,8 @@ def test_the_blend_head_is_named_where_labels_are_many(
         for path in (tmp_path / 'many').rglob('*.png'):
             path.rename(tmp_path / 'flat' / f'{path.parent.name}-{path.name}')
     out = succeeds(*predict(tmp_path / ('many' if labelled else 'flat'), '--holdout', '0', *line)).stdout
-    assert ('--head blend is usually better' in out) == told
+    named = re.search('--head (.*) is usually better', out)
+    assert (named and named[1]) == told
 
 
 def test_names_that_the_terminal_cannot_write_are_written_otherwise(images, work, predict, monkeypatch, fresh_process):
@@ -607,10 +610,36 @@ def test_a_folder_among_the_images_is_no_place_for_output(images, predict, work,
             fails(*line, needles=['--out', 'is IMAGES or lies in it', 'choose a folder outside'])
 
 
+def test_nor_is_one_below_a_data_dir_or_a_home(images, predict, work, nothing_written, monkeypatch):
+    monkeypatch.setenv('HOME', str(images.parent))
+    unlabelled = f'--unlabelled=~/{images.name}'
+    with nothing_written(work):
+        for name in ('torch/image_folder', 'torch/Folder'):
+            line = predict(name, '--data-dir', images.parent, out=images / 'model')
+            fails(*line, needles=['--out', 'is --data-dir or lies in it', 'choose a folder outside'])
+        fails(*predict(images.parent / 'others', unlabelled, out=images / 'model'), needles=['is --unlabelled or lies'])
+
+
 def test_a_hypernetwork_is_not_written_among_the_images_that_it_learns_from(shapes, nothing_written):
     with nothing_written(shapes):
         line = ('train', shapes / 'recipe.toml', '--out', shapes / 'my shapes' / 'net')
         fails(*line, needles=['--out', 'is images of the recipe or lies in it', 'choose a folder outside'])
+
+
+@pytest.mark.parametrize('form', ['home', 'data_dir', '--data-dir'])
+def test_nor_below_a_home_or_a_folder_that_timm_reads(form, shapes, tmp_path, monkeypatch, nothing_written):
+    monkeypatch.setenv('HOME', str(shapes))
+    said = {
+        'home': 'images = "~/my shapes"',
+        'data_dir': 'images = "torch/image_folder"\ndata_dir = "~/my shapes"',
+        '--data-dir': 'images = "torch/Folder"\ndata_dir = "elsewhere"',
+    }[form]
+    recipe = tmp_path / 'recipe.toml'
+    recipe.write_text(RECIPE.replace('images = {images}', said))
+    root = ['--data-dir', shapes / 'my shapes'] if form == '--data-dir' else []
+    with nothing_written(shapes):
+        line = ('train', recipe, '--out', shapes / 'my shapes' / 'net', *root)
+        fails(*line, needles=['--out', 'is images of the recipe or lies in it'])
 
 
 def test_no_work_is_lost_when_nobody_reads_what_is_said(images, work, tiny_folder):
@@ -772,6 +801,8 @@ def test_a_set_whose_classes_are_numbers_is_trained_on_and_evaluated(shapes, tra
     source = ('wds/mine', '--data-dir', tmp_path, '--split', 'train')
     small = ('--groups', '2', '--n-shot', '2', '--n-query', '2')
     assert '2 unseen classes: 1, 3' in succeeds('evaluate', tmp_path / 'out', *source, *small).stdout
+    words = shlex.split(printed.partition(':\n')[2].strip().splitlines()[-1])  # there is no split test
+    assert '2 unseen classes: 1, 3' in succeeds(*words[1:], *small).stdout
     named = trained[0]  # trained on cups and jars
     fails('evaluate', named, *source, *small, needles=['no names', 'test_resnet.shapes'])
 
@@ -785,6 +816,7 @@ def test_a_set_that_is_a_stream_is_predicted_for(tmp_path, work, tiny_folder, pi
     out = succeeds('predict', *line, '--out', 'model').stdout
     assert '--head blend' not in out
     assert 'Not tested these images tell their labels only as they are read' in out
+    assert 'Not tested: these images tell their labels only as' in Path('model/report/index.html').read_text()
     assert timm.create_model('local-dir:model', pretrained=True).num_classes == 3
     assert 'Not tested' not in succeeds('predict', *line, '--out', 'untested', '--holdout', '0').stdout
 
@@ -858,6 +890,7 @@ def test_a_bad_recipe_is_one_line_and_writes_nothing(case, shapes, tmp_path, not
         ('', 0.2, 0.5, 'It learns'),
         ('', 0.2, 0.22, 'It does not learn yet'),
         ('', 0.8, 0.85, 'It learns'),  # by more than half of chance it can hardly get better
+        ('', 1.0, 1.0, 'It learns'),
         ('earlier', 0.8, 0.79, 'It keeps what it starts with'),
         ('earlier', 0.8, 0.5, 'It loses what it starts with'),
     ],
@@ -866,8 +899,10 @@ def test_a_short_try_is_judged_by_its_start(start, before, after, verdict, shape
     text = (shapes / 'recipe.toml').read_text()
     (tmp_path / 'recipe.toml').write_text(f'start = {json.dumps(str(trained[0]))}\n{text}' if start else text)
     found = {'before': before, 'after': after, 'chance': 0.125, 'images': 10, 'seconds': 1.0, 'images_per_second': 10.0}
+    found['whole_seconds'] = 9000.0
     monkeypatch.setattr('timm_pudnet.training.try_recipe', lambda *args, **kwargs: found)
-    assert f'{verdict}; the whole recipe' in succeeds('train', tmp_path / 'recipe.toml', '--short').stdout
+    printed = succeeds('train', tmp_path / 'recipe.toml', '--short').stdout
+    assert f'{verdict}; the whole recipe takes about 2.5 hours here, at 10 images/s' in printed
 
 
 @pytest.mark.parametrize(('more', 'trainer'), [([], 'meta_train'), (['--plain'], 'train_plain')])
@@ -1138,6 +1173,27 @@ def test_what_training_names_as_the_next_command_can_be_run(trained, shapes, tmp
     assert 'IMAGES_OF_OTHER_CLASSES' in printed
 
 
+@pytest.mark.parametrize(
+    ('images', 'split', 'told'),
+    [
+        ('torch/cifar100', 'train', None),  # its split test has the unseen classes too
+        ('torch/imagenet', 'val', 'val'),
+        ('hfds/org/name', 'train', 'train'),
+        ('torch/image_folder', 'train', None),
+        ('torch/image_folder', 'test', None),
+        ('torch/folder', 'my split', 'my split'),
+    ],
+)
+def test_the_next_command_names_the_split_where_there_may_be_no_test(images, split, told, tmp_path):
+    root = tmp_path / 'root'
+    (root / ('test' if told is None else 'val')).mkdir(parents=True)
+    data = {'images': images, 'split': split, 'data_dir': str(root), 'unseen': ['cup', 'jar']}
+    recipe = timm_pudnet.Recipe.from_dict({'hypernet': {'model_name': 'test_resnet'}, 'data': data})
+    room = importlib.import_module('timm_pudnet.cli.train')
+    words = shlex.split(room._next_command(recipe, tmp_path / 'out', plain=False, data_dir=None))
+    assert words[3:] == [images, '--data-dir', str(root), *([] if told is None else ['--split', told])]
+
+
 def test_two_controls_of_one_name_are_refused(trained, shapes, tmp_path):
     shutil.copytree(trained[0] / 'plain', tmp_path / 'other' / 'plain')
     controls = ('--control', trained[0] / 'plain', '--control', tmp_path / 'other' / 'plain')
@@ -1346,10 +1402,10 @@ def test_the_readme_s_python_runs_and_its_recipe_is_one(work):
     for name in ('examples/fashion', 'labelled', 'the-rest', 'noisy'):
         (work / name).symlink_to(root / 'examples' / 'fashion')
     paths = sorted((root / 'examples/fashion/Bag').glob('*.png'))[:2]
-    scope = {'folders': ['labelled'], 'paths': paths, 'image': torch.rand(3, 28, 28)}
+    scope = {'folders': ['labelled'], 'paths': paths, 'labels': ['bag', 'box'], 'image': torch.rand(3, 28, 28)}
     blocks = re.findall(r'^```python\n(.*?)^```', readme, re.MULTILINE | re.DOTALL)
-    here = [code for code in blocks if not re.search(r'org/|cuda\(\)|a1_in1k', code)]  # the Hub, a GPU, timm's weights
-    assert len(here) == 6
+    here = [code for code in blocks if not re.search(r'org/|cuda\(\)|a1_in1k|meta_train', code)]  # the Hub, a GPU, ...
+    assert len(here) == 7
     for code in here:
         exec(code.replace('fashion-model', 'my-model'), scope)
     assert len(scope['answers']) == 2

@@ -955,17 +955,21 @@ def test_a_self_trained_head_is_that_of_predict_model(whole, bank, monkeypatch):
     )
     groups = TestGroups.draw(noisy, count=6, n_way=4, n_shot=1, n_query=3, n_unlabelled=6)
     result = evaluate(net, noisy, groups, progress=False)
-    right = blended = 0
+    right = blended = regressed = 0
     for number in range(6):
         support, query = groups.images(number, noisy, None, net.config.input, torch.device('cpu'))
         rest = groups.unlabelled(number, noisy, None, net.config.input, torch.device('cpu'))
         given, others = noisy.images[support.places], noisy.images[rest.places]
         model = predict_model('test_resnet', given, support.labels, unlabelled=others, hypernet=net)
-        blend = predict_model('test_resnet', given, support.labels, head='blend', hypernet=net)
+        blend, logistic = (
+            predict_model('test_resnet', given, support.labels, head=head, hypernet=net)
+            for head in ('blend', 'logistic')
+        )
         with torch.inference_mode():
             images = torch.cat([part for part, _ in query.batches()])
             right += int((model(images).argmax(1) == query.labels).sum())
             blended += int((blend(images).argmax(1) == query.labels).sum())
+            regressed += int((logistic(images).argmax(1) == query.labels).sum())
     found = result['accuracy_self_training']
     assert_close(found['predicted']['mean'], 100 * right / 72, rtol=1e-4, atol=1e-4)
     assert_close(result['accuracy_blend']['predicted']['mean'], 100 * blended / 72, rtol=1e-4, atol=1e-4)
@@ -983,9 +987,13 @@ def test_a_self_trained_head_is_that_of_predict_model(whole, bank, monkeypatch):
     row = next(line for line in table if line.startswith('  raw_pixels'))  # which has no blend
     assert row.index(f'{found["raw_pixels"]["mean"]:7.2f}', 70) > table[1].index('self-training') - 8
     assert len({row['mean'] for row in found.values()}) > 1
+    assert 'accuracy_logistic' not in result, 'with so few labels'
+    monkeypatch.setattr('timm_pudnet.evaluation.measure.MANY_LABELS', 1)
     alone = evaluate(net, noisy, TestGroups(groups.support, groups.query), progress=False)
     for name in ('accuracy', 'accuracy_ridge', 'accuracy_blend'):
         assert alone[name] == result[name]
+    assert_close(alone['accuracy_logistic']['predicted']['mean'], 100 * regressed / 72, rtol=1e-4, atol=1e-4)
+    assert 'logistic' in format_table(alone).splitlines()[1]
 
 
 def test_the_draw_of_unlabelled_images_stays_what_it_was(bank):

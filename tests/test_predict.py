@@ -44,7 +44,7 @@ from timm_pudnet import (
     save_model,
 )
 from timm_pudnet import predict as room
-from timm_pudnet.adapt import HEADS, StreamingBlend, ridge_classifier, self_training_classifier
+from timm_pudnet.adapt import HEADS, ridge_classifier, self_training_classifier
 from timm_pudnet.hypernet import folder_written_whole, on_device, usable_device, written_whole
 from timm_pudnet.sketch import ImageSample
 from timm_pudnet.target import batch_norms, pretrained_cfg_of
@@ -424,7 +424,7 @@ def test_head_none_differs_from_a_classifier_in_nothing_but_the_head(net, suppor
 
 
 @pytest.mark.parametrize('two_passes', [False, True])
-@pytest.mark.parametrize('head', ['ridge', 'blend'])
+@pytest.mark.parametrize('head', ['ridge', 'blend', 'logistic'])
 def test_a_head_with_a_bias_is_that_of_the_features_of_all_images(
     two_passes, head, net, support, model, query, monkeypatch
 ):
@@ -437,10 +437,10 @@ def test_a_head_with_a_bias_is_that_of_the_features_of_all_images(
         features = found.forward_head(found.forward_features(images), pre_logits=True)
         right = (found(query[0]).argmax(1) == query[1]).float().mean()
     expected = ridge_classifier(features, labels, 3, net.whitening)
-    if head == 'blend':
-        stream = StreamingBlend(3)
+    if head != 'ridge':
+        stream = HEADS[head](3)
         stream.add(features, labels)
-        expected = stream.blended(expected, net.whitening)
+        expected = stream.classifier(net.whitening)
     assert_close((found.fc.weight.detach(), found.fc.bias.detach()), expected, rtol=1e-3, atol=1e-4)
     assert found.fc.bias.abs().max() > 0.01
     assert right > 0.9
@@ -450,7 +450,7 @@ def test_a_head_with_a_bias_is_that_of_the_features_of_all_images(
 
 
 @pytest.mark.parametrize('order', [list(range(17, -1, -1)), [*range(0, 18, 2), *range(1, 18, 2)]])
-@pytest.mark.parametrize('head', ['ridge', 'blend'])
+@pytest.mark.parametrize('head', ['ridge', 'blend', 'logistic'])
 def test_order_changes_nothing_in_a_head_with_a_bias(order, head, net, support, query):
     pixels, names = support
     model = predict_model('test_resnet', pixels, names, hypernet=net, head=head)

@@ -1,4 +1,4 @@
-"""What turns predicted weights into a usable model: norm calibration, and heads: centroids, ridge, blend.
+"""What turns predicted weights into a usable model: norm calibration, and heads: centroids, ridge, blend, logistic.
 
 Images without labels take part by self-training.
 
@@ -22,6 +22,11 @@ RIDGE_STRENGTH = 0.3
 # Of the blend; chosen by groups of CIFAR-10's training images and of 67 classes of Tiny-ImageNet that are left out.
 SMOOTHING = 2  # images, in which all channels are alike, that naive Bayes takes for seen of every class
 EVEN_IMAGES = 2  # so many images a feature, and naive Bayes and ridge weigh the same
+# Of the logistic regression; chosen on CIFAR-10's training images and 27 classes of Tiny-ImageNet that are left out.
+LOGISTIC_PENALTY = 100.0  # of squared weights for features of variance 1, beside the sum of all images' losses
+SPREAD_FLOOR = 0.1  # of the mean deviation of all features, added to that of each
+LOGISTIC_STEPS = 200  # at most
+MANY_LABELS = 40  # of a class, from which on it is the best head
 # Of self-training, beginning from the ridge; chosen by groups of CIFAR-10's training images and of the 40 unseen
 # classes of Tiny-ImageNet.
 SELF_TRAINING_STRENGTH = 1.0
@@ -265,6 +270,80 @@ class StreamingBlend(StreamingRidge):
         return ((1 - share) * scale * rows + share * weight).float(), share * bias
 
 
+class StreamingLogistic:
+    """Keeps features, `4 d` bytes an image, for a multinomial logistic regression: the best head with many labels.
+
+    `min sum_i -log p(y_i | f_i) + c |W|^2`, of features divided by their deviation: convex, with one solution. It has
+    no closed form and is found by L-BFGS (a second or two for 10,000 images). Unlike a ridge regression it does not
+    mind images that are far on the right side, and so goes on gaining with labels where that one has stopped.
+
+    Args:
+        num_classes: `k`.
+        class_names: For the error line.
+    """
+
+    def __init__(self, num_classes: int, class_names: Sequence[str] | None = None) -> None:
+        self.centroids = StreamingCentroids(num_classes, class_names)  # class counts
+        self.rows: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Takes in features `[n, d]` and labels `[n]` in `0..k-1`."""
+        self.centroids.add(features, labels)
+        self.rows.append(features.cpu().float())
+        self.labels.append(labels.cpu())
+
+    def classifier(self, whitening: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weight `[k, d]` and bias `[k]` of a Linear, float32 on the CPU; the softmax of its outputs are probabilities.
+
+        Args:
+            whitening: Symmetric `[d, d]`; the regression is then one of the whitened features, mapped back.
+
+        Raises:
+            InputError: A class has no image.
+
+        Example:
+            >>> stream = StreamingLogistic(2)
+            >>> stream.add(torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]]), torch.tensor([0, 0, 1]))
+            >>> weight, bias = stream.classifier()
+            >>> (torch.tensor([[3.0, 1.0], [1.0, 3.0]]) @ weight.t() + bias).softmax(1)[:, 0] > 2 / 3
+            tensor([ True, False])
+        """
+        _refuse_empty_classes(self.centroids.counts, self.centroids.class_names)
+        rows, labels = torch.cat(self.rows).double(), torch.cat(self.labels)
+        rows = rows if whitening is None else rows @ whitening.cpu().double()
+        mean, deviation = rows.mean(0), rows.std(0, correction=0)
+        deviation = (deviation + SPREAD_FLOOR * deviation.mean()).clamp(min=1e-12)
+        weight, bias = _logistic((rows - mean) / deviation, labels, self.centroids.num_classes)
+        weight = weight / deviation
+        bias = bias - weight @ mean
+        return (weight if whitening is None else weight @ whitening.cpu().double()).float(), bias.float()
+
+
+def _logistic(rows: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Weight `[k, d]` and bias `[k]` of the regression of rows `[n, d]`; gradients by hand, for want of autograd."""
+    count = len(rows)
+    wanted = F.one_hot(labels, num_classes).to(rows)
+    weight, bias = rows.new_zeros(num_classes, rows.shape[1]), (wanted.mean(0)).log()
+    search = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=LOGISTIC_STEPS,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
+        history_size=20,
+        line_search_fn='strong_wolfe',
+    )
+
+    def loss() -> Tensor:
+        logits = F.log_softmax(rows @ weight.t() + bias, 1)
+        away = (logits.exp() - wanted) / count
+        weight.grad, bias.grad = away.t() @ rows + 2 * LOGISTIC_PENALTY / count * weight, away.sum(0)
+        return LOGISTIC_PENALTY / count * weight.square().sum() - (logits * wanted).sum() / count
+
+    search.step(loss)  # type: ignore[arg-type]
+    return weight, bias
+
+
 def ridge_classifier(
     features: Tensor,
     labels: Tensor,
@@ -365,7 +444,12 @@ def _ridge_penalty(strength: float, spread: Tensor, mean: Tensor) -> Tensor:
 
 
 # By the name that `predict_model` takes.
-HEADS = {'centroid': StreamingCentroids, 'ridge': StreamingRidge, 'blend': StreamingBlend}
+HEADS = {
+    'centroid': StreamingCentroids,
+    'ridge': StreamingRidge,
+    'blend': StreamingBlend,
+    'logistic': StreamingLogistic,
+}
 
 
 def _refuse_empty_classes(counts: Tensor, class_names: Sequence[str]) -> None:

@@ -27,6 +27,7 @@ from timm_pudnet.adapt import (
     HEADS,
     MOST_UNLABELLED,
     StreamingCentroids,
+    StreamingLogistic,
     StreamingRidge,
     calibrate,
     self_training_classifier,
@@ -48,8 +49,8 @@ from timm_pudnet.images import ImageSource, check_root, open_images
 from timm_pudnet.sketch import Balance, ImageSample, content_keys
 from timm_pudnet.target import TargetSpec, check_loadable, keep_arguments, pretrained_cfg_of
 
-Head = Literal['centroid', 'ridge', 'blend', 'none']
-_HeadStream = StreamingCentroids | StreamingRidge
+Head = Literal['centroid', 'ridge', 'blend', 'logistic', 'none']
+_HeadStream = StreamingCentroids | StreamingRidge | StreamingLogistic
 # Arguments of timm.create_model that change what the model gives, not its weights.
 _NOT_OF_TARGET = ('num_classes', 'pretrained_cfg_overlay', 'features_only', 'out_indices', 'feature_cls')
 _NOT_OF_TARGET += ('cache_dir', 'scriptable', 'exportable', 'no_jit')
@@ -97,8 +98,10 @@ def predict_model(
             the architecture.
         head: What is written into the classifier: `centroid` (eq. 7), `ridge` (a ridge regression to the classes, in
             closed form, `adapt.StreamingRidge`), `blend` (naive Bayes and ridge, for any number of labels,
-            `adapt.StreamingBlend`), or `none` for a feature model in spite of labels. By default `centroid`; with
-            unlabelled images `blend`, which guesses their classes first, or `ridge` where it is asked for.
+            `adapt.StreamingBlend`), `logistic` (a logistic regression, the best with forty labels a class and more,
+            `adapt.StreamingLogistic`; it keeps the features), or `none` for a feature model in spite of labels. By
+            default `centroid`; with unlabelled images `blend`, which guesses their classes first, or `ridge` where it
+            is asked for.
         device: Where to predict; by default CUDA where there is one. The model is returned there.
         balance: How the sketch weighs images: `none`, `class` or `kmeans`; by default `class` where there are labels.
         batch_size: Images read at a time. Changes nothing in the result.
@@ -145,7 +148,7 @@ def predict_model(
             raise InputError(f'{name}: the weights come from the images; leave it out')
     if 'dtype' in timm_kwargs:
         raise InputError(f'dtype: the weights are predicted in float32; call .to({timm_kwargs["dtype"]}) on the model')
-    if unlabelled is not None and head == 'centroid':
+    if unlabelled is not None and head in ('centroid', 'logistic'):
         raise InputError(f'head {head} cannot use unlabelled images: leave head out (it is blend then), or these')
     if model_name == 'blindspot_unet':
         raise InputError(

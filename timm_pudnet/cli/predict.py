@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from timm_pudnet import evaluation
+from timm_pudnet.adapt import MANY_LABELS
 from timm_pudnet.cli.group import (
     FOLDER,
     SEED,
@@ -37,7 +38,8 @@ from timm_pudnet.hypernet import PudNet, library_versions, machine, usable_devic
 from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.predict import Head, predict_model, save_model
 
-_MANY = 20  # labelled images a class, from which on the blend head is measurably ahead of class centroids
+# Labelled images a class, from which on a head is measurably better than class centroids, and than those before it.
+_BETTER_HEADS = {20: 'blend', MANY_LABELS: 'logistic'}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -124,9 +126,10 @@ class _Prediction:
         self.notes.append(text)
         click.echo(f'Warning: {text}', err=True)
 
-    def has_many_labels(self) -> bool:
-        """Whether there are so many labels that another head is better than class centroids."""
-        return self.used.labels is not None and len(self.used.labels) >= _MANY * self.model.num_classes
+    def better_head(self) -> str:
+        """The head that is usually better than class centroids with so many labels; none with few."""
+        each = 0 if self.used.labels is None else len(self.used.labels) / max(1, self.model.num_classes)
+        return next((head for many, head in reversed(_BETTER_HEADS.items()) if each >= many), '')
 
     def report(self, images: str) -> Report:
         """The page about the prediction, but for its facts, which the saved model gives."""
@@ -187,7 +190,7 @@ class _Prediction:
     '--head',
     type=click.Choice(get_args(Head)),
     help='Classifier: class centroids (default), ridge regression, a blend of naive Bayes and ridge (for any number of '
-    'labels; default with --unlabelled), or none for a feature model.',
+    'labels; default with --unlabelled), logistic regression (for many), or none for a feature model.',
 )
 @click.option(
     '--unlabelled',
@@ -264,8 +267,8 @@ def predict(
     if run.test is not None and run.test.right_raw >= run.test.right:
         remedy = 'try --head blend, or ' if wanted == 'centroid' else ''
         click.echo(f'Note       raw pixels do as well: {remedy}train a hypernetwork for images of this family')
-    elif head is None and wanted == 'centroid' and run.has_many_labels():
-        click.echo('Note       with so many labels a class --head blend is usually better than class centroids')
+    elif head is None and wanted == 'centroid' and (better := run.better_head()):
+        click.echo(f'Note       with so many labels a class --head {better} is usually better than class centroids')
     if not source.labelled:
         click.echo(
             'No labels  the model gives features; put the images of each class into a subfolder for a classifier'

@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from timm_pudnet.adapt import (
     HEADS,
+    MANY_LABELS,
     StreamingBlend,
+    StreamingLogistic,
     StreamingRidge,
     calibrate,
     centroid_logits,
@@ -94,9 +96,10 @@ def evaluate(
 
     Returns:
         A mapping that JSON can hold: `accuracy` in percent, by eq. 7, with the half-width of the 95 % interval over
-        groups, `accuracy_ridge` and `accuracy_blend` likewise with these heads (neither of
-        `predicted_without_whitening`, no blend of `raw_pixels`), and `accuracy_self_training` with that of labelled and
-        unlabelled images where the groups have some, with its gain over the blend head and over the controls' own;
+        groups, `accuracy_ridge`, `accuracy_blend` and, with 40 labels a class or more, `accuracy_logistic` likewise
+        with these heads (none of `predicted_without_whitening`, of `raw_pixels` the ridge alone), and
+        `accuracy_self_training` with that of labelled and unlabelled images where the groups have some, with its gain
+        over the blend head and over the controls' own;
         `conditioning_gain`, `conditioning_gain_over_mean_sketch`, `conditioning_gain_over_other_domain` and
         `gain_over_<control>` of the differences in `accuracy` group by group. With one group the intervals are over
         its queries; `interval` says which.
@@ -409,8 +412,12 @@ def _read(
     first, space = next(iter(spaces.items()))
     stream = StreamingRidge(n_way) if 'raw_pixels' in spaces else StreamingBlend(n_way)
     given = list(given) if support.fits else given
+    logistic = StreamingLogistic(n_way)
+    many = len(support) >= MANY_LABELS * n_way and 'raw_pixels' not in spaces
     for rows, labels in given:
         stream.add(rows, labels)
+        if many:
+            logistic.add(rows, labels)
     if support.fits:
         ((rows, labels),) = given
         centroids = class_centroids(rows, labels.to(rows.device), n_way)
@@ -424,6 +431,8 @@ def _read(
     heads = {'ridge': ridge}
     if isinstance(stream, StreamingBlend):
         heads['blend'] = stream.blended(ridge, space)
+    if many:
+        heads['logistic'] = logistic.classifier(space)
     if len(rest):
         heads['self_training'] = self_training_classifier(stream, rest, space)
     for head, (weight, bias) in heads.items():
