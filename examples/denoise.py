@@ -2,7 +2,8 @@
 
     python examples/denoise.py photos/ --sigma 0.2 --out denoised
 
-The denoiser sees no clean image. Nothing is trained. In --out, which must be new: noisy/ and denoised/, as PNG files.
+The photos must all be in colour, or all grey: one denoiser serves them all. It sees no clean image, and nothing is
+trained. In --out, which must be new: noisy/ and denoised/, as PNG files.
 """
 
 from pathlib import Path
@@ -33,6 +34,8 @@ def main(folder: Path, sigma: float, kind: str, hypernet: str | None, out: Path)
     check_output(out)
     generator = torch.Generator().manual_seed(0)
     clean = {name: read_picture(path).pixels for name, path in list_pictures(folder).items()}
+    if len({len(image) for image in clean.values()}) > 1:
+        raise click.UsageError(f'{folder} holds grey images and others in colour: give folders of one kind each')
     noisy = {name: add_noise(image, kind, sigma, generator) for name, image in clean.items()}
     model = timm_pudnet.predict_denoiser(list(noisy.values()), hypernet=hypernet, device='cpu')
     denoised = {name: timm_pudnet.denoise(model, image) for name, image in noisy.items()}
@@ -40,7 +43,7 @@ def main(folder: Path, sigma: float, kind: str, hypernet: str | None, out: Path)
         values = [float(psnr(image.clamp(0, 1), clean[name])) for name, image in images.items()]
         click.echo(f'{what:9} PSNR {sum(values) / len(values):.2f} dB, mean of {len(values)} images')
         for name, image in images.items():
-            path = out / what / f'{name}.png'
+            path = out / what / (name if name.lower().endswith('.png') else f'{name}.png')
             path.parent.mkdir(parents=True, exist_ok=True)
             save_image(image, path)
 

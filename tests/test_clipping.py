@@ -40,7 +40,8 @@ def test_a_mean_is_turned_back_into_its_clean_pixel(variances):
     deviation = (variances[0] + (variances[1] - variances[0]) * clean).clamp_min(1e-8).sqrt()
     means = clipped_moments(clean, deviation)[0].float().view(1, 1, 1, -1)
     assert_close(Unclip(variances)(means).flatten(), clean.float(), atol=2e-3, rtol=0)
-    assert_close(Unclip(variances)(torch.tensor([[[[-3.0, 4.0]]]])).flatten(), torch.tensor([0.0, 1.0]))
+    beyond = torch.tensor([-3.0, 1.0, 1.001, 4.0])
+    assert_close(Unclip(variances)(beyond.view(1, 1, 1, -1)).flatten(), beyond.clamp_min(0))
 
 
 @pytest.mark.parametrize('sigma', [0.1, 0.25, 0.5])
@@ -139,3 +140,22 @@ def test_what_a_file_clipped_is_won_back_and_saved_with_the_model(tmp_path):
     model.unclip = None
     without = torch.stack([denoise(model, image) for image in held])
     assert float((psnr(with_it, clean) - psnr(without, clean)).mean()) > 2
+
+
+def test_few_bright_pixels_of_dark_images_stay_bright():
+    clean = 0.25 * slopes(seed=3)
+    clean[::4, :, 30:34, 30:34] = 0.95
+    held = as_a_file(add_noise(clean, 'gaussian', 0.05, generator(2)))
+    model = predict_denoiser(held, device='cpu')
+    assert model.scale < 0.5
+    assert model.unclip is not None
+    found = denoise(model, held[0])
+    assert_close(found[:, 30:34, 30:34].mean(), held[0, :, 30:34, 30:34].mean(), atol=0.03, rtol=0)
+
+
+def test_guesses_brighter_than_white_tell_the_noise_as_white_ones_do():
+    clean = slopes().round()
+    held = as_a_file(add_noise(clean, 'gaussian', 0.25, generator(1)))
+    found = estimate_clipped(held, clean)
+    assert found is not None
+    assert estimate_clipped(held, clean * 1.4) == found

@@ -4,6 +4,7 @@ import json
 import re
 import struct
 import sys
+import zlib
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,7 @@ import tifffile
 import torch
 from click.testing import CliRunner
 from PIL import Image, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 from torch.testing import assert_close
@@ -25,6 +27,7 @@ from timm_pudnet.denoising.pictures import _encode_png, list_pictures, pair_pict
 pytestmark = pytest.mark.filterwarnings('default::timm_pudnet.PudNetWarning')  # they are shown, as lines
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
 DEEP = np.random.default_rng(0).integers(0, 65536, (21, 30, 4), dtype=np.uint16)
+FLOATS = DEEP[..., :3] / np.float32(65535)
 BYTES = (DEEP >> 8).astype(np.uint8)
 BITS = DEEP[..., 0] > 30000
 NAME = 'blindspot_unet.mixed_noise'
@@ -65,6 +68,19 @@ def jpeg_of_long_exif(path):
     ]
     segments = b''.join(b'\xff\xe1' + struct.pack('>H', len(part) + 2) + part for part in parts)
     path.write_bytes(b'\xff\xd8' + segments + path.read_bytes()[2:])
+
+
+def png_of_small_grey(bits, values, transparent):
+    """A grey PNG of 2 or 4 bits, by hand, of one row, with one grey that stands for transparent."""
+
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+    row = int(''.join(f'{value:0{bits}b}' for value in values), 2).to_bytes(len(values) * bits // 8, 'big')
+    head = struct.pack('>IIBBBBB', len(values), 1, bits, 0, 0, 0, 0)
+    chunks = {b'IHDR': head, b'tRNS': struct.pack('>H', transparent)}
+    chunks |= {b'IDAT': zlib.compress(b'\0' + row), b'IEND': b''}
+    return b'\x89PNG\r\n\x1a\n' + b''.join(chunk(kind, data) for kind, data in chunks.items())
 
 
 # name: (writes it, format, depth, the samples that it holds [h, w] or [h, w, c] with alpha last)
@@ -245,6 +261,47 @@ def test_the_orientation_of_a_png_is_kept_where_it_stands_behind_the_pixels(tmp_
         assert image.getexif()[274] == 6
 
 
+@pytest.mark.parametrize('name', ['a.png', 'deep.png'])
+@pytest.mark.parametrize('place', ['Raw profile type exif', 'XML:com.adobe.xmp'])
+def test_the_orientation_of_a_png_is_kept_where_it_stands_in_a_text(tmp_path, name, place):
+    exif = Image.Exif()
+    exif[274] = 6
+    content = exif.tobytes()
+    text = f'\nexif\n{len(content):8}\n{content.hex()}\n' if 'exif' in place else '<x tiff:Orientation="6"/>'
+    info = PngInfo()
+    info.add_itxt(place, text)
+    if name == 'deep.png':
+        cv2.imwrite(str(tmp_path / name), DEEP[..., :3])
+        content = (tmp_path / name).read_bytes()
+        start = content.index(b'IDAT') - 4
+        (chunk,) = (bytes(kind + data) for kind, data, *_ in info.chunks)
+        chunk = struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk))
+        (tmp_path / name).write_bytes(content[:start] + chunk + content[start:])
+    else:
+        Image.fromarray(BYTES[..., 0]).save(tmp_path / name, pnginfo=info)
+    picture = read_picture(tmp_path / name)
+    write_picture(picture, picture.pixels, tmp_path / 'b.png')
+    with Image.open(tmp_path / 'b.png') as image:
+        assert image.getexif()[274] == 6
+        assert ImageOps.exif_transpose(image).size == (21, 30)
+
+
+@pytest.mark.parametrize(('bits', 'values', 'grey'), [(2, [0, 1, 2, 3], 85), (4, [0, 1, 5, 15], 17)])
+def test_the_transparent_grey_of_few_bits_becomes_alpha(tmp_path, bits, values, grey):
+    (tmp_path / 'a.png').write_bytes(png_of_small_grey(bits, values, transparent=1))
+    picture = read_picture(tmp_path / 'a.png')
+    assert_close(picture.pixels[0, 0] * 255, torch.tensor(values) * float(grey))
+    assert picture.alpha.tolist() == [[255, 0, 255, 255]]
+
+
+def test_a_picture_of_too_many_pixels_says_what_helps(tmp_path, monkeypatch, one_line):
+    KINDS['colour.png'][0](tmp_path / 'a.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 600)
+    with pytest.raises(InputError) as error:
+        read_picture(tmp_path / 'a.png')
+    one_line(error, tmp_path / 'a.png', 'more than 600 pixels', 'split it, or raise PIL.Image.MAX_IMAGE_PIXELS')
+
+
 REFUSED = {
     'planes.tif': (
         tiff(np.ascontiguousarray(DEEP[..., :3].transpose(2, 0, 1)), photometric='rgb', planarconfig='separate'),
@@ -260,7 +317,17 @@ REFUSED = {
     'cmyk.jpg': (lambda path: Image.fromarray(BYTES[..., :3]).convert('CMYK').save(path), 'CMYK'),
     'signed.tif': (tiff(BYTES[..., 0].astype(np.int16)), 'with a sign'),
     'signed 8.tif': (tiff(BYTES[..., 0].astype(np.int8)), 'with a sign'),
-    'white is zero 16.tif': (tiff(DEEP[..., 0], photometric='miniswhite'), 'white as zero'),
+    'white is zero 16.tif': (tiff(DEEP[..., 0], photometric='miniswhite'), '16 bits with white as zero'),
+    'white is zero float.tif': (tiff(FLOATS[..., 0], photometric='miniswhite'), 'floats with white as zero'),
+    'colour float.tif': (tiff(FLOATS, photometric='rgb'), 'samples that Pillow cannot read: save it with 8 or 16'),
+    'colour float big-endian.tif': (tiff(FLOATS, photometric='rgb', byteorder='>'), 'samples that Pillow cannot read'),
+    'big float.tif': (tiff(FLOATS, photometric='rgb', bigtiff=True), 'samples that Pillow cannot read'),
+    'float64.tif': (tiff(FLOATS[..., 0].astype(np.float64)), 'or in grey as float32'),
+    'float16.tif': (tiff(FLOATS[..., 0].astype(np.float16)), 'samples that Pillow cannot read'),
+    'grey16 and alpha.tif': (
+        tiff(DEEP[..., :2], photometric='minisblack', extrasamples=['unassalpha'], planarconfig='contig'),
+        'samples that Pillow cannot read',
+    ),
     'deep.ppm': (lambda path: path.write_bytes(b'P6 3 2 65535\n' + bytes(36)), 'PPM'),
     'see-through 16.png': (pil(DEEP[..., 0], transparency=5), 'transparent'),
     'empty.png': (lambda path: path.write_bytes(b''), 'empty or not an image'),
@@ -348,6 +415,18 @@ def test_a_clean_image_has_the_same_name_or_another_extension(tmp_path, one_line
     with pytest.raises(NotFoundError) as error:
         pair_pictures(noisy, clean)
     one_line(error, 'b.jpg', clean)
+
+
+def test_a_noisy_image_is_not_its_own_clean_one(tmp_path, one_line):
+    (tmp_path / 'noisy').mkdir()
+    KINDS['grey.png'][0](tmp_path / 'noisy' / 'a.png')
+    (tmp_path / 'clean').mkdir()
+    (tmp_path / 'clean' / 'a.png').symlink_to(tmp_path / 'noisy' / 'a.png')
+    paths = list_pictures(tmp_path / 'noisy' / 'a.png')
+    for clean in (tmp_path / 'noisy', tmp_path / 'noisy' / 'a.png', tmp_path / 'clean'):
+        with pytest.raises(InputError) as error:
+            pair_pictures(paths, clean)
+        one_line(error, tmp_path / 'noisy' / 'a.png', clean, 'this very file', 'apart')
 
 
 # The command
@@ -567,6 +646,13 @@ def test_what_cannot_be_read_is_left_out_and_counted_or_an_error_with_strict(fol
     assert 'Warning: skipped 2 of 6 images' in result.stderr  # which need no clean ones
 
 
+def test_a_link_that_leads_nowhere_is_left_out_too(folders, predicted, nothing_written):
+    (folders / 'noisy' / 'gone.png').symlink_to(folders / 'nowhere.png')
+    with nothing_written(folders):
+        fails(folders / 'noisy', '--out', folders / 'out', '--strict', needles=['gone.png', 'no such file'])
+    assert 'skipped 1 of 5 images' in succeeds(folders / 'noisy', '--out', folders / 'out').stderr
+
+
 def test_bad_folders_are_said_before_any_work(folders, predicted, nothing_written):
     noisy, clean, out = folders / 'noisy', folders / 'clean', folders / 'out'
     (folders / 'empty').mkdir()
@@ -579,6 +665,7 @@ def test_bad_folders_are_said_before_any_work(folders, predicted, nothing_writte
         fails(noisy, '--out', folders / 'no' / 'out', needles=['not there'])
         fails(noisy, '--out', out, '--clean', noisy, needles=['--clean', noisy])
         fails(noisy, '--out', out, '--clean', noisy / 'deep', needles=['--clean', 'apart'])
+        fails(noisy / 'colour.png', '--out', out, '--clean', noisy, needles=['colour.png', 'this very file', 'apart'])
         fails(noisy, '--out', out, '--clean', folders / 'cleam', needles=['cleam', 'Did you mean clean?'])
         fails(folders / 'empty', '--out', out, needles=['no images', folders / 'empty'])
         fails(folders / 'noissy', '--out', out, needles=['noissy', 'Did you mean noisy?'])

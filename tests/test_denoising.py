@@ -252,6 +252,12 @@ class TestBank:
         with pytest.raises(InputError, match='none of the 2 images'):
             PatchBank.from_folder(Data(images=str(tmp_path)), 3)
 
+    def test_a_link_that_leads_nowhere_is_left_out(self, tmp_path):
+        Image.new('RGB', (20, 20)).save(tmp_path / 'good.png')
+        (tmp_path / 'gone.png').symlink_to(tmp_path / 'nowhere.png')
+        with pytest.warns(PudNetWarning, match=r'skipped 1 of 2 images: .*gone.png: no such file'):
+            assert len(PatchBank.from_folder(Data(images=str(tmp_path)), 3).images) == 1
+
 
 class TestSampler:
     def test_a_group_is_the_same_whenever_it_is_drawn(self):
@@ -429,6 +435,15 @@ class TestPredict:
             assert abs(float(seen.mean()) - 0.5) < 0.05
             assert float(seen.amax() - seen.amin()) > 0.7
         assert noisy_patches(torch.rand(2, 3, 12, 12), 1, 8).shape == (6, 1, 8, 8)
+
+    def test_a_denoiser_of_one_channel_sees_all_channels(self):
+        image = torch.tensor([0.2, 0.5, 0.8]).view(3, 1, 1).expand(3, 200, 200)
+        for images in ([image], [image[:, :16, :16]] * 300):
+            patches = noisy_patches(images, 1, 16)
+            assert len(patches) == 128
+            values, counts = patches.mean((1, 2, 3)).mul(10).round().unique(return_counts=True)
+            assert values.tolist() == [2, 5, 8]
+            assert counts.max() - counts.min() <= 1
 
     def test_pictures_in_memory_keep_their_depth(self):
         grey = np.full((16, 16), 30_000, np.uint16)

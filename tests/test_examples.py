@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import timm_pudnet
 from timm_pudnet.denoising import add_noise, denoiser_of, noisy_patches, psnr, sketch_of
@@ -101,7 +102,23 @@ def test_a_folder_is_made_noisy_and_denoised(run, photos, tmp_path):
     noisy, denoised = (float(line.split()[2]) for line in out.splitlines())
     assert 19.5 < noisy < 23  # sigma 0.1, less where it was clipped
     assert denoised != noisy
-    assert len(list((tmp_path / 'out' / 'denoised').rglob('*.png'))) == 24
+    for what in ('noisy', 'denoised'):
+        found = {
+            path.relative_to(tmp_path / 'out' / what).as_posix() for path in (tmp_path / 'out' / what).rglob('*.*')
+        }
+        assert found == set(list_pictures(photos))
+        assert len(found) == 24
+
+
+def test_a_folder_of_grey_and_coloured_photos_is_no_example_of_denoising(pictures, write_folder, tmp_path, monkeypatch):
+    write_folder(tmp_path / 'photos', pictures(2)[0])
+    first = sorted((tmp_path / 'photos').rglob('*.png'))[0]
+    Image.open(first).convert('L').save(first)
+    monkeypatch.setattr(sys, 'argv', ['denoise.py', str(tmp_path / 'photos'), '--out', str(tmp_path / 'out')])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / 'examples/denoise.py'), run_name='__main__')
+    assert ended.value.code == 2
+    assert not (tmp_path / 'out').exists()
 
 
 def test_denoisers_are_measured_on_the_images_as_they_were(run, pictures, write_folder, tmp_path):

@@ -259,7 +259,16 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         'gone',
     ]
     names += ['cli dry', 'cli', 'cli again', 'cli conflict', 'release dry', 'release', 'release again']
-    names += ['ahead', 'overtaken', 'hidden', 'hidden again', 'public', 'public, nothing new', 'public, dry', 'cli hidden']
+    names += [
+        'ahead',
+        'overtaken',
+        'hidden',
+        'hidden again',
+        'public',
+        'public, nothing new',
+        'public, dry',
+        'cli hidden',
+    ]
     outcomes = client(
         home,
         ['push', str(whole), 'org/test_resnet.tiny', {**license, 'dry_run': True}],

@@ -9,7 +9,16 @@ from torch.testing import assert_close
 import timm_pudnet
 from timm_pudnet.config import InputError
 from timm_pudnet.denoising import add_noise, denoise, estimate_noise, predict_denoiser, psnr
-from timm_pudnet.denoising.posterior import BLOCK, EVEN, FAINT, WINDOW, Posterior, colour_components, fine_patterns
+from timm_pudnet.denoising.posterior import (
+    BLOCK,
+    EVEN,
+    FAINT,
+    WINDOW,
+    Posterior,
+    colour_components,
+    fine_patterns,
+    noise_by_level,
+)
 
 SMALL = {'width': 4, 'depth': 2}
 
@@ -188,6 +197,30 @@ class TestEstimate:
             images[:, :, :, :36] = value
         found = torch.tensor(estimate_noise(noisy, guess))
         assert ((found.mean(1) / 0.01).log2().abs() < 0.6).all()
+
+    @pytest.mark.parametrize('width', [12, 17, 31])
+    def test_a_frame_of_one_grey_does_not_hide_the_noise(self, width):
+        noisy, guess = noisy_slopes('gaussian', 0.1, count=64)
+        for images in (noisy, guess):
+            images[: 128 // width, :, :, :width] = 0.5  # 3 % of all
+        found = torch.tensor(estimate_noise(noisy, guess))
+        assert ((found / 0.01 - 1).abs() < 0.15).all()
+
+    def test_grey_images_among_those_in_colour_do_not_hide_the_noise_of_colours(self):
+        noisy, guess = noisy_slopes('gaussian', 0.1, count=32)
+        for images in (noisy, guess):
+            images[::8] = images[::8, :1]
+        found = torch.tensor(estimate_noise(noisy, guess))
+        assert ((found / 0.01 - 1).abs() < 0.15).all()
+
+    def test_black_without_photons_is_no_frame(self):
+        for dark, rows in (([1], torch.eye(3)), ([0, 2], colour_components(3))):
+            clean = slopes()
+            clean[:, dark, :, :24] = 0
+            noisy = add_noise(clean, 'poisson', 0.3, generator(1))
+            levels, variances = noise_by_level(noisy, clean, rows)
+            assert levels[1][0] < 1e-6
+            assert variances[1][0] < 1e-6
 
     def test_colours_without_noise_still_tell_that_there_is_none(self):
         flat = torch.rand(16, 3, 4, 4, generator=generator()).repeat_interleave(24, 2).repeat_interleave(24, 3)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_pudnet.cli.group import FOLDER, check_outside, device_option, main, strict_option
-from timm_pudnet.config import InputError, PudNetWarning
+from timm_pudnet.config import InputError, NotFoundError, PudNetWarning
 from timm_pudnet.denoising import metrics, pictures, predict_denoiser, tiles
 from timm_pudnet.evaluation import mean_interval
 from timm_pudnet.hub import resolve_hypernet
@@ -138,7 +138,7 @@ def _looked_at(paths: dict[str, Path], strict: bool) -> tuple[dict[str, dict[str
     for name, path in tqdm(paths.items(), desc='Reading', unit='image', delay=2):
         try:
             picture = pictures.read_picture(path)
-        except InputError as error:
+        except (InputError, NotFoundError) as error:  # the latter of links that lead nowhere
             if strict:
                 raise
             skipped.append(str(error))

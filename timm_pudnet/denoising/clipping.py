@@ -32,6 +32,8 @@ STRONG, STEEP = 0.3, 2.0
 class Unclip(nn.Module):
     """The clean pixel of which a denoised one is the mean after clipping.
 
+    What is brighter than white stays so: bright places of images that are dark as a whole, where nothing was clipped.
+
     Args:
         variances: Of the noise before clipping, in black and in white, linear between.
     """
@@ -53,11 +55,12 @@ class Unclip(nn.Module):
         self.register_buffer('ends', wanted[[0, -1]].float(), persistent=False)
 
     def forward(self, means: Tensor) -> Tensor:
-        """Images `[n, c, h, w]` in 0-1, of denoised ones."""
+        """Images `[n, c, h, w]` with black 0 and white 1, of denoised ones."""
         table, (low, high) = self.table.float(), self.ends.float()
         place = ((means.float() - low) / (high - low)).clamp(0, 1) * STEPS
         before = place.nan_to_num().floor().clamp(max=STEPS - 1)
-        return torch.lerp(table[before.long()], table[before.long() + 1], place - before).to(means.dtype)
+        found = torch.lerp(table[before.long()], table[before.long() + 1], place - before)
+        return (found + (means.float() - 1).clamp_min(0)).to(means.dtype)
 
 
 def clipped_moments(clean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +132,7 @@ def estimate_clipped(noisy: Tensor, guesses: Tensor) -> list[float] | None:
     if not len(clean):
         return None
     before = line_through(clean, variances)
-    restored = Unclip(before)(guesses).double()
+    restored = Unclip(before)(guesses.clamp(max=1)).double()  # what is clean is in 0-1
     deviation = _deviation(before, restored)
     strong = sum(before) / 2 > STRONG**2
     if strong and before[1] > STEEP * before[0]:

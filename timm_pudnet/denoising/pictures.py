@@ -1,4 +1,6 @@
-"""Pictures read from files and written back as they were: format, bit depth, alpha, colour profile and EXIF kept.
+"""Pictures read from files and written back as they were.
+
+Format, bit depth, alpha, colour profile and EXIF (not of TIFF files) are kept.
 
 Letters: `c h w` channels, height and width.
 """
@@ -17,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFile
+from PIL import Image, ImageDraw, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from torch import Tensor
 
@@ -51,7 +53,8 @@ class Picture:
         depth: Bits of a sample: 1, 8, 16, or 32 for floats.
         white: The sample that is 1 in `pixels`.
         format: PIL's name of the format.
-        metadata: Colour profile and EXIF (with its orientation, which is not applied to the pixels), as PIL saves them.
+        metadata: Colour profile and EXIF (not of TIFF files; with its orientation, which is not applied to the pixels),
+            as PIL saves them.
     """
 
     pixels: Tensor
@@ -100,22 +103,25 @@ def pair_pictures(paths: dict[str, Path], clean: str | os.PathLike[str]) -> dict
 
     Raises:
         NotFoundError: There is no such folder, or no clean image of that name.
-        InputError: Two clean images have the name but for the extension.
+        InputError: Two clean images have the name but for the extension, or one is the noisy image itself.
     """
     others, folder = list_pictures(clean), local_path(clean)
-    if len(paths) == 1 and folder.is_file():
-        return dict.fromkeys(paths, folder)
     by_stem: dict[str, list[str]] = {}
     for name in others:
         by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
     pairs = {}
     for name, path in paths.items():
-        near = [name] if name in others else by_stem.get(os.path.splitext(name)[0], [])
+        if len(paths) == 1 and folder.is_file():
+            near = list(others)
+        else:
+            near = [name] if name in others else by_stem.get(os.path.splitext(name)[0], [])
         if not near:
             raise NotFoundError(f'{path} has no clean image: {clean} has no {name}, nor one of another extension')
         if len(near) > 1:
             raise InputError(f'{path}: which of {", ".join(near)} in {clean} is its clean image? Keep one of them')
         pairs[name] = others[near[0]]
+        if pairs[name].exists() and path.samefile(pairs[name]):
+            raise InputError(f'{path}: {clean} has this very file as its clean image: keep clean images apart')
     return pairs
 
 
@@ -132,7 +138,7 @@ def check_pair(path: Path, noisy: Picture, other: Path, clean: Picture) -> None:
 
 
 def read_picture(path: str | os.PathLike[str]) -> Picture:
-    """Reads a PNG, TIFF, JPEG, WebP, BMP or PPM (PBM, PGM, PFM) file, grey or in colour, 1, 8, 16 or 32 (float) bits.
+    """Reads a PNG, TIFF, JPEG, WebP, BMP or PPM (PBM, PGM, PFM) file of 1, 8 or 16 bits, or of floats in grey.
 
     A palette becomes colours, and one colour that stands for transparent becomes an alpha channel; grey of 2 or 4 bits
     becomes 8. Float files come in three ranges: white is 1, 255 or 65535, whichever is nearest to the largest value.
@@ -151,7 +157,22 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
     except PudNetError:
         raise
     except Exception as error:  # a damaged file can make PIL raise nearly anything
-        raise InputError(f'{path}: cannot be read ({reason_of(error)})') from error
+        raise InputError(f'{path}: cannot be read ({_reason(error, local_path(path))})') from error
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """What is wrong with a file, and what helps."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f'{reason_of(error)}: split it, or raise PIL.Image.MAX_IMAGE_PIXELS'
+    if isinstance(error, UnidentifiedImageError):
+        with path.open('rb') as file:
+            is_tiff = file.read(4) in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
+        if is_tiff:
+            return (
+                'a TIFF cut short, or of samples that Pillow cannot read: save it with 8 or 16 bits, or in grey as '
+                'float32'
+            )
+    return reason_of(error)
 
 
 def _read(file: ImageFile.ImageFile, path: Path) -> Picture:
@@ -165,6 +186,8 @@ def _read(file: ImageFile.ImageFile, path: Path) -> Picture:
     if format == 'PNG':
         file.load()  # its EXIF may stand behind the pixels
     metadata = {name: file.info[name] for name in ('icc_profile', 'exif') if file.info.get(name)}
+    if format == 'PNG' and 'exif' not in metadata and file.getexif():  # in text: ImageMagick's, or XMP's orientation
+        metadata['exif'] = file.getexif().tobytes()
     if format == 'JPEG' and len(metadata.get('exif', b'')) > _MOST_EXIF:
         raise ValueError(f'more than {_MOST_EXIF:,} bytes of EXIF, which cannot be written again: take some out')
     deep = file.mode in ('RGB', 'RGBA') and ';16' in tiles  # of which PIL would keep 8 bits
@@ -176,9 +199,8 @@ def _read(file: ImageFile.ImageFile, path: Path) -> Picture:
             raise ValueError(f'samples of {", ".join(map(str, sorted(bits)))} bits: convert it to 8 or 16')
         if bits <= {8} and 2 in file.tag_v2.get(339, (1,)):
             raise ValueError('integers with a sign: convert it to 8 or 16 bits without')
-        if file.mode.startswith('I;16') and white_is_zero:
-            raise ValueError('16 bits with white as zero: invert it')
-        metadata.pop('exif', None)  # PIL and opencv have turned the pixels already
+        if file.mode.startswith(('I;16', 'F')) and white_is_zero:  # PIL inverts up to 8 bits alone
+            raise ValueError(f'{"floats" if file.mode == "F" else "16 bits"} with white as zero: invert it')
     elif format == 'PPM' and file.mode == 'RGB' and str(file.tile[0].args) not in ('RGB', "('RGB', 255)"):
         raise ValueError('colours with a maximum other than 255 in PPM: convert it to PNG')
     if file.mode == 'I' and format == 'PPM':  # PGM of more than 8 bits
@@ -194,6 +216,8 @@ def _read(file: ImageFile.ImageFile, path: Path) -> Picture:
         if file.mode in ('P', 'PA'):
             image = file.convert('RGBA' if file.has_transparency_data else 'RGB')
         elif file.mode in ('1', 'L', 'RGB') and file.has_transparency_data:
+            if isinstance(file.info['transparency'], int):  # PIL scales grey of 2 and 4 bits, and leaves this as it is
+                file.info['transparency'] *= 85 if 'L;2' in tiles else 17 if 'L;4' in tiles else 1
             image = file.convert('RGBA' if file.mode == 'RGB' else 'LA')
         if image.mode not in _MODES:
             what = 'integers of 32 bits or with a sign' if image.mode == 'I' else f'colour mode {image.mode}'
@@ -247,9 +271,9 @@ def check_whites(whites: Mapping[float, object]) -> None:
 
 
 def write_picture(picture: Picture, pixels: Tensor, path: str | os.PathLike[str]) -> None:
-    """Writes other pixels as `picture` was: its format, depth, alpha, colour profile and EXIF, nothing else of it.
+    """Writes other pixels as `picture` was: its format, depth, alpha, colour profile, EXIF (not of TIFF files).
 
-    JPEG is written at quality 95, WebP without loss. The file appears whole or not at all.
+    Nothing else of it is kept. JPEG is written at quality 95, WebP without loss. The file appears whole or not at all.
 
     Args:
         picture: What was read.

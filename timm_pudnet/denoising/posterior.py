@@ -30,6 +30,7 @@ FINE = 8  # patterns of a block with so many half waves or more, of its two dire
 SMOOTH = 0.1  # share of what has one brightness that is taken to hold noise alone: where these are weakest
 LEAST_BLOCKS = 64  # of one brightness
 DARK = 0.03  # of the mean variance of noise: added to all where dark places are compared with others
+CONSTANT = 1e-6  # range of pixels that are all the same
 LEVEL_ERROR = 0.02  # of a brightness; levels no further apart than this say nothing about how noise grows with it
 
 
@@ -124,7 +125,8 @@ def estimate_noise(noisy: Tensor, guesses: Tensor) -> list[list[float]]:
     have least there, noise that is independent from pixel to pixel as much as anywhere. Squares are sorted by how
     bright the guess is; among those of one brightness the tenth where these patterns are weakest is taken to be smooth,
     so that it holds noise alone. A line is put through what these give, as a first guess of how noise grows with
-    brightness, by which squares of unlike brightness are compared once more.
+    brightness, by which squares of unlike brightness are compared once more. Squares with a part of one value, where
+    they are few, are not looked at.
 
     Args:
         noisy: `[n, c, h, w]`, black 0 and white 1, sides of 6 pixels or more.
@@ -170,13 +172,20 @@ def noise_by_level(noisy: Tensor, guesses: Tensor, components: Tensor) -> tuple[
     # Where black or white is all there is, the noise was clipped away, or there never was any: nothing is told of it.
     lit = ((noisy > 0) & (noisy < 1)).any(1, keepdim=True).to(noisy)
     lit = -F.max_pool2d(-F.max_pool2d(lit, BLOCK), side, 1).flatten() > 0  # every block of a square has such pixels
-    if lit.any():
-        blocks, levels = blocks[:, lit], levels[:, lit]
+    if not lit.any():
+        lit = torch.ones_like(lit)
+    # Nor is it where a component is constant (frames, colours hidden under alpha, the chroma of grey among colour); but
+    # where that is so in most places there is no noise. Black stays: of few photons there may be none.
+    ranges = F.max_pool2d(planes, BLOCK) + F.max_pool2d(-planes, BLOCK)
+    black = F.max_pool2d(_levels(noisy, components), BLOCK).transpose(0, 1).flatten(0, 1)[:, None] <= CONSTANT
+    varied = -F.max_pool2d(-((ranges > CONSTANT) | black).to(noisy), side, 1).view(len(components), -1) > 0
+    told = torch.where((lit & varied).sum(1, keepdim=True) > lit.sum() / 2, lit & varied, lit)
     # Of blocks of noise alone with one variance, the tenth of least is so much below it (Wilson and Hilferty).
     spread = 2 / (9 * side**2 * len(patterns))
     below = (1 - spread - 1.2816 * math.sqrt(spread)) ** 3
     places, noise = [], []
-    for variances, its_levels in zip(blocks, levels, strict=True):
+    for all_variances, all_levels, where in zip(blocks, levels, told, strict=True):
+        variances, its_levels = all_variances[where], all_levels[where]
         parts = its_levels.argsort().tensor_split(max(1, min(8, len(its_levels) // LEAST_BLOCKS)))
         middles = torch.stack([its_levels[part].mean() for part in parts])
         found = torch.stack([variances[part].quantile(SMOOTH) for part in parts]) / below

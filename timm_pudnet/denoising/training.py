@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from timm_pudnet.config import InputError, PudNetWarning
+from timm_pudnet.config import InputError, NotFoundError, PudNetWarning
 from timm_pudnet.denoising.noise import add_noise, blind_spot_loss, blind_spots
 from timm_pudnet.denoising.pictures import check_whites, in_short, list_pictures, read_picture
 from timm_pudnet.denoising.predict import LEAST_SIDE, white_used
@@ -73,7 +73,7 @@ class PatchBank:
         for path in paths:
             try:
                 picture = read_picture(path)
-            except InputError as error:
+            except (InputError, NotFoundError) as error:  # the latter of links that lead nowhere
                 skipped.append(str(error))
                 continue
             if min(picture.pixels.shape[1:]) < LEAST_SIDE:
