@@ -103,9 +103,8 @@ def test_a_folder_is_made_noisy_and_denoised(run, photos, tmp_path):
     assert 19.5 < noisy < 23  # sigma 0.1, less where it was clipped
     assert denoised != noisy
     for what in ('noisy', 'denoised'):
-        found = {
-            path.relative_to(tmp_path / 'out' / what).as_posix() for path in (tmp_path / 'out' / what).rglob('*.*')
-        }
+        folder = tmp_path / 'out' / what
+        found = {path.relative_to(folder).as_posix() for path in folder.rglob('*.*')}
         assert found == set(list_pictures(photos))
         assert len(found) == 24
 
