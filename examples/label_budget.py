@@ -48,7 +48,7 @@ def main(
                 members = (pool.labels == label).nonzero().flatten()
                 picks += members[torch.randperm(len(members), generator=generator)[:count]].tolist()
             rest = sorted({*range(len(pool))}.difference(picks))
-            ways = {head: {'head': head} for head in ('centroid', 'ridge', 'blend')}
+            ways = {head: {'head': head} for head in ('centroid', 'ridge', 'blend', 'logistic')}
             if rest:
                 ways['with the rest unlabelled'] = {'unlabelled': pool.subset(rest)}
             for way, asked in ways.items():

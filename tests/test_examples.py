@@ -72,8 +72,8 @@ def test_the_label_budget_has_a_row_for_each_number_of_labels(run, photos, tiny_
     assert [row['labels'] for row in rows] == [1, 6]
     assert rows[1]['centroid']['interval'] == 0  # all of them, drawn twice
     assert rows[1]['centroid']['mean'] > 60
-    assert list(rows[0]) == ['labels', 'centroid', 'ridge', 'blend', 'with the rest unlabelled']
-    assert list(rows[1]) == ['labels', 'centroid', 'ridge', 'blend']  # there is no rest
+    assert list(rows[0]) == ['labels', 'centroid', 'ridge', 'blend', 'logistic', 'with the rest unlabelled']
+    assert list(rows[1]) == ['labels', 'centroid', 'ridge', 'blend', 'logistic']  # there is no rest
 
 
 def test_a_hypernetwork_is_trained_on_a_family_of_sets(run, pictures, write_folder, tmp_path):
