@@ -37,8 +37,8 @@ Accuracy in percent on classes that were never seen in training, with its 95 % i
   `cifar10-all`: the same with the first 1,000 training images of each class as labels, some of them nearly the same picture (one group,
   its interval over test images).
 - *Predicted* is by class centroids (eq. 7), and so is all that follows in its line but for *ridge*, *blend* and *logistic head*: the same
-  networks with these [heads](#heads), the last where there are 40 labels a class and more; in brackets ordinary training with the head, by
-  the better of its two statistics.
+  networks with these [heads](#heads), the last where there are 40 labels a class and more; in brackets, of blend and logistic,
+  ordinary training with that head, by the better of its two statistics.
 - *Ordinary training*: the same architecture trained as a classifier on at least as many images of the same classes (twice as many for
   `resnet18.mixed56`; for `resnet18.mixed96` three times, under conditions twice; what a sketch encoder alone saw besides is not counted),
   with the same head and calibration; in brackets with its own norm statistics.
