@@ -277,4 +277,6 @@ class Handler(BaseHTTPRequestHandler):
             elif item['key'] == 'deletedFile':
                 del files[value['path']]
         sha = hub.commit(repo, files)
+        if fault == 'answer lost' and hub.count[f'{repo} commit'] == 1:
+            return self.refuse(504)
         return self.answer(200, {'commitUrl': f'{hub.endpoint}/{repo}/commit/{sha}', 'commitOid': sha})

@@ -483,6 +483,18 @@ def test_all_images_of_a_class_are_the_support_and_the_file_says_all(bank, suppo
         TestGroups.draw(bank, n_shot='all')
 
 
+@pytest.mark.parametrize(('many', 'measured'), [(9, True), (12, False)])
+def test_a_logistic_head_is_measured_where_every_group_has_many_labels(
+    many, measured, bank, support_bank, hypernet, monkeypatch
+):
+    monkeypatch.setattr('timm_pudnet.evaluation.measure.MANY_LABELS', many)
+    groups = TestGroups.draw(bank, count=8, n_way=2, n_shot='all', n_query=3, support_bank=support_bank)
+    counts = support_bank.labels.bincount()[bank.labels[groups.query[:, :, 0]]].sum(1)
+    assert counts.min() < 24 <= counts.max()  # of classes of 6 to 24
+    found = evaluate(hypernet, bank, groups, support_bank=support_bank, progress=False)
+    assert ('accuracy_logistic' in found) == measured
+
+
 def small_batches(monkeypatch, size=7):
     monkeypatch.setattr(protocols.ImageSample, 'for_size', lambda input_size: protocols.ImageSample(size))
 

@@ -306,7 +306,10 @@ def test_every_hypernetwork_of_ours_may_be_published(folder):
     named = [next(name for name in measured if f'({name})' in result.dataset_name) for result in found]
     assert set(named) == measured, 'no file stands under the name of another'
     text = ModelCard(files['README.md'].decode()).text
-    assert all(f'(`{name}`)' in text for name in measured), 'a table of each'
+    assert all(text.count(f'(`{name}`):') == 1 for name in measured), 'a table of each'
+    assert f"hypernet='hub/{folder.name}'" not in text, 'which is a folder of a checkout'
+    assert ('noise of photons' in text) == any('photons' in name for name in measured)
+    assert ('| centroid | ridge |' in text) == bool(load_hypernet(folder).target.classifiers)
     assert '](../' not in text, 'which leads nowhere on the Hub'
     assert '**Licence.**' in text
     assert re.search(r'predict_model\(|predict_denoiser\(', text)
@@ -330,6 +333,18 @@ def test_a_licence_is_asked_for_where_the_card_says_none_and_never_changed(compl
     (model / 'README.md').write_text('# Mine\n')
     assert model_files(model, 'org/name')['README.md'] == b'# Mine\n'
     assert model_files(model, 'org/name', 'mit')['README.md'] == b'---\nlicense: mit\n---\n# Mine\n'
+
+
+def test_a_card_that_was_pulled_is_published_with_today_s_tables_alone(complete):
+    first = hypernet_files(complete, 'org/name', 'mit')['README.md']
+    (complete / 'README.md').write_bytes(first)
+    assert hypernet_files(complete, 'org/name')['README.md'] == first
+    found = json.loads((complete / 'results.json').read_text())
+    found['accuracy']['predicted']['mean'] = 12.34
+    (complete / 'results.json').write_text(json.dumps(found))
+    card = hypernet_files(complete, 'org/name')['README.md'].decode()
+    assert card.count('## All results') == 1
+    assert '12.34 ± ' in card
 
 
 def test_the_card_of_a_model_of_ours_imports_us(tmp_path):
@@ -538,8 +553,9 @@ def test_a_card_says_how_many_images_had_no_labels(tiny_folder, tmp_path):
     }
     card = hypernet_card(tmp_path, load_hypernet(tiny_folder), results, 'org/name', 'mit')
     assert '10 labels and 75 images without a class, 3 groups' in card
-    assert '| predicted | 67.00 ± 1.00 |' in card
-    assert '| predicted | 61.00 ± 1.00 |' in card
+    assert '| weights | centroid |\n|---|---|\n| predicted | 61.00 ± 1.00 |' in card
+    assert '| weights | centroid | ridge | blend | self-trained ridge |' in card
+    assert f'| predicted |{" 61.00 ± 1.00 |" * 3} 67.00 ± 1.00 |' in card
     found = ModelCard(card).data.eval_results
     heads = ['centroid', 'centroid', 'ridge', 'blend', 'self-trained ridge']
     assert [result.metric_name.split(', ')[1] for result in found] == [f'{head} head' for head in heads]

@@ -717,7 +717,7 @@ def png_with_a_broken_chunk():
 
 
 @leaves_files_open
-@pytest.mark.parametrize('kind', ['timm', 'torchvision'])
+@pytest.mark.parametrize('kind', ['timm', 'torchvision', 'timm, transformed', 'torchvision, transformed'])
 def test_whatever_is_wrong_with_an_image_of_a_dataset_it_is_skipped(kind, folder):
     first, second = sorted((folder / 'cat').iterdir())[:2]
     third = sorted((folder / 'dog').iterdir())[0]
@@ -727,6 +727,10 @@ def test_whatever_is_wrong_with_an_image_of_a_dataset_it_is_skipped(kind, folder
     made = {
         'timm': lambda: timm.data.create_dataset('', root=str(folder)),
         'torchvision': lambda: torchvision.datasets.ImageFolder(str(folder)),
+        'timm, transformed': lambda: timm.data.ImageDataset(str(folder), transform=torchvision.transforms.ToTensor()),
+        'torchvision, transformed': lambda: torchvision.datasets.ImageFolder(
+            str(folder), transform=torchvision.transforms.ToTensor()
+        ),
     }
     source = open_images(made[kind](), input=RGB)
     with pytest.warns(PudNetWarning, match='skipped 3 of'):

@@ -240,7 +240,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
     (folder / 'shelf' / 'test_resnet.shelved' / 'README.md').write_text('---\nlicense: mit\n---\nOurs.\n')
     release = ['release', str(ROOT / 'hub' / 'release'), 'org', '--hub', str(folder / 'shelf')]
     server.faults.update({'org/conflict': 'conflict', 'org/once': 'conflict once', 'org/silent': 'silent'})
-    server.faults['org/overtaken'] = 'overtaken'
+    server.faults |= {'org/overtaken': 'overtaken', 'org/lost': 'answer lost'}
     license = {'license': 'apache-2.0'}
     home = tmp_path_factory.mktemp('pusher')
     names = [
@@ -260,6 +260,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
     ]
     names += ['cli dry', 'cli', 'cli again', 'cli conflict', 'release dry', 'release', 'release again']
     names += [
+        'answer lost',
         'ahead',
         'overtaken',
         'hidden',
@@ -291,6 +292,7 @@ def pushed(server, client, tiny_folder, tmp_path_factory):
         [*release, '--dry-run'],
         release,
         release,
+        ['push', str(whole), 'org/lost', license],
         ['push', str(whole), 'org/overtaken', {'license': 'mit'}],
         ['push', str(whole), 'org/overtaken', license],
         ['push', str(whole), 'org/hidden', {**license, 'private': True}],
@@ -397,6 +399,13 @@ def test_a_commit_that_meets_another_one_is_tried_again(pushed, server):
     assert server.count['org/once commit'] == 2
     assert '409' in outcomes['conflict']['error']
     assert outcomes['conflict']['error'].startswith('HubError: org/conflict')
+
+
+def test_a_push_whose_answer_is_lost_is_told_all_the_same(pushed, server):
+    changes, address = pushed[0]['answer lost']['value']
+    assert changes == pushed[0]['first']['value'][0]
+    assert address.endswith(f'/org/lost/commit/{server.refs["org/lost"]["main"]}')
+    assert server.count['org/lost commit'] == 1
 
 
 def test_a_push_that_another_one_overtakes_is_no_mixture_of_the_two(pushed, server):

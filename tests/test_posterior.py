@@ -213,6 +213,13 @@ class TestEstimate:
         found = torch.tensor(estimate_noise(noisy, guess))
         assert ((found / 0.01 - 1).abs() < 0.15).all()
 
+    def test_a_clean_page_of_text_is_not_taken_for_noise(self):
+        page = torch.full((8, 1, 120, 120), 0.8)
+        strokes = torch.rand(8, 1, 60, 42, generator=generator()) < 0.3
+        page[..., :84][strokes.repeat_interleave(2, 2).repeat_interleave(2, 3)] = 0.1
+        ((black, white),) = estimate_noise(page, torch.full_like(page, 0.8))
+        assert max(black, white) < 0.02**2
+
     def test_black_without_photons_is_no_frame(self):
         for dark, rows in (([1], torch.eye(3)), ([0, 2], colour_components(3))):
             clean = slopes()

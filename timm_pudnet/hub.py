@@ -47,6 +47,7 @@ from timm_pudnet.target import check_architecture, describe_target, is_ours
 DEFAULTS = {'resnet18': 'resnet18.mixed56'}
 # Whose repositories on the Hub have the names that stand without an organisation, resnet18.cifar100_set for instance.
 HUB_ORG = 'timm-pudnet'
+_TABLES = '## All results'  # of a published card, at its end
 # What a folder publishes; anything else in it stays where it is.
 PUBLISHED = re.compile(
     rf'README\.md|[\w-]+(\.[\w-]+)*\.toml|(results|groups|scratch)(\.[\w-]+)?\.json|(choices|classes|expectation)\.json|{re.escape(HASHES_NAME)}'
@@ -532,6 +533,8 @@ def hypernet_card(
     own = folder / 'README.md'
     card = _own_card(own) if own.is_file() else ModelCard(_plain_card(hypernet, results, repo))
     text = re.sub(r'\[([^][]+)\]\(\.\./[^)]*\)', r'\1', card.text)  # to what lies beside the folder, and not on the Hub
+    text = text.replace(f"hypernet='hub/{folder.name}'", f"hypernet='{repo}'")  # of ours, in a checkout
+    text = text.partition(f'\n{_TABLES}\n')[0]  # of an earlier push
     card.text = f'{text.rstrip()}\n\n{_tables(results)}'
     data = card.data.to_dict()
     for ours in ('model-index', 'model_name'):
@@ -555,7 +558,7 @@ def hypernet_card(
             row = found.get(key, {}).get('predicted')
             if row is None:
                 continue
-            head = key.removeprefix('accuracy').lstrip('_').replace('self_training', 'self-trained ridge') or 'centroid'
+            head = _head(key)
             evaluated.append(
                 EvalResult(
                     task_type='image-classification',
@@ -606,8 +609,7 @@ def _psnr_result(file: str, found: Mapping[str, Any], condition: Mapping[str, An
     from huggingface_hub import EvalResult
 
     row = condition['psnr']['predicted']
-    kind = 'noise of photons' if found.get('kind') == 'poisson' else 'Gaussian noise'
-    noise = f'{kind}, sigma {condition["sigma"]} ({condition["reading"]}), {found.get("images")} images'
+    noise = f'{_noise(found)}, sigma {condition["sigma"]} ({condition["reading"]}), {found.get("images")} images'
     return EvalResult(
         task_type='image-to-image',
         dataset_type=_slug(str(found.get('protocol'))),
@@ -624,6 +626,15 @@ def _psnr_result(file: str, found: Mapping[str, Any], condition: Mapping[str, An
             'turns': found.get('turns', 1),
         },
     )
+
+
+def _noise(found: Mapping[str, Any]) -> str:
+    return 'noise of photons' if found.get('kind') == 'poisson' else 'Gaussian noise'
+
+
+def _head(key: str) -> str:
+    """The head whose accuracies stand under a key of a results file."""
+    return key.removeprefix('accuracy').lstrip('_').replace('self_training', 'self-trained ridge') or 'centroid'
 
 
 def _slug(text: str) -> str:
@@ -651,13 +662,15 @@ def _plain_card(hypernet: PudNet, results: Mapping[str, Mapping[str, Any]], repo
 def _tables(results: Mapping[str, Mapping[str, Any]]) -> str:
     """All results for a card: in a repository on the Hub nothing else shows them."""
     lines = [
-        '## All results\n',
-        'Accuracy in percent on classes never seen in training, or PSNR in dB on images never seen, with the '
-        'half-width of the 95 % interval.\n',
+        f'{_TABLES}\n',
+        'Accuracy in percent on classes never seen in training, by each head, or PSNR in dB on images never seen, with '
+        'the half-width of the 95 % interval.\n',
     ]
     for file, found in results.items():
         if 'noises' in found:
-            lines += [f'{found.get("images")} images of `{shown(found.get("protocol"))}`, Gaussian noise (`{file}`):\n']
+            lines += [
+                f'{found.get("images")} images of `{shown(found.get("protocol"))}`, {_noise(found)} (`{file}`):\n'
+            ]
             lines += ['| sigma | noisy | denoised |', '|---|---|---|']
             for one in found['noises']:
                 cells = [
@@ -666,14 +679,17 @@ def _tables(results: Mapping[str, Mapping[str, Any]]) -> str:
                 lines.append(f'| {one["sigma"]} ({shown(one["reading"])}) | {" | ".join(cells)} |')
             lines.append('')
             continue
-        rows = found.get('accuracy_self_training', found['accuracy']).items()
+        heads = {_head(key): row for key, row in found.items() if key.startswith('accuracy')}
         lines += [
             f'{_budget(found)} (`{file}`):\n',
-            '| weights | accuracy |',
-            '|---|---|',
-            *(f'| {shown(name)} | {row["mean"]:.2f} ± {row["interval"]:.2f} |' for name, row in rows),
-            '',
+            f'| weights | {" | ".join(heads)} |',
+            f'|---|{"---|" * len(heads)}',
         ]
+        for name in found['accuracy']:
+            cells = [row.get(name) for row in heads.values()]
+            texts = ['-' if cell is None else f'{cell["mean"]:.2f} ± {cell["interval"]:.2f}' for cell in cells]
+            lines.append(f'| {shown(name)} | {" | ".join(texts)} |')
+        lines.append('')
     lines.append('Trained as `recipe.toml` says; classes seen and unseen are in `classes.json`.')
     return '\n'.join(lines) + '\n'
 

@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -67,7 +68,7 @@ _TIMM_PACKAGES = {  # prefix of a timm dataset name: (module, name to install)
 }
 _SPLIT_NAMES = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test', 'testing'}
 # Of which timm gives the test images for whatever is not called train or training.
-_TRAIN_OR_TEST = {'cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist'}
+TRAIN_OR_TEST = {'cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist'}
 _ACCEPTED = (
     'a folder, a list of paths or images, an array [n, h, w, c], a tensor [n, c, h, w], a Dataset, a DataLoader '
     'or a timm dataset name (torch/cifar10)'
@@ -1041,20 +1042,30 @@ def _item(dataset: Any, position: int) -> Any:
             part = bisect.bisect_right(dataset.cumulative_sizes, position)
             position -= dataset.cumulative_sizes[part - 1] if part else 0
             dataset = dataset.datasets[part]
-    kinds: tuple[type[Exception], ...] = (OSError, SyntaxError, Image.DecompressionBombError)  # PIL's, of damaged files
-    if not _runs_own_code(dataset):
-        kinds = (Exception,)  # nearly anything
     try:
         return _timm_item(dataset, position) if _is_timm_s(dataset) else dataset[position]
-    except kinds as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, of damaged files
         return error
+    except Exception as error:  # nearly anything, of PIL too
+        if _runs_own_code(dataset) and not (_is_library_s(dataset) and _is_of_reading(error)):
+            raise
+        return error
+
+
+def _is_of_reading(error: Exception) -> bool:
+    """Whether an error comes from within PIL's opening or decoding of a file."""
+    frames = [(frame.name, frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    return any(name in ('open', 'load') and os.path.dirname(file).endswith('PIL') for name, file in frames)
+
+
+def _is_library_s(dataset: Any) -> bool:
+    return type(dataset).__module__.startswith(('torchvision.', 'timm.'))
 
 
 def _runs_own_code(dataset: Any) -> bool:
     """Whether code of the user's runs where it gives an image: an error may be one of his."""
-    own = not type(dataset).__module__.startswith(('torchvision.', 'timm.'))
     places = ('transform', 'transforms', 'target_transform')
-    return own or any(getattr(dataset, place, None) is not None for place in places)
+    return not _is_library_s(dataset) or any(getattr(dataset, place, None) is not None for place in places)
 
 
 def _is_timm_s(dataset: Any) -> bool:
@@ -1157,10 +1168,10 @@ def is_timm_name(text: str) -> bool:
 
 def takes_folder(images: Any) -> bool:
     """Whether it is a name under which timm reads the folders of classes in `data_dir`."""
-    return any_timm_name(images) and _torch_name(images) in ('image_folder', 'folder')
+    return any_timm_name(images) and torch_name(images) in ('image_folder', 'folder')
 
 
-def _torch_name(name: str) -> str:
+def torch_name(name: str) -> str:
     """Which of torchvision's datasets timm reads, in lower case; empty for those of others."""
     return name.split('/', 2)[-1].lower() if name.startswith('torch/') else ''
 
@@ -1195,7 +1206,7 @@ def _timm_dataset(
             f'{name}: data_dir is where the package datasets keeps what it downloads, and {root} holds images: pass '
             'that folder itself as the images'
         )
-    if _torch_name(name) in _TRAIN_OR_TEST and split not in _SPLIT_NAMES:
+    if torch_name(name) in TRAIN_OR_TEST and split not in _SPLIT_NAMES:
         raise InputError(f'{name}: no split {split!r}: name train or test')
     mode = '' if prefix == 'hfds' else 'L' if channels == 1 else 'RGB'  # hfds: undecoded, so that we see what is broken
     try:

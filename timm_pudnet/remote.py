@@ -349,12 +349,15 @@ def commit(
     Raises:
         HubError: The Hub cannot be asked, or refuses.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
+
+    sent: dict[str, str] = {}
 
     def send() -> tuple[dict[str, str], str]:
         head, done = _compare(repo, files, ours)
-        if not done:
-            return done, ''
+        if not done:  # by another, or by a try before this one whose answer was lost
+            return dict(sent), f'{constants.ENDPOINT}/{repo}/commit/{head}' if sent else ''
+        sent.update(done)
         operations: list[Any] = [CommitOperationDelete(name) for name, what in done.items() if what == 'gone']
         for name, what in done.items():
             if what != 'gone':

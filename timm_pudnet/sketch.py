@@ -19,22 +19,19 @@ from timm_pudnet.config import InputError
 
 Balance = Literal['none', 'class', 'kmeans']
 
-_changing_modes = threading.RLock()
+_sketching = threading.RLock()
 
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards every part in the mode that it had; of threads one at a time, where that is another."""
-    with ExitStack() as stack:
-        stack.enter_context(_changing_modes)
-        modes = {part: part.training for part in module.modules()}
-        if any(modes.values()):
-            for part, mode in modes.items():
-                stack.callback(setattr, part, 'training', mode)
-            module.eval()
-        else:
-            stack.close()
+    """Eval mode, and afterwards every part in the mode that it had."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
         yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 class RunningBatchNorm2d(nn.BatchNorm2d):
@@ -123,7 +120,12 @@ class StreamingSketch:
     def add(self, images: Tensor, labels: Tensor | None = None) -> None:
         """Takes in a batch `[n, c, h, w]` and its labels `[n]`."""
         dtype = next(self.encoder.parameters()).dtype
-        with in_eval_mode(self.encoder):
+        with ExitStack() as stack:
+            stack.enter_context(_sketching)  # of threads that share an encoder in training mode one at a time
+            if any(part.training for part in self.encoder.modules()):
+                stack.enter_context(in_eval_mode(self.encoder))
+            else:
+                stack.close()
             features = self.encoder(images.to(dtype)).cpu().double()
         if self.balance == 'kmeans':
             self.sample.add(features, keys=content_keys(images))

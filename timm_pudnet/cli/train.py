@@ -17,13 +17,10 @@ from timm_pudnet.config import InputError, OutputExistsError
 from timm_pudnet.denoising.training import PatchBank
 from timm_pudnet.files import local_path
 from timm_pudnet.hypernet import target_of, usable_device, written_whole
-from timm_pudnet.images import is_timm_name, takes_folder
+from timm_pudnet.images import TRAIN_OR_TEST, is_timm_name, takes_folder, torch_name
 from timm_pudnet.predict import save_model
 from timm_pudnet.training import Recipe
 from timm_pudnet.training.episodes import ImageBank
-
-# Of timm's datasets, those that are known to have a split `test`.
-_WITH_TEST = [f'torch/{name}' for name in ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')]
 
 
 @main.command()
@@ -147,7 +144,7 @@ def _has_test(images: str, root: str | None) -> bool:
     """Whether a timm dataset is known to have the split that is measured by default."""
     if takes_folder(images):
         return root is not None and (local_path(root) / 'test').is_dir()
-    return images.lower() in _WITH_TEST
+    return torch_name(images) in TRAIN_OR_TEST
 
 
 def _say_found(banks: Sequence[ImageBank | PatchBank]) -> None:

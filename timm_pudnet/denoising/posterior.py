@@ -31,6 +31,7 @@ SMOOTH = 0.1  # share of what has one brightness that is taken to hold noise alo
 LEAST_BLOCKS = 64  # of one brightness
 DARK = 0.03  # of the mean variance of noise: added to all where dark places are compared with others
 CONSTANT = 1e-6  # range of pixels that are all the same
+FEW = 0.15  # of the squares, that are not looked at where they hold a part of one value
 LEVEL_ERROR = 0.02  # of a brightness; levels no further apart than this say nothing about how noise grows with it
 
 
@@ -175,11 +176,11 @@ def noise_by_level(noisy: Tensor, guesses: Tensor, components: Tensor) -> tuple[
     if not lit.any():
         lit = torch.ones_like(lit)
     # Nor is it where a component is constant (frames, colours hidden under alpha, the chroma of grey among colour); but
-    # where that is so in most places there is no noise. Black stays: of few photons there may be none.
+    # where that is so in many places there is no noise. Black stays: of few photons there may be none.
     ranges = F.max_pool2d(planes, BLOCK) + F.max_pool2d(-planes, BLOCK)
     black = F.max_pool2d(_levels(noisy, components), BLOCK).transpose(0, 1).flatten(0, 1)[:, None] <= CONSTANT
     varied = -F.max_pool2d(-((ranges > CONSTANT) | black).to(noisy), side, 1).view(len(components), -1) > 0
-    told = torch.where((lit & varied).sum(1, keepdim=True) > lit.sum() / 2, lit & varied, lit)
+    told = torch.where((lit & varied).sum(1, keepdim=True) >= (1 - FEW) * lit.sum(), lit & varied, lit)
     # Of blocks of noise alone with one variance, the tenth of least is so much below it (Wilson and Hilferty).
     spread = 2 / (9 * side**2 * len(patterns))
     below = (1 - spread - 1.2816 * math.sqrt(spread)) ** 3

@@ -115,9 +115,8 @@ def noisy_patches(images: Any, channels: int, side: int) -> Tensor:
     """Patches `[n, channels, s, s]` spread evenly over the images, in their order, and over each of them; at most 128.
 
     `s` is `side`, or less where half of the images are smaller; those that are smaller still are mirrored at their
-    borders. Grey images are repeated for three channels; of colour images each channel is an image for one channel (of
-    each patch one alone, in turn, where these are more than 128). One image is held at a time, whatever their number
-    and sizes.
+    borders. Grey images are repeated for three channels; of colour images each channel is an image for one channel.
+    One image is held at a time, whatever their number and sizes.
     """
     items = _items(images)
     if not len(items):
@@ -135,9 +134,9 @@ def noisy_patches(images: Any, channels: int, side: int) -> Tensor:
     side = sides[len(sides) // 2]
     found = [_at_least(patch, side)[:, :side, :side] for patches in each for patch in patches]
     if channels == 1:
-        if sum(map(len, found)) > MOST_PATCHES:  # one channel of each patch, of all channels alike
-            return torch.stack([patch[number % len(patch)][None] for number, patch in enumerate(found)])
-        return torch.cat([patch[:, None] for patch in found])
+        planes = [patch[channel] for channel in range(3) for patch in found if channel < len(patch)]
+        kept = min(len(planes), MOST_PATCHES)
+        return torch.stack([planes[place * len(planes) // kept][None] for place in range(kept)])
     return torch.stack([patch.expand(channels, -1, -1) for patch in found])
 
 

@@ -185,6 +185,8 @@ class _Networks:
         _check_controls(hypernet, controls, {score for names in self.readings.values() for score in names})
         _check_without(without, controls, several=len(groups) > 1, other=other is not None)
         supports = (self.images(number)[0] for number in range(len(groups)))  # one at a time in memory
+        least = MANY_LABELS * groups.query.shape[1]
+        self.many = all(len(self.images(number)[0]) >= least for number in range(len(groups)))  # for a logistic head
         with forked_rng(hypernet.device):
             torch.manual_seed(seed)
             self.model = channels_last(create_feature_model(hypernet.target).to(hypernet.device).eval())
@@ -239,12 +241,12 @@ class _Networks:
                 continue
             predicted = predicted or weights
             arm = _with_weights(self.model, weights, self.calibration)
-            found |= _read(arm(support, query, rest), self.readings[name], support, n_way)
+            found |= _read(arm(support, query, rest), self.readings[name], support, n_way, self.many)
         for name, arm in self.fixed.items():
             if name in self.bases and _alike(self.bases[name], predicted):
                 found[name] = found['predicted']
                 continue
-            found |= _read(arm(support, query, rest), self.readings[name], support, n_way)
+            found |= _read(arm(support, query, rest), self.readings[name], support, n_way, self.many)
         return found
 
 
@@ -402,7 +404,7 @@ def _raw_pixels(support: GroupImages, query: GroupImages, rest: GroupImages) -> 
 
 
 def _read(
-    features: Features, spaces: Mapping[str, Tensor | None], support: GroupImages, n_way: int
+    features: Features, spaces: Mapping[str, Tensor | None], support: GroupImages, n_way: int, many: bool
 ) -> dict[str, dict[str, Tensor]]:
     """Guessed classes of the query by each head, for each reading of an arm; its first reading has more than eq. 7.
 
@@ -413,7 +415,7 @@ def _read(
     stream = StreamingRidge(n_way) if 'raw_pixels' in spaces else StreamingBlend(n_way)
     given = list(given) if support.fits else given
     logistic = StreamingLogistic(n_way)
-    many = len(support) >= MANY_LABELS * n_way and 'raw_pixels' not in spaces
+    many = many and 'raw_pixels' not in spaces
     for rows, labels in given:
         stream.add(rows, labels)
         if many:
