@@ -73,6 +73,8 @@ def settings(arguments):
 def summary(done):
     """Means over choices; the interval is that of the choices, each one value."""
     arms = next(iter(done.values()))['accuracy']
+    if len(done) < 2:  # whose interval is none
+        return {'number_of_choices': len(done), 'choices': done}
     return {
         'number_of_choices': len(done),
         'mean_over_choices': {

@@ -22,7 +22,7 @@ from timm_pudnet.evaluation import mean_interval, split_held_out
 @click.option('--model', 'model_name', default='resnet18', show_default=True)
 @click.option('--hypernet', help='A name or a folder; by default the one that serves the architecture.')
 @click.option('--labels', multiple=True, type=int, default=(1, 2, 5, 10, 20, 40), show_default=True, help='A class.')
-@click.option('--draws', default=10, show_default=True)
+@click.option('--draws', type=click.IntRange(min=2), default=10, show_default=True)
 @click.option('--out', type=click.Path(path_type=Path), help='Where the numbers go, as JSON.')
 def main(
     images: str, model_name: str, hypernet: str | None, labels: tuple[int, ...], draws: int, out: Path | None

@@ -73,6 +73,10 @@ def is_gpu(device):
 class Pretended(TorchFunctionMode):
     """What names a device, or asks where a tensor is."""
 
+    def __init__(self):
+        super().__init__()
+        self.generators = {}  # of the GPU, by their id
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
@@ -85,6 +89,9 @@ class Pretended(TorchFunctionMode):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
         if ours and func in (F.one_hot, torch.Tensor.quantile):  # make tensors of their own, out of our sight
             return OnGpu(func(tensor.inner, *args[1:], **kwargs))
+        drawn = is_gpu(kwargs.get('device')) or ours
+        if drawn and kwargs.get('generator') is not None and id(kwargs['generator']) not in self.generators:
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         if is_gpu(kwargs.get('device')) and func is not torch._C._nn._parse_to:
             return OnGpu(func(*args, **{**kwargs, 'device': 'cpu'}))
         return func(*args, **kwargs)
@@ -129,10 +136,17 @@ def pretended_cuda():
             'is_bf16_supported': lambda *_: True,
         }.items():
             patch.setattr(torch.cuda, name, value)
-        of_cpu = torch.Generator
-        patch.setattr(torch, 'Generator', lambda device=None: of_cpu())
+        of_cpu, mode = torch.Generator, Pretended()
+
+        def generator(device=None):
+            made = of_cpu()
+            if is_gpu(device):
+                mode.generators[id(made)] = made
+            return made
+
+        patch.setattr(torch, 'Generator', generator)
         for name in ('_accelerator_graph_capture_health_check', '_cuda_graph_capture_health_check'):
             patch.setattr(torch.optim.Optimizer, name, lambda _: None, raising=False)
         patch.setattr(torch.__future__, '_overwrite_module_params_on_conversion', True)
-        with Pretended():
+        with mode:
             yield

@@ -355,13 +355,21 @@ def test_a_pass_over_many_images_shows_a_bar(images, work, predict, monkeypatch)
     assert re.search(r'Reading: .* 0/18 ', succeeds(*predict(images, out='slow')).stderr)
 
 
-def test_too_little_memory_is_one_line(images, work, predict, monkeypatch, nothing_written):
+@pytest.mark.parametrize(
+    ('error', 'needles'),
+    [
+        (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.'), ['out of memory', '--device cpu']),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), ['not enough memory', 'fewer']),
+        (MemoryError(), ['not enough memory', 'fewer']),
+    ],
+)
+def test_too_little_memory_is_one_line(error, needles, images, work, predict, monkeypatch, nothing_written):
     def refuse(*args, **kwargs):
-        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+        raise error
 
     monkeypatch.setattr('timm_pudnet.evaluation.measure_held_out', refuse)
     with nothing_written(work):
-        fails(*predict(images), needles=['out of memory', '--device cpu'])
+        fails(*predict(images), needles=needles)
 
 
 def printed_lines(stdout):
@@ -1448,6 +1456,9 @@ def test_info_shows_the_plan_of_an_architecture():
     ):
         assert needle in text, (needle, text)
     text = succeeds('info', 'convnext_tiny', '--model-kwargs', 'conv_mlp=true', '--generator', 'residual').output
+    of_python = succeeds('info', 'convnext_tiny', '--model-kwargs', 'conv_mlp=True', '--generator', 'residual').output
+    assert of_python.splitlines()[:4] == text.splitlines()[:4]
+    fails('info', 'convnext_tiny', '--model-kwargs', 'conv_mlp=False', needles=['convnext_tiny', 'conv_mlp=True'])
     assert '% predicted' in text
     assert '% shared' in succeeds('info', 'convnext_atto', '--min-predicted', '0', '--generator', 'residual').output
 

@@ -404,6 +404,9 @@ def test_networks_of_another_architecture_get_the_sketch_encoder_of_a_hypernetwo
     words = [HUB / 'average.py', 'given', 'out', '0', '1', '--model', 'test_efficientnet', '--norm-rank', '2']
     code, _, err = fresh_process(*words, cwd=tmp_path)
     assert code == 0, err
+    assert '0 does not say which classes it has seen' in err
+    code, _, err = fresh_process(*words, cwd=tmp_path)
+    assert (code, 'start exists' in err) == (2, True)
     made = PudNet.from_pretrained(tmp_path / 'out')
     assert (made.config.model_name, made.config.class_names) == ('test_efficientnet', ('cup',))
     assert made.config.norm_rank == 2

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from timm_pudnet import PudNet, load_hypernet, save_model
-from timm_pudnet.config import InputConfig, InputError, PudNetWarning
+from timm_pudnet.config import InputConfig, InputError, OutputExistsError, PudNetWarning
 from timm_pudnet.hypernet import forked_rng, save_tensors
 from timm_pudnet.target import with_own_config
 from timm_pudnet.training import (
@@ -24,6 +24,7 @@ from timm_pudnet.training import (
     LossWeights,
     Recipe,
     meta_train,
+    save_control,
     train_plain,
     try_recipe,
     whitening_path,
@@ -283,6 +284,15 @@ def script(monkeypatch, name, *args):
 
 def average(monkeypatch, *args):
     script(monkeypatch, 'average.py', *args)
+
+
+def test_a_control_that_is_refused_leaves_the_whitening_of_the_one_that_is_there(tmp_path):
+    model = timm.create_model('test_resnet', num_classes=0)
+    save_control(tmp_path / 'start', model, torch.eye(4), ['cup'])
+    before = whitening_path(tmp_path / 'start').read_bytes()
+    with pytest.raises(OutputExistsError):
+        save_control(tmp_path / 'start', model, torch.zeros(4, 4), ['jar'])
+    assert whitening_path(tmp_path / 'start').read_bytes() == before
 
 
 DISTIL = """

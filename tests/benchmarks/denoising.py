@@ -23,7 +23,7 @@ SIDES = 1024, 4096  # of the images whose peak memory is compared
 
 
 def peak_of(hypernet, side, queue):
-    """Peak memory in MB of denoising one colour image, less what the image and its result take."""
+    """Peak memory in MB of a denoiser and of denoising one colour image, less what the image and its result take."""
     torch.set_num_threads(2)
     image = torch.rand(3, side, side)
     model = timm_pudnet.predict_denoiser([image], hypernet=hypernet, device='cpu')

@@ -8,6 +8,7 @@ The images of all FOLDERS, of those classes that the hypernetwork was not traine
 and several processes can share the seeds (`--seed`). A plot lands beside the file.
 """
 
+import fcntl
 import json
 import sys
 from pathlib import Path
@@ -76,18 +77,27 @@ def main(
         )
         if result['ended'] != 'epochs':
             sys.exit('interrupted: this seed is not kept')
-        runs = {**read(out, settings), str(seed): result}  # read again: another process may have written meanwhile
-        summary = summarise(runs)
-        with written_whole(out) as beside:
-            text = {'setting': SETTING, **settings, 'summary': summary, 'runs': runs}
-            beside.write_text(json.dumps(text, indent=2) + '\n')
+        with open(f'{out}.lock', 'w') as lock:  # another process may write at this moment
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            runs = {**read(out, settings), str(seed): result}
+            summary = summarise(runs)
+            with written_whole(out) as beside:
+                text = {'setting': SETTING, **settings, 'summary': summary, 'runs': runs}
+                beside.write_text(json.dumps(text, indent=2) + '\n')
         plot(summary, out.with_suffix('.png'), f'{model}, {result["images"]:,} images of {result["classes"]} classes')
         click.echo(json.dumps(summary['after'], indent=2))
 
 
 def read(path: Path, settings: dict) -> dict:
     found = json.loads(path.read_text()) if path.exists() else {'runs': {}}
-    if any(found.get(name, value) != value for name, value in settings.items()):  # older files have fewer
+    own = {'model': 'model_name', 'hypernet': 'hypernet', 'tested': 'tested', 'epochs': 'epochs', 'learned': 'images'}
+    wrong = [name for name, value in settings.items() if found.get(name, value) != value]  # older files have fewer
+    for run in found['runs'].values():  # and each run tells its own; shares of classes may round its numbers by one
+        for name, key in own.items():
+            given, value = run[key], settings[name]
+            if given != value and not (isinstance(value, int) and name != 'epochs' and abs(given - value) <= 1):
+                wrong.append(name)
+    if wrong:
         raise click.UsageError(f'{path} is of other settings: choose another --out')
     return found['runs']
 

@@ -56,7 +56,9 @@ def measure(recipe: Recipe, repeats: int, num_classes: int = 80) -> dict:
 
     def sketch() -> None:
         with meta.mixed_precision():
-            net.encoder(torch.cat([support, further])).sum().backward()
+            total = net.encoder(torch.cat([support, further])).sum()
+            if total.requires_grad:  # not where the recipe keeps the encoder as it is
+                total.backward()
 
     code = net.encoder(support).mean(0).detach()
     start = {key: torch.randn_like(value) for key, value in net(code).items() if value.requires_grad}

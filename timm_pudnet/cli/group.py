@@ -77,6 +77,11 @@ class _Commands(click.Group):
             remedy = 'make the groups of the recipe smaller, or ' if ctx.invoked_subcommand == 'train' else ''
             click.echo(f'Error: {str(error).partition(". ")[0]}: {remedy}use --device cpu', err=True)
             ctx.exit(2)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and 'DefaultCPUAllocator' not in str(error):
+                raise
+            click.echo('Error: not enough memory: give fewer or smaller images', err=True)
+            ctx.exit(2)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -98,10 +100,10 @@ def _key_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition('=')
     if not key or not equals:
         raise InputError(f'--model-kwargs {text}: write KEY=VALUE, conv_mlp=true for instance')
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
+    for read in (json.loads, ast.literal_eval):  # true as in a recipe, and True as in Python
+        with contextlib.suppress(ValueError, SyntaxError):
+            return key, read(value)
+    return key, value
 
 
 @main.command(name='list')

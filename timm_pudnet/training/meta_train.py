@@ -37,7 +37,7 @@ from timm_pudnet.hypernet import (
     written_whole,
 )
 from timm_pudnet.images import ImageSource, is_timm_name, open_images
-from timm_pudnet.predict import save_model
+from timm_pudnet.predict import check_output, save_model
 from timm_pudnet.sketch import in_eval_mode
 from timm_pudnet.target import (
     batch_norms,
@@ -387,7 +387,12 @@ def whitening_path(control: Path) -> Path:
 
 
 def save_control(folder: Path, model: nn.Module, whitening: Tensor, classes: Iterable[str]) -> None:
-    """Writes a control in timm's format, after the whitening of its features and which classes it has seen."""
+    """Writes a control in timm's format, after the whitening of its features and which classes it has seen.
+
+    Raises:
+        OutputExistsError: The folder is there; nothing is written then.
+    """
+    check_output(folder)
     with written_whole(whitening_path(folder)) as beside:
         save_tensors({'whitening': whitening}, beside, {'classes': json.dumps(list(classes))})
     save_model(model, folder)
