@@ -5,7 +5,6 @@ import io
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tarfile
@@ -248,6 +247,7 @@ def nothing_written():
 @pytest.fixture
 def full_disk():
     """In the block no file can grow past a few kilobytes: writing fails as on a full disk, for native code too."""
+    import resource  # which Windows lacks
 
     @contextlib.contextmanager
     def limit(size=8192):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import yaml
 from hub_server import TOKEN, LoopbackHub
@@ -89,7 +90,8 @@ def by_xet(name, repo):
     finally:
         file_download.xet_get, constants.HF_HUB_DISABLE_XET = kept, True
     stored = (Path(remote.fetch(repo)) / 'model.safetensors').resolve()
-    assert stored.is_relative_to(Path(constants.HF_HUB_CACHE).resolve() / 'blobs'), stored
+    shared = hasattr(constants, 'HF_HUB_DISABLE_SHARED_BLOBS')  # not in an earlier huggingface_hub
+    assert not shared or stored.is_relative_to(Path(constants.HF_HUB_CACHE).resolve() / 'blobs'), stored
     return found
 
 def full_disk(repo):
@@ -169,7 +171,7 @@ def client(server, tmp_path_factory, tiny_folder):
             [sys.executable, '-c', CLIENT, json.dumps(steps), str(tiny_folder)],
             env={
                 **known,
-                'PYTHONPATH': str(ROOT),
+                'PYTHONPATH': os.pathsep.join([str(ROOT), *os.environ.get('PYTHONPATH', '').split(os.pathsep)]),
                 'OMP_NUM_THREADS': '1',
                 'HF_HOME': str(home),
                 'HF_ENDPOINT': server.endpoint,
@@ -415,6 +417,7 @@ def test_a_push_that_another_one_overtakes_is_no_mixture_of_the_two(pushed, serv
     assert b'apache-2.0' in server.files('org/overtaken')['README.md']
 
 
+@pytest.mark.skipif(huggingface_hub.__version__.startswith('0.'), reason='its sessions are those of requests')
 def test_a_hub_that_says_nothing_is_not_waited_for_without_end(pushed):
     outcomes, _ = pushed
     assert outcomes['silent']['error'].startswith('HubError: org/silent: ')

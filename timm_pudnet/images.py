@@ -76,7 +76,8 @@ _ACCEPTED = (
 _FLOAT_TOLERANCE = 1e-3
 _DIM = 0.125  # of white: images of more bits whose pixels are all darker lose most of their grey levels
 _MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
-_LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # the weights of PIL's convert('L')
+# The weights of PIL's convert('L'), whatever torch's defaults are when this is imported.
+_LUMA = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float32, device='cpu').view(3, 1, 1)
 _quiet_lock = threading.Lock()
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 _PART = 16  # images that a thread decodes at a time

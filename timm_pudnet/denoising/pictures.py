@@ -309,12 +309,13 @@ def _decode_deep(path: Path, grey: bool) -> np.ndarray:
         # No InputError, for which a folder's file would be left out with a warning.
         raise PudNetError(f'{path}: 16-bit colours need opencv: pip install opencv-python-headless') from error
 
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # its remarks on metadata
+    log = getattr(cv2.utils, 'logging', cv2)  # there before opencv 4.13
+    level = log.getLogLevel()
+    log.setLogLevel(0)  # its remarks on metadata
     try:
         samples = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     finally:
-        cv2.utils.logging.setLogLevel(level)
+        log.setLogLevel(level)
     if samples is None or samples.dtype != np.uint16 or samples.ndim != 3:
         raise ValueError('opencv cannot read it')
     return samples[..., [0, 3] if grey else [2, 1, 0, 3][: samples.shape[2]]]
