@@ -309,7 +309,7 @@ def _decode_deep(path: Path, grey: bool) -> np.ndarray:
         # No InputError, for which a folder's file would be left out with a warning.
         raise PudNetError(f'{path}: 16-bit colours need opencv: pip install opencv-python-headless') from error
 
-    log = getattr(cv2.utils, 'logging', cv2)  # there before opencv 4.13
+    log: Any = getattr(cv2.utils, 'logging', cv2)  # there before opencv 4.13
     level = log.getLogLevel()
     log.setLogLevel(0)  # its remarks on metadata
     try:
