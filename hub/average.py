@@ -56,12 +56,13 @@ def main() -> None:
         hypernet = PudNet.for_target(**config_fields(hypernet.config, **fields))
         hypernet.encoder.load_state_dict(encoder.state_dict())
     config = hypernet.config
-    for folder in options.folders:
-        if not seen_by(folder):
+    classes = {folder: seen_by(folder) for folder in options.folders}
+    for folder, names in classes.items():
+        if not names:
             print(f'Warning: {folder} does not say which classes it has seen: see to it yourself', file=sys.stderr)
     if (options.out / 'start').exists():
         parser.error(f'{options.out / "start"} exists: choose another OUT, or take it away')
-    seen = dict.fromkeys((*config.class_names, *(name for folder in options.folders for name in seen_by(folder))))
+    seen = dict.fromkeys((*config.class_names, *(name for names in classes.values() for name in names)))
     kwargs = {**config.model_kwargs, 'num_classes': 0}
     networks = [pretrained_model(Path(folder), kwargs).state_dict() for folder in options.folders]
     for folder, network in zip(options.folders, networks, strict=True):

@@ -22,7 +22,7 @@ RIDGE_STRENGTH = 0.3
 # Of the blend; chosen by groups of CIFAR-10's training images and of 67 classes of Tiny-ImageNet that are left out.
 SMOOTHING = 2  # images, in which all channels are alike, that naive Bayes takes for seen of every class
 EVEN_IMAGES = 2  # so many images a feature, and naive Bayes and ridge weigh the same
-# Of the logistic regression; chosen on CIFAR-10's training images and 27 classes of Tiny-ImageNet that are left out.
+# Of the logistic regression; chosen on CIFAR-10's training images and 27 classes of Tiny-ImageNet (hub/heads.md).
 LOGISTIC_PENALTY = 100.0  # of squared weights for features of variance 1, beside the sum of all images' losses
 SPREAD_FLOOR = 0.1  # of the mean deviation of all features, added to that of each
 LOGISTIC_STEPS = 200  # at most
@@ -274,9 +274,9 @@ class StreamingLogistic:
     """A multinomial logistic regression of the features: the best head with many labels.
 
     `min sum_i -log p(y_i | f_i) + c |W|^2`, of features divided by their deviation: convex, with one solution. It has
-    no closed form and is found by L-BFGS (a second or two for 10,000 images). Unlike a ridge regression it does not
-    mind images that are far on the right side, and so goes on gaining with labels where that one has stopped. It keeps
-    the features, `4 d` bytes an image, and needs `16 d` in the end.
+    no closed form and is found by L-BFGS, which takes longer. Unlike a ridge regression it does not mind images that
+    are far on the right side, and so goes on gaining with labels where that one has stopped. It keeps the features,
+    `4 d` bytes an image, and needs `16 d` in the end.
 
     Args:
         num_classes: `k`.

@@ -549,9 +549,10 @@ def open_images(
             "images: timm's PrefetchLoader normalises: pass the Dataset, without a transform, or pixels in 0-1, "
             'create_loader(..., use_prefetcher=False, mean=(0, 0, 0), std=(1, 1, 1))'
         )
-    in_place = _is_column_of_pictures(images)
-    if _is_column(images) and not in_place:
-        images = list(images)
+    in_place = False
+    if _is_column(images):
+        in_place = _holds_pictures(images)
+        images = images if in_place else list(images)
     if isinstance(images, str) and is_timm_name(images):
         where = images
         images = _timm_dataset(images, data_dir, split, input.input_size[0], strict)
@@ -633,11 +634,10 @@ def _is_column(images: Any) -> bool:
     return listed and not isinstance(images, known) and not _is_table(images)
 
 
-def _is_column_of_pictures(images: Any) -> bool:
-    """Whether it is a column that decodes an image only when asked for it, as one of the package datasets does."""
-    if not (isinstance(images, Sequence) and _is_column(images) and len(images)):  # a Series is no Sequence
-        return False
-    return not isinstance(_item(images, 0), (str, os.PathLike))
+def _holds_pictures(column: Any) -> bool:
+    """Whether a column decodes an image only when asked for it, as one of the package datasets does."""
+    lazy = isinstance(column, Sequence) and len(column) > 0  # a Series is no Sequence
+    return lazy and not isinstance(_item(column, 0), (str, os.PathLike))
 
 
 def _is_table(images: Any) -> bool:

@@ -277,8 +277,7 @@ def _headless(model_name: str, kwargs_json: str, made_by: Callable[..., nn.Modul
 def check_loadable(model: nn.Module) -> None:
     """Raises InputError where timm, told what a file of this model would say, makes other tensors than it has."""
     name, classes = str(model.pretrained_cfg['architecture']), int(cast(Any, model.num_classes))  # type: ignore[index]
-    found = getattr(timm.models, 'get_model_args', lambda model: getattr(model, '_model_args', None) or {})(model)
-    arguments = {key: value for key, value in found.items() if key != 'num_classes'}
+    arguments = {key: value for key, value in arguments_of(model).items() if key != 'num_classes'}
     try:
         expected = _meta_model(name, arguments, classes).state_dict()
     except (PudNetError, OSError):  # vit_small_resnet26d_224 fetches weights; what is wrong otherwise timm says
@@ -435,6 +434,12 @@ def keep_arguments(model: nn.Module, arguments: Mapping[str, Any]) -> None:
             kept[key] = arguments[key]
     described: Any = model
     described._model_args = kept
+
+
+def arguments_of(model: nn.Module) -> dict[str, Any]:
+    """The arguments that a model was made with, as timm knows them, or an earlier timm by `keep_arguments`."""
+    found = getattr(timm.models, 'get_model_args', lambda model: getattr(model, '_model_args', None))(model)
+    return dict(found or {})
 
 
 def with_own_config(model: nn.Module, config: InputConfig) -> nn.Module:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import click
 import safetensors.torch
-import timm
 from safetensors import SafetensorError
 from torch import nn
 
@@ -34,7 +33,7 @@ from timm_pudnet.files import config_sha256, weights_sha256
 from timm_pudnet.hub import load_hypernet
 from timm_pudnet.hypernet import PudNet, pretrained_model, usable_device, written_whole
 from timm_pudnet.images import ImageSource, any_timm_name, open_images
-from timm_pudnet.target import create_feature_model, input_of, with_own_config
+from timm_pudnet.target import arguments_of, create_feature_model, input_of, with_own_config
 from timm_pudnet.training import ImageBank, bank_input, whitening_path
 from timm_pudnet.training.meta_train import seen_by
 
@@ -244,9 +243,7 @@ def _read_controls(paths: Sequence[Path], network: PudNet) -> dict[str, Any]:
 
 def _in_words(model: nn.Module) -> str:
     """Architecture, arguments and input size of a timm model, which its tensors alone do not tell."""
-    kept = getattr(model, '_model_args', None) or {}  # by keep_arguments, where timm is earlier than 1.0.31
-    found: dict[str, Any] = getattr(timm.models, 'get_model_args', lambda model: kept)(model)
-    found = {'global_pool': 'avg', **found}  # which an earlier timm does not write
+    found = {'global_pool': 'avg', **arguments_of(model)}  # which an earlier timm does not write
     told = (f'{key}={json.dumps(found[key])}' for key in sorted(found.keys() - {'num_classes', 'in_chans'}))
     name = model.pretrained_cfg['architecture']  # type: ignore[index]
     return f'{name} ({", ".join(told)}) of images of {size_of(input_of(model))}'

@@ -246,9 +246,9 @@ def predict(
         note = _said_of_classes(source)
         click.echo(f'Kept aside {len(tested):,} of them for the test, {len(used):,} give the weights')
     elif source.labelled and source.labels is None and holdout and wanted != 'none':
-        note = 'these images tell their labels only as they are read, in order, so none is kept aside'
-        click.echo(f'Not tested {note}')
-        note = f'Not tested: {note}.'
+        why = 'these images tell their labels only as they are read, in order, so none is kept aside'
+        click.echo(f'Not tested {why}')
+        note = f'Not tested: {why}.'
     run = _Prediction(
         model_name=model_name,
         network=network,

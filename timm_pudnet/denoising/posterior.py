@@ -31,7 +31,7 @@ SMOOTH = 0.1  # share of what has one brightness that is taken to hold noise alo
 LEAST_BLOCKS = 64  # of one brightness
 DARK = 0.03  # of the mean variance of noise: added to all where dark places are compared with others
 CONSTANT = 1e-6  # range of pixels that are all the same
-FEW = 0.15  # of the squares, that are not looked at where they hold a part of one value
+FEW = 0.15  # of the squares, that are not looked at where they hold a part of one value; set by hand
 LEVEL_ERROR = 0.02  # of a brightness; levels no further apart than this say nothing about how noise grows with it
 
 
