@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -463,6 +464,17 @@ def test_the_widest_serves_an_architecture_and_all_are_listed():
     for architecture in ('resnet18', 'mobilenetv4_conv_small'):
         assert load_hypernet(architecture).name == f'{architecture}.mixed56'
     assert set(PUBLISHED) <= set(list_hypernets())
+
+
+def test_the_source_distribution_has_what_the_wheel_takes_and_fits_on_pypi():
+    pyproject = tomllib.loads((HUB.parent / 'pyproject.toml').read_text(encoding='utf-8'))
+    targets = pyproject['tool']['hatch']['build']['targets']
+    included = [HUB.parent / line.lstrip('/') for line in targets['sdist']['include']]
+    assert all(path.exists() for path in included)
+    for source in targets['wheel']['force-include']:
+        assert any((HUB.parent / source).is_relative_to(path) for path in included), source
+    weights = [path for folder in included for path in folder.rglob('model.safetensors')]
+    assert sum(path.stat().st_size for path in weights) < 90e6  # PyPI takes files of up to 100 MB
 
 
 def test_denoisers_are_measured_on_the_same_images_whatever_the_noise():
