@@ -21,7 +21,14 @@ from timm_pudnet.evaluation import mean_interval, split_held_out
 @click.argument('images')
 @click.option('--model', 'model_name', default='resnet18', show_default=True)
 @click.option('--hypernet', help='A name or a folder; by default the one that serves the architecture.')
-@click.option('--labels', multiple=True, type=int, default=(1, 2, 5, 10, 20, 40), show_default=True, help='A class.')
+@click.option(
+    '--labels',
+    multiple=True,
+    type=click.IntRange(min=1),
+    default=(1, 2, 5, 10, 20, 40),
+    show_default=True,
+    help='A class.',
+)
 @click.option('--draws', type=click.IntRange(min=2), default=10, show_default=True)
 @click.option('--out', type=click.Path(path_type=Path), help='Where the numbers go, as JSON.')
 def main(
@@ -39,7 +46,7 @@ def main(
     for count in labels:
         if int(pool.labels.bincount().min()) < count:
             print(f'{count} labels a class: a class has fewer')
-            break
+            continue
         found = {}
         for draw in range(draws):
             generator = torch.Generator().manual_seed(draw)

@@ -135,8 +135,10 @@ def test_a_test_of_images_kept_aside_is_told_with_wilson_s_intervals():
     assert [' '.join(line.split()) for line in test.lines()] == [
         'Accuracy 50.0% on the images kept aside (5 of 10; 95 % interval 23.7% to 76.3%)',
         'Raw pixels 100.0% by ridge regression (10 of 10; 95 % interval 72.2% to 100.0%)',
-        'Chance 25.0%',
+        'Chance 25.0%; 100.0% by always naming the largest class',
     ]
+    equal = dataclasses.replace(test, labels=torch.arange(10) % 4)
+    assert list(equal.lines())[2] == 'Chance      25.0%'
 
 
 def test_mean_interval_of_one_value_or_of_equal_ones():

@@ -239,6 +239,9 @@ def test_traits_of_a_folder_are_those_of_its_images(tiny, fitted, pictures, monk
     unequal = read_traits(tiny, model, source.subset(fewer), fitted)
     assert unequal.sketch_images == pytest.approx(9 / (1 + 1 / 8 + 1 / 8)), 'the one image weighs as much as eight'
     assert found.leave_one_out > 0.6  # a pattern each
+    copies = open_images(images.repeat(3, 1, 1, 1), list(names) * 3, input=tiny.config.input)
+    copied = read_traits(tiny, model, copies, fitted)
+    assert (copied.images, copied.leave_one_out) == (24, found.leave_one_out), 'a copy does not find its original'
     assert (found.num_classes, found.images) == (3, 24)
     assert read_traits(tiny, model, open_images(images, input=tiny.config.input), fitted) is None
     monkeypatch.setattr('timm_pudnet.evaluation.expectation.MOST_IMAGES', 1)  # of a large set, 20 of each class

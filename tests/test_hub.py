@@ -131,6 +131,12 @@ def test_a_name_of_a_wrong_type_is_an_error_of_ours(name, shelf, one_line):
     one_line(error, type(name).__name__)
 
 
+def test_a_folder_without_a_config_is_no_hypernetwork(tmp_path, one_line):
+    with pytest.raises(NotFoundError) as error:
+        describe_hypernet(tmp_path)
+    one_line(error, f'{tmp_path} is no hypernetwork', 'config.json')
+
+
 def test_a_damaged_config_is_named_by_its_path(shelf, one_line):
     path = shelf / 'test_resnet.tiny' / 'config.json'
     path.write_text('{"format_version": 1, "model_name"')
@@ -267,6 +273,7 @@ HUB_FOLDERS = sorted(path.parent for path in HUB.glob('*/config.json'))
 
 INCOMPLETE = {
     'no recipe': (lambda folder: (folder / 'recipe.toml').unlink(), ['recipe.toml']),
+    'a damaged recipe': (lambda folder: (folder / 'recipe.toml').write_text('seed = ['), ['recipe.toml', 'no recipe']),
     'no results': (lambda folder: (folder / 'results.json').unlink(), ['no results', 'evaluate']),
     'results of before hashes': (lambda folder: change_results(folder, weights_sha256=None), ['results.json', 'which']),
     'results of other weights': (
@@ -278,6 +285,10 @@ INCOMPLETE = {
         ['results.json', 'config.json', 'evaluate'],
     ),
     'results on a seen class': (lambda folder: change_results(folder, classes=['mug', 'hat']), ['hat', 'seen']),
+    'an accuracy of more than all': (
+        lambda folder: change_results(folder, accuracy={'predicted': {'mean': 999.9, 'interval': 1.0}}),
+        ['results.json', 'evaluate'],
+    ),
     'no accuracy': (lambda folder: change_results(folder, accuracy={}), ['results.json', 'evaluate']),
     'results that are not published': (
         lambda folder: shutil.copy(folder / 'results.json', folder / 'results.v1.2.json'),

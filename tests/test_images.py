@@ -1,6 +1,7 @@
 """images.py: every form of images people have, and every way in which they go wrong."""
 
 import dataclasses
+import enum
 import io
 import os
 import pickle
@@ -165,6 +166,41 @@ def test_loose_images_and_empty_class_folders_are_named(folder):
     assert len(source) == 5
 
 
+def test_one_folder_among_many_images_does_not_take_their_place(tmp_path, one_line):
+    for place in ('1.png', '2.png', 'thumbs/1.png'):
+        save(tmp_path / place, noise(16, 16, 3))
+    with pytest.raises(InputError) as error:
+        open_images(tmp_path, input=RGB)
+    one_line(error, '2 images and one folder with images (thumbs)')
+    assert len(open_images(tmp_path, input=RGB, with_labels=False)) == 3
+
+
+def test_pictures_that_cannot_be_read_are_counted_before_reading(folder, one_line):
+    for name in ('1.HEIC', '2.heic', 'x.jpg?w=300', 'x.jpg_large', 'notes.txt', 'box.xml', 'LICENSE'):
+        (folder / 'cat' / name).write_bytes(b'x')
+    with pytest.warns(PudNetWarning, match=r'ignored 4 pictures .*\(\.HEIC, \.heic, \.jpg\?w=300, \.jpg_large\)$'):
+        assert len(open_images(folder, input=RGB)) == 5
+    with pytest.raises(InputError) as error:
+        open_images(folder, input=RGB, strict=True)
+    one_line(error, str(folder), '4 pictures', 'convert or rename them')
+
+
+def test_splits_beside_a_folder_that_is_none_are_named(tmp_path):
+    for name in ('Train', 'dev', 'extra'):
+        save(tmp_path / name / 'x.png', noise(16, 16, 3))
+    with pytest.warns(PudNetWarning, match='took dev, Train for classes'):
+        assert open_images(tmp_path, input=RGB).class_names == ('dev', 'extra', 'Train')
+    (tmp_path / 'extra' / 'x.png').unlink()
+    with pytest.raises(InputError, match='holds splits, not classes'):
+        open_images(tmp_path, input=RGB)
+
+
+def test_names_from_files_are_shown_in_one_line(tmp_path, one_line):
+    with pytest.raises(InputError) as error:
+        read(open_images(['a.png\n', '\x1b[31mb.png'], input=RGB))
+    one_line(error, "'a.png\\n'", "'\\x1b[31mb.png'")
+
+
 def test_one_class_is_fine(tmp_path):
     save(tmp_path / 'only' / 'x.png', noise(16, 16, 3))
     source = open_images(tmp_path, input=RGB)
@@ -267,9 +303,11 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
             same(read(open_images([save(tmp_path / 'x.pfm', np.asarray(image))], input=GREY))[0], want)
     with pytest.warns(PudNetWarning, match=r'more than 8 bits'):
         same(read(open_images(tmp_path, input=GREY, with_labels=False))[0], torch.cat([want, want]))  # both files
-    for images in (pixels[None], torch.from_numpy(pixels)[None], [pixels]):
-        same(read(open_images(images, input=GREY))[0], want)
-    same(read(open_images(pixels.astype('>u2')[None], input=GREY))[0], want)
+    for images in (pixels[None], torch.from_numpy(pixels)[None], [pixels], pixels.astype('>u2')[None]):
+        with pytest.warns(PudNetWarning, match=r'too$'):
+            same(read(open_images(images, input=GREY))[0], want)
+        with pytest.warns(PudNetWarning, match=r'brightest pixel is 6\.\d% of white'):  # of 12 bits
+            read(open_images(pixels[None] // 16, input=GREY))
 
 
 def test_what_is_white_is_one_thing_for_all_images(one_line):
@@ -429,6 +467,37 @@ def test_a_column_of_labels_is_as_good_as_a_row():
     assert read(open_images(loader, input=RGB))[1].tolist() == row
 
 
+def test_labels_may_be_a_table_of_one_column_or_members_of_an_enum():
+    class Kind(str, enum.Enum):  # noqa: UP042 - whose str() is not its value
+        cat, dog = 'cat', 'dog'
+
+    pandas = pytest.importorskip('pandas')
+    frame = pandas.DataFrame({'label': ['dog', 'cat', 'dog', 'dog']})
+    assert open_images(noise(4, 8, 8, 3), frame, input=RGB).labels.tolist() == [1, 0, 1, 1]
+    source = open_images(noise(4, 8, 8, 3), [Kind.dog, Kind.cat, Kind.cat, Kind.dog], input=RGB)
+    assert (source.class_names, source.labels.tolist()) == (('cat', 'dog'), [1, 0, 0, 1])
+
+
+@pytest.mark.parametrize('labels', [lambda: [0, 1], {0: 1, 1: 0}, 3])
+def test_what_a_dataset_calls_labels_need_not_be_a_list_of_them(labels):
+    dataset = Pairs([(image, 1 - place % 2) for place, image in enumerate(torch.rand(4, 3, 8, 8))])
+    dataset.labels = labels
+    assert read(open_images(dataset, input=RGB))[1].tolist() == [1, 0, 1, 0]
+
+
+def test_tensors_without_values_and_batches_in_place_of_images_are_refused(one_line):
+    with pytest.raises(InputError) as error:
+        open_images(torch.rand(4, 3, 8, 8, device='meta'), input=RGB)
+    one_line(error, 'on the device meta')
+    with pytest.raises(InputError) as error:
+        open_images(torch.rand(4, 3, 8, 8), torch.zeros(4, device='meta'), input=RGB)
+    one_line(error, 'labels', 'on the device meta')
+    batched = Stream([(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))])
+    with pytest.raises(InputError) as error:
+        open_images(DataLoader(batched, batch_size=None), input=RGB)
+    one_line(error, 'gives batches of shape (4, 3, 8, 8)')
+
+
 def test_names_are_numbered_as_folders_of_these_names_are(tmp_path):
     names = ['class10', 'Banana', 'class2', 'apple']
     for name in names:
@@ -472,6 +541,11 @@ class Stream(IterableDataset):
 
     def __iter__(self):
         return iter(self.items)
+
+
+class Backwards(BatchSampler):
+    def __iter__(self):
+        return iter(list(super().__iter__())[::-1])
 
 
 class Pairs(Dataset):
@@ -605,12 +679,16 @@ def test_targets_and_classes_of_a_dataset_are_known_before_reading():
         {'sampler': SubsetRandomSampler(range(4))},
         {'sampler': WeightedRandomSampler([1.0] * 4, 4)},
         {'batch_sampler': BatchSampler(RandomSampler(range(4)), 2, False)},
+        {'batch_sampler': Backwards(SequentialSampler(range(4)), 2, False)},
+        {'num_workers': 2, 'in_order': False},
     ],
 )
 def test_labels_beside_a_loader_of_another_order_are_refused(how):
     dataset = Pairs(list(torch.rand(4, 3, 8, 8)))
     with pytest.raises(InputError, match='shuffles'):
         open_images(DataLoader(dataset, **how), [0, 1, 0, 1], input=RGB)
+    with pytest.raises(InputError, match='workers share a stream'):
+        open_images(DataLoader(Stream(list(torch.rand(4, 3, 8, 8))), 2, num_workers=2), [0, 1, 0, 1], input=RGB)
     for in_order in (
         DataLoader(dataset, 2),
         DataLoader(dataset, None),
@@ -643,6 +721,29 @@ def test_a_set_of_hugging_face_may_have_labels_or_none(labelled, folder, tmp_pat
         assert not source.labelled
         assert len(images) == 3
         assert not open_images(f'hfds/{where}', input=RGB, split='train', data_dir=str(tmp_path)).labelled
+
+
+@leaves_files_open
+def test_columns_of_a_set_of_hugging_face_may_have_names_of_their_own(tmp_path, monkeypatch, one_line):
+    datasets = pytest.importorskip('datasets')
+    monkeypatch.setattr('datasets.config.HF_CACHE_HOME', tmp_path / 'cache')
+    names, kind, pictures = datasets.ClassLabel(names=['a', 'b']), datasets.Image(), [Image.new('RGB', (8, 8))] * 4
+
+    def opened(place, columns, kinds):
+        (tmp_path / place).mkdir()
+        (tmp_path / 'cache').mkdir(exist_ok=True)
+        table = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+        table.to_parquet(tmp_path / place / 'train.parquet')
+        return open_images(f'hfds/{tmp_path / place}', input=RGB, data_dir=str(tmp_path / 'cache'))
+
+    source = opened('cifar', {'img': pictures, 'label': [0, 1, 1, 0]}, {'img': kind, 'label': names})
+    assert [len(read(source)[0]), source.class_names, source.labels.tolist()] == [4, ('a', 'b'), [0, 1, 1, 0]]
+    fine = {'img': pictures, 'fine': [0, 1, 1, 0], 'coarse': [0, 0, 0, 1]}
+    with pytest.warns(PudNetWarning, match=r'taken as unlabelled: of its columns \(img, fine, coarse\)'):
+        assert not opened('two', fine, {'img': kind, 'fine': names, 'coarse': names}).labelled
+    with pytest.raises(InputError) as error:
+        opened('pairs', {'left': pictures, 'right': pictures}, {'left': kind, 'right': kind})
+    one_line(error, 'not one alone of its columns (left, right) holds images')
 
 
 @leaves_files_open

@@ -69,6 +69,16 @@ def truncated(repo):
         file.truncate(5000)
     return digest(repo)
 
+def flipped(repo):
+    path = Path(remote.fetch(repo)) / 'model.safetensors'
+    with path.open('r+b') as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    remote.fetch(repo, refresh=True)
+    return digest(repo)
+
 def bent(repo, length):
     path = Path(remote.fetch(repo)) / 'config.json'
     text = path.read_text()
@@ -499,6 +509,8 @@ def pulled(pushed, server, client, tiny_files, tmp_path_factory):
         'cut': ['digest', 'org/cut'],
         'two': ['two_at_once', 'org/two'],
         'truncated': ['truncated', 'org/cut-by-hand'],
+        'flipped': ['flipped', 'org/cut-by-hand'],
+        'xet flipped': ['by_xet', 'flipped', 'org/xet'],
         'xet': ['by_xet', 'digest', 'org/xet'],
         'xet truncated': ['by_xet', 'truncated', 'org/xet'],
         'full': ['full_disk', 'org/disk'],
@@ -539,7 +551,10 @@ def digest(tiny_folder):
     return timm_pudnet.evaluation.weights_digest(timm_pudnet.PudNet.from_pretrained(tiny_folder))
 
 
-@pytest.mark.parametrize('name', ['bits', 'pinned', 'shards', 'architecture', 'hostile', 'flaky', 'cut', 'two', 'xet'])
+@pytest.mark.parametrize(
+    'name',
+    ['bits', 'pinned', 'shards', 'architecture', 'hostile', 'flaky', 'cut', 'two', 'xet', 'flipped', 'xet flipped'],
+)
 def test_pulled_weights_are_those_pushed_to_the_bit(name, pulled, digest):
     assert pulled[1][name].get('value') == digest, pulled[1][name]
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from timm_pudnet.config import (
     PudNetConfig,
     UnsupportedTargetError,
     close_names,
+    first_line,
     shown,
 )
 from timm_pudnet.files import (
@@ -161,6 +163,8 @@ def describe_hypernet(name: str | os.PathLike[str]) -> HypernetInfo:
         'apache-2.0'
     """
     folder = _folder(name)
+    if not (folder / CONFIG_NAME).is_file():
+        raise NotFoundError(f'{folder} is no hypernetwork: it has no {CONFIG_NAME}')
     for known, path in embedded().items():
         if path == folder:
             return _describe(known, 'embedded', folder)
@@ -282,9 +286,7 @@ def pull(name: str) -> Path:
         NotFoundError: As `load_hypernet`, and so are the others.
     """
     if '/' in name:
-        repo = remote.split_repo(f'hf-hub:{re.sub("^hf[-_]hub:", "", name)}')
-        assert repo is not None
-        return remote.fetch(*repo, refresh=True)
+        return remote.fetch(*remote.repo_of(name), refresh=True)
     return _shipped(name) or _without_org(name, refresh=True)
 
 
@@ -332,9 +334,7 @@ def _without_org(text: str, refresh: bool = False) -> Path:
                 return remote.fetch(repo, refresh=refresh)
     if '.' in plain:
         try:
-            repo = remote.split_repo(f'hf-hub:{HUB_ORG}/{text}')
-            assert repo is not None
-            return remote.fetch(*repo, refresh=refresh)
+            return remote.fetch(*remote.repo_of(f'{HUB_ORG}/{text}'), refresh=refresh)
         except (NotFoundError, HubError, InputError) as error:
             close = close_names(text, embedded())
             raise NotFoundError(
@@ -421,10 +421,9 @@ def push(
         HubError: The Hub cannot be asked, or refuses.
     """
     folder = local_path(folder)
-    found = remote.split_repo(f'hf-hub:{repo.removeprefix("hf-hub:")}')
-    if not found or found[1]:
-        raise InputError(f'{shown(repo)}: give org/name to push to, without a revision')
-    repo = found[0]
+    given, (repo, revision) = repo, remote.repo_of(repo)
+    if revision:
+        raise InputError(f'{shown(given)}: give org/name to push to, without a revision')
     if not (folder / CONFIG_NAME).is_file():
         raise NotFoundError(f'{folder} is neither a hypernetwork nor a timm model: it has no {CONFIG_NAME}')
     if private and remote.is_public(repo):
@@ -456,6 +455,10 @@ def hypernet_files(folder: Path, repo: str, license: str | None = None) -> dict[
         again = f'run hub/denoising.py {folder} IMAGES --protocol NAME'
     if not (folder / 'recipe.toml').is_file():
         raise InputError(f'{folder} has no recipe.toml: put the recipe there that it was trained by')
+    try:
+        tomllib.loads((folder / 'recipe.toml').read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise InputError(f'{folder / "recipe.toml"} is no recipe ({first_line(error)})') from error
     results: dict[str, dict[str, Any]] = {}
     hashes, settings = weights_sha256(folder), config_sha256(folder)
     for path in _results_of(folder):
@@ -503,7 +506,8 @@ def _measured(results: Mapping[str, Any]) -> bool:
             return bool(numbers) and all(map(math.isfinite, numbers))
         numbers = [float(row[name]) for row in results['accuracy'].values() for name in ('mean', 'interval')]
         named = all(isinstance(name, str) for name in results['classes'])
-        return named and 'predicted' in results['accuracy'] and min(numbers) >= 0 and results['n_way'] > 0
+        in_percent = min(numbers) >= 0 and max(numbers) <= 100
+        return named and 'predicted' in results['accuracy'] and in_percent and results['n_way'] > 0
     except (AttributeError, KeyError, TypeError, ValueError):
         return False
 

@@ -35,7 +35,15 @@ from timm.data.loader import PrefetchLoader
 from timm.data.transforms import center_crop_or_pad
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+)
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -54,6 +62,10 @@ IMAGE_EXTENSIONS = (
     *('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif', '.jfif', '.jpe', '.apng', '.dib'),
     *('.ppm', '.pgm', '.pbm', '.pnm', '.pfm', '.jp2', '.j2k', '.tga', '.ico', '.pcx', '.qoi', '.sgi', '.dds', '.psd'),
 )
+_OTHER_PICTURES = (  # that PIL cannot read
+    *('.heic', '.heif', '.jxl', '.jxr', '.svg', '.exr', '.hdr', '.raw', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.orf'),
+    *('.rw2', '.raf'),
+)
 # A file's content decides its format, not its name: without this list PIL would hand an EPS to Ghostscript.
 _FORMATS = (
     *('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'AVIF', 'DIB', 'PPM', 'JPEG2000'),
@@ -66,7 +78,9 @@ _TIMM_PACKAGES = {  # prefix of a timm dataset name: (module, name to install)
     'wds': ('webdataset', 'webdataset'),
     'tfds': ('tensorflow_datasets', 'tensorflow-datasets'),
 }
-_SPLIT_NAMES = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test', 'testing'}
+_SPLIT_NAMES = {
+    *('train', 'training', 'val', 'valid', 'validation', 'dev', 'eval', 'evaluation', 'test', 'testing', 'holdout'),
+}
 # Of which timm gives the test images for whatever is not called train or training.
 TRAIN_OR_TEST = {'cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist'}
 _ACCEPTED = (
@@ -544,6 +558,7 @@ def open_images(
             raise InputError(f'{images.description}: opened already, with its own labels and input')
         return images
     names = found_labels = class_names = renumber = declared = None
+    images = os.fsdecode(images) if isinstance(images, bytes) else images
     if isinstance(images, PrefetchLoader):
         raise InputError(
             "images: timm's PrefetchLoader normalises: pass the Dataset, without a transform, or pixels in 0-1, "
@@ -555,12 +570,13 @@ def open_images(
         images = images if in_place else list(images)
     if isinstance(images, str) and is_timm_name(images):
         where = images
-        images = _timm_dataset(images, data_dir, split, input.input_size[0], strict)
+        channels = input.input_size[0]
+        images = _timm_dataset(images, data_dir, split, channels, strict=strict, with_labels=with_labels)
     elif isinstance(images, (str, os.PathLike)):
         where = os.path.expanduser(os.fspath(images))
         if not where:
             raise InputError('images: an empty name, of no folder')
-        images, names, found_labels, class_names = scan_folder(where, with_labels)
+        images, names, found_labels, class_names = scan_folder(where, with_labels, strict)
     elif isinstance(images, Image.Image):
         raise InputError('one PIL image: pass a list of images, or the folder that holds them')
     elif isinstance(images, (np.ndarray, Tensor)):
@@ -595,7 +611,10 @@ def open_images(
     if labels is not None:
         found_labels, class_names = _index_labels(labels)
         if reorders(images):
-            raise InputError('labels do not fit a DataLoader that shuffles; pass shuffle=False, or the Dataset itself')
+            raise InputError(
+                'labels do not fit a DataLoader that may give images in another order (it shuffles, has its own '
+                'sampler, or workers share a stream): pass shuffle=False, or the Dataset itself'
+            )
         if not is_stream and len(found_labels) != len(data):
             raise InputError(f'{len(found_labels)} labels for {len(data)} images')
     elif is_stream and with_labels:
@@ -728,6 +747,8 @@ class _Preprocess:
     def arrays(self, value: np.ndarray | Tensor, names: Sequence[str]) -> Tensor:
         """Arrays or tensors of one size as `[b, c, h, w]`: uint8 for uint8, float32 in 0-1 for floats."""
         x = to_bchw(value, names[0])
+        if str(value.dtype).endswith(('uint16', '>u2')):
+            self.brightest = max(self.brightest, x.max().item() / 255)
         if x.dtype != torch.uint8:
             _check_range(x, names)
             x = self._adapt_channels(x)
@@ -808,7 +829,7 @@ def to_bchw(value: np.ndarray | Tensor, name: str) -> Tensor:
         value = np.array(value, np.float32 if 'float' in dtype else value.dtype.newbyteorder('='))
         x = torch.from_numpy(value.reshape(*shape[:3], channels)).permute(0, 3, 1, 2)
     else:
-        x = value.detach().cpu().reshape(shape[0], channels, *shape[-2:])
+        x = _values(value, name).reshape(shape[0], channels, *shape[-2:])
     if dtype == 'bool':
         return x.to(torch.uint8) * 255
     if dtype == 'uint16':
@@ -861,11 +882,12 @@ def reason_of(error: Exception) -> str:
 
 
 def _name_some(entries: Sequence[tuple[str, str]]) -> str:
-    return ', '.join(f'{name} ({reason})' for name, reason in entries[:3]) + (', ...' if len(entries) > 3 else '')
+    some = ', '.join(f'{shown(name, 300)} ({reason})' for name, reason in entries[:3])
+    return some + (', ...' if len(entries) > 3 else '')
 
 
 def scan_folder(
-    root: str, with_labels: bool = True
+    root: str, with_labels: bool = True, strict: bool = False
 ) -> tuple[list[str], list[str], Tensor | None, tuple[str, ...] | None]:
     """Paths, names relative to the folder, labels and class names.
 
@@ -894,6 +916,15 @@ def scan_folder(
         kinds = ', '.join(sorted(others))
         what = f'{others.total()} other files ({kinds})' if others else 'the folder is empty'
         raise InputError(f'no images in {root}: {what}; images end in {", ".join(IMAGE_EXTENSIONS[:4])}, ...')
+    # 'photo.jpg?w=300' too, as some programs save what they download.
+    endings = (*IMAGE_EXTENSIONS, *_OTHER_PICTURES)
+    unread = {kind: count for kind, count in others.items() if kind.lower().startswith(endings)}
+    if unread:
+        kinds = ', '.join(shown(kind) for kind in sorted(unread))
+        what = f'{sum(unread.values()):,} pictures that do not end as those that can be read do ({kinds})'
+        if strict:
+            raise InputError(f'{root}: {what}: convert or rename them')
+        _warn(f'{root}: ignored {what}')
     if not classes or not with_labels:
         paths = [*loose, *(path for name in classes for path in found[name])]
         return paths, [os.path.relpath(path, root) for path in paths], None, None
@@ -903,10 +934,20 @@ def scan_folder(
     if len(inside) > 1:
         some = ', '.join(inside[:3]) + (', ...' if len(inside) > 3 else '')
         raise InputError(f'{root} holds one folder, with others ({some}): pass {os.path.join(root, classes[0])}')
+    if loose and len(classes) == 1:
+        raise InputError(
+            f'{root} holds {len(loose):,} images and one folder with images ({shown(classes[0])}): move either away'
+        )
     if loose:
         _warn(f'{root}: ignored {len(loose):,} images beside the class folders')
+    if len(splits := [name for name in classes if _are_splits([name])]) > 1 and any(
+        'train' in x.lower() for x in splits
+    ):
+        _warn(f'{root}: took {", ".join(splits)} for classes; if they are splits, pass one of them')
     if len(classes) < len(found):
-        _warn(f'{root}: ignored folders without images: {", ".join(name for name in found if name not in classes)}')
+        _warn(
+            f'{root}: ignored folders without images: {", ".join(shown(name) for name in found if name not in classes)}'
+        )
     paths = [path for name in classes for path in found[name]]
     labels = torch.tensor([label for label, name in enumerate(classes) for _ in found[name]])
     return paths, [os.path.relpath(path, root) for path in paths], labels, tuple(classes)
@@ -952,7 +993,7 @@ def walk_files(folder: str, seen: set[str]) -> Iterator[str]:
 def _index_labels(values: Any, names: Sequence[str] | None = None) -> tuple[Tensor, tuple[str, ...] | None]:
     """Labels as 0 to k - 1, int64 `[n]`, and class names; `names` are those of the numbers, where known."""
     if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
+        values = _values(values, 'labels').numpy()
     if isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable):
         raise InputError(f'labels: a {type(values).__name__}; pass one int or string for each image, in their order')
     values = _column(values)
@@ -961,7 +1002,8 @@ def _index_labels(values: Any, names: Sequence[str] | None = None) -> tuple[Tens
         raise InputError(f'labels of shape {shape}: pass one int or string for each image, shape [n]')
     values = values if isinstance(values, np.ndarray) else list(values)
     if all(isinstance(value, str) for value in values):
-        class_names = sorted({str(value) for value in values}, key=_natural_key)  # as folders of these names
+        values = [str.__str__(value) for value in values]  # an Enum's too
+        class_names = sorted(set(values), key=_natural_key)  # as folders of these names
         numbers = {name: number for number, name in enumerate(class_names)}
         return torch.from_numpy(np.array([numbers[value] for value in values], np.int64)), tuple(class_names)
     mixed = isinstance(values, list) or values.dtype == object
@@ -978,9 +1020,18 @@ def _index_labels(values: Any, names: Sequence[str] | None = None) -> tuple[Tens
     return numbers, tuple(str(number) for number in unique.tolist())
 
 
+def _values(tensor: Tensor, name: str) -> Tensor:
+    """A tensor's numbers, in memory and dense."""
+    if tensor.is_meta:
+        raise InputError(f'{name}: a tensor on the device meta has no values')
+    return tensor.detach().cpu().to_dense()
+
+
 def _column(values: Any) -> Any:
     """Labels `[n, 1]` as `[n]`; others as they are."""
-    return values[:, 0] if getattr(values, 'ndim', 1) == 2 and values.shape[1] == 1 else values
+    if getattr(values, 'ndim', 1) != 2 or values.shape[1] != 1:
+        return values
+    return (values.to_numpy() if hasattr(values, 'to_numpy') else values)[:, 0]
 
 
 def _to_label_tensor(values: Any, where: str) -> Tensor:
@@ -999,10 +1050,18 @@ def _to_label_tensor(values: Any, where: str) -> Tensor:
 
 def reorders(images: Any) -> bool:
     """Whether these are a DataLoader whose images may come in another order than those of its dataset."""
-    if not isinstance(images, DataLoader) or isinstance(images.dataset, IterableDataset):
+    if not isinstance(images, DataLoader):
         return False
-    sampler = images.sampler if images.batch_sampler is None else getattr(images.batch_sampler, 'sampler', None)
-    return not isinstance(sampler, SequentialSampler)
+    is_stream = isinstance(images.dataset, IterableDataset)
+    # Several workers share a stream as they like, and batches as they are done where `in_order` (torch 2.6) is False.
+    if images.num_workers > 1 and (is_stream or not getattr(images, 'in_order', True)):
+        return True
+    if is_stream:
+        return False
+    batches: Any = images.batch_sampler
+    if batches is not None and type(batches) is not BatchSampler:  # which may order them as it likes
+        return True
+    return type(images.sampler if batches is None else batches.sampler) is not SequentialSampler
 
 
 def _is_batched(data: Any) -> bool:
@@ -1016,6 +1075,11 @@ def _split_item(item: Any, where: str, batched: bool = False) -> tuple[Any, Any]
         wanted = 'a tensor or (tensor, labels)' if batched else 'an image or (image, label)'
         how = '; a collate_fn may take them out of it' if batched and isinstance(item, dict) else ''
         raise InputError(f'{where} must give {wanted}, not a {type(image).__name__}{how}')
+    if not batched and getattr(image, 'ndim', 0) == 4:
+        raise InputError(
+            f'{where} gives batches of shape {tuple(image.shape)} where single images are wanted: let a DataLoader '
+            'with a batch_size make them'
+        )
     return image, label
 
 
@@ -1028,7 +1092,8 @@ def _listed(images: Any, position: int) -> Any:
     """What a list or column has there, or what is wrong with the image that a column cannot decode."""
     item = _item(images, position)
     if not isinstance(item, (str, os.PathLike, Image.Image, np.ndarray, Tensor, Exception)):
-        raise InputError(f'images[{position}] is a {type(item).__name__}, not a path, image, array or tensor')
+        kind = f'{type(item).__module__}.{type(item).__name__}'.removeprefix('builtins.')
+        raise InputError(f'images[{position}] is a {kind}, not a path, image, array or tensor')
     return item
 
 
@@ -1124,8 +1189,9 @@ def _dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | Non
         base, chosen = base.dataset, indices if chosen is None else [indices[place] for place in chosen]
     names = _class_names(base)
     # The names that torchvision's datasets have for them.
+    known = [getattr(base, name, None) for name in ('targets', 'labels', '_labels')]
     targets = next(
-        (found for name in ('targets', 'labels', '_labels') if (found := getattr(base, name, None)) is not None), None
+        (found for found in known if isinstance(found, Iterable) and not isinstance(found, (str, bytes, Mapping))), None
     )
     reader: Any = getattr(base, 'reader', None)  # timm's: of a folder, of Hugging Face
     if targets is None and hasattr(reader, 'samples'):
@@ -1177,19 +1243,34 @@ def torch_name(name: str) -> str:
     return name.split('/', 2)[-1].lower() if name.startswith('torch/') else ''
 
 
-def _find_labels(reader: Any) -> None:
-    """Has timm's reader of a Hugging Face set without a column `label` take the one that holds classes."""
+def _find_columns(reader: Any, with_labels: bool) -> None:
+    """Has timm's reader of a Hugging Face set without columns `image` or `label` take those that there are."""
     table = reader.dataset
+    if table.data.column('image').null_count == len(table):  # timm adds an empty one where there is none
+        table = table.remove_columns('image')
+        pictures = [name for name, kind in table.features.items() if type(kind).__name__ == 'Image']
+        if len(pictures) != 1:
+            raise ValueError(f'not one alone of its columns ({", ".join(map(shown, table.column_names))}) holds images')
+        kind = dataclasses.replace(table.features[pictures[0]], decode=False)
+        reader.image_key, reader.dataset = pictures[0], table.cast_column(pictures[0], kind)
+        table = reader.dataset
+    if 'label' in table.column_names:
+        return
     named = [name for name, kind in table.features.items() if hasattr(kind, 'str2int')]  # a ClassLabel
     if len(named) == 1:
         reader.label_key = named[0]
         reader.class_to_idx = {name: number for number, name in enumerate(table.features[named[0]].names)}
     else:
+        if with_labels and len(table.column_names) > 1:
+            columns = ', '.join(map(shown, table.column_names))
+            _warn(
+                f'taken as unlabelled: of its columns ({columns}) none is called label, and not one alone holds classes'
+            )
         reader.dataset = table.add_column('label', [-1] * len(table))  # timm asks for one
 
 
 def _timm_dataset(
-    name: str, data_dir: str | os.PathLike[str] | None, split: str, channels: int, strict: bool
+    name: str, data_dir: str | os.PathLike[str] | None, split: str, channels: int, *, strict: bool, with_labels: bool
 ) -> Dataset:
     prefix = name.partition('/')[0]
     if strict and prefix == 'wds':
@@ -1212,8 +1293,8 @@ def _timm_dataset(
     mode = '' if prefix == 'hfds' else 'L' if channels == 1 else 'RGB'  # hfds: undecoded, so that we see what is broken
     try:
         found: Any = create_dataset(name, root=root, split=split, download=False, input_img_mode=mode)
-        if prefix == 'hfds' and 'label' not in found.reader.dataset.column_names:
-            _find_labels(found.reader)
+        if prefix == 'hfds':
+            _find_columns(found.reader, with_labels)
     except Exception as error:
         reason = first_line(error)
         kind = NotFoundError if 'not found' in reason.lower() else InputError

@@ -95,6 +95,17 @@ def split_repo(name: str) -> tuple[str, str | None] | None:
     return None
 
 
+def repo_of(name: str) -> tuple[str, str | None]:
+    """Repository and revision that a name on the Hub means, with its prefix or without; never a folder.
+
+    Raises:
+        InputError: It is no name there.
+    """
+    found = split_repo(f'hf-hub:{re.sub("^hf[-_]hub:", "", name)}')
+    assert found is not None
+    return found
+
+
 def fetch(repo: str, revision: str | None = None, *, refresh: bool = False) -> Path:
     """The folder in the Hub's cache with the files of a hypernetwork: from the cache, else from the Hub.
 
@@ -136,7 +147,7 @@ def fetch(repo: str, revision: str | None = None, *, refresh: bool = False) -> P
     try:
         return _again(lambda: _download(repo, revision), f'{repo}@{revision}')
     except HubError as error:
-        if not folder or not whole:
+        if not folder or not whole or any(_check(folder)):  # what was damaged in it is gone
             raise
         warnings.warn(f'{error}. Using what the cache has: {folder.name}', PudNetWarning, stacklevel=2)
         return folder
@@ -245,8 +256,10 @@ def _download(repo: str, revision: str) -> Path:
         raise NotFoundError(f'{repo}@{revision} is no hypernetwork: it has no {WEIGHTS_NAME}')
     for name in sorted(name for name in there if BESIDE.fullmatch(name)) + wanted:
         path = get(name)
-        blob = _blob(path)
-        if re.fullmatch(r'[0-9a-f]{64}', blob.name) and not _is_whole(blob):
+        if not _is_as_announced(path):  # of an earlier download, maybe
+            _forget([path])
+            path = get(name)
+        if not _is_as_announced(path):
             _forget([path])
             raise HubError(f'{repo}: {name} arrived damaged (its hash is not the one announced): try again')
     damaged, lacking = _check(path.parent)
@@ -256,6 +269,12 @@ def _download(repo: str, revision: str) -> Path:
         raise DamagedFileError(f'{repo}@{revision} was published damaged ({names}): tell whoever did')
     folder = get(CONFIG_NAME, revision).parent  # last, since this is what moves the revision of the cache
     return folder if folder.name == commit else _download(repo, revision)
+
+
+def _is_as_announced(path: Path) -> bool:
+    """Whether a large file of the cache has the hash that it was announced by; of small ones none is announced."""
+    blob = _blob(path)
+    return not re.fullmatch(r'[0-9a-f]{64}', blob.name) or _is_whole(blob)
 
 
 def repos_of(org: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 import click
 import torch
 
-from timm_pudnet.config import InputConfig, InputError, PudNetError, __version__
+from timm_pudnet.config import InputConfig, InputError, PudNetError, __version__, shown
 from timm_pudnet.files import local_path
 from timm_pudnet.images import any_timm_name, takes_folder
 from timm_pudnet.predict import check_output
@@ -60,6 +60,13 @@ class _Commands(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        with contextlib.ExitStack() as stack:
+            for name in ('stdout', 'stderr'):
+                if getattr(sys, name) is None:  # closed, `>&-`
+                    setattr(sys, name, stack.enter_context(open(os.devnull, 'w')))
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: click.Context) -> Any:
         for stream in (sys.stdout, sys.stderr):  # a name that they cannot encode is no reason to stop
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors='backslashreplace')
@@ -175,5 +182,5 @@ def size_of(config: InputConfig) -> str:
 
 def some(names: Sequence[str]) -> str:
     """The first of these names, and how many there are."""
-    shown = ', '.join(names[:8])
-    return shown if len(names) <= 8 else f'{shown}, ... ({len(names)} in all)'
+    first = ', '.join(shown(name) for name in names[:8])
+    return first if len(names) <= 8 else f'{first}, ... ({len(names)} in all)'

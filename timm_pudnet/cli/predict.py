@@ -241,12 +241,18 @@ def predict(
 
     wanted: Head = head or ('centroid' if unlabelled is None else 'blend')
     used, tested = evaluation.split_held_out(source, holdout if wanted != 'none' else 0, seed)
+    if source.class_names and source.labels is not None and wanted != 'none':
+        click.echo(f'Classes    {some(source.class_names)}')
     note = ''
     if tested is not None:
-        note = _said_of_classes(source)
+        note = _said_of_single(source)
         click.echo(f'Kept aside {len(tested):,} of them for the test, {len(used):,} give the weights')
-    elif source.labelled and source.labels is None and holdout and wanted != 'none':
-        why = 'these images tell their labels only as they are read, in order, so none is kept aside'
+    elif source.labelled and holdout and wanted != 'none':
+        why = (
+            'these images tell their labels only as they are read, in order, so none is kept aside'
+            if source.labels is None
+            else 'no class has two images, so none is kept aside'
+        )
         click.echo(f'Not tested {why}')
         note = f'Not tested: {why}.'
     run = _Prediction(
@@ -296,11 +302,10 @@ def predict(
             click.echo('           Its plots are not there as PNG files: pip install matplotlib')
 
 
-def _said_of_classes(source: ImageSource) -> str:
-    """Says which classes there are, if they have names, and gives which of them have but one image, in words."""
+def _said_of_single(source: ImageSource) -> str:
+    """Says which of the classes, if they have names, have but one image."""
     if not source.class_names or source.labels is None:
         return ''
-    click.echo(f'Classes    {some(source.class_names)}')
     single = [name for label, name in enumerate(source.class_names) if (source.labels == label).sum() == 1]
     if not single:
         return ''

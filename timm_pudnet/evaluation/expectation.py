@@ -33,7 +33,7 @@ from timm_pudnet.files import read_json
 from timm_pudnet.hypernet import PudNet, written_whole
 from timm_pudnet.images import ImageSource
 from timm_pudnet.predict import in_memory
-from timm_pudnet.sketch import StreamingSketch
+from timm_pudnet.sketch import StreamingSketch, content_keys
 
 EXPECTATION_NAME = 'expectation.json'
 SURE = 0.95  # of intervals
@@ -288,7 +288,8 @@ def read_traits(hypernet: PudNet, model: nn.Module, source: ImageSource, expecta
         expectation: Has the reference sketches.
 
     Returns:
-        None where there are no labels, or no class has two images.
+        None where there are no labels, or no class has two images. Copies of an image count once: each would find its
+        class by the others.
     """
     if source.labels is None or source.is_stream:
         return None
@@ -299,12 +300,13 @@ def read_traits(hypernet: PudNet, model: nn.Module, source: ImageSource, expecta
     picks = torch.cat([part[torch.linspace(0, len(part) - 1, min(each, len(part))).long()] for part in members])
     device = next(model.parameters()).device
     encoder = hypernet.encoder if hypernet.device == device else copy.deepcopy(hypernet.encoder).to(device)
-    stream, rows, found = StreamingSketch(encoder, 'class'), [], []
+    stream, rows, found, keys = StreamingSketch(encoder, 'class'), [], [], set()
     for images, batch_labels in source.subset(picks.sort().values).batches():
         assert batch_labels is not None
         in_memory(lambda part, labels: stream.add(part.to(device), labels), images, batch_labels)
-        rows.append(pre_logits(model, images))
-        found.append(batch_labels)
+        fresh = [row for row, key in enumerate(content_keys(images).tolist()) if key not in keys and not keys.add(key)]
+        rows.append(pre_logits(model, images)[fresh])
+        found.append(batch_labels[fresh])
     sketch = stream.result()
     # Classes whose every file was unreadable leave no gap in the numbers.
     numbers = torch.cat(found).unique(return_inverse=True)[1]

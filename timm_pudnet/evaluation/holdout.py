@@ -86,6 +86,12 @@ class HeldOutTest:
         """How many images the model classifies rightly."""
         return int((self.guesses == self.labels).sum())
 
+    @property
+    def by_largest(self) -> str:
+        """What always naming the largest class reaches, in words, where that is well above chance."""
+        share = float(self.labels.bincount().max()) / len(self.labels)
+        return f'; {share:.1%} by always naming the largest class' if share > 1.5 / self.num_classes else ''
+
     def lines(self) -> Iterator[str]:
         """The accuracy beside raw pixels and chance, with 95 % intervals, and what is wrong with the test."""
         total = len(self.labels)
@@ -95,7 +101,7 @@ class HeldOutTest:
         ):
             low, high = share_interval(count, total)
             yield f'{name} {count / total:6.1%} {what} ({count} of {total}; 95 % interval {low:.1%} to {high:.1%})'
-        yield f'Chance     {1 / self.num_classes:6.1%}'
+        yield f'Chance     {1 / self.num_classes:6.1%}{self.by_largest}'
         if self.repeated:
             yield f'Repeated   {self.repeated} of the images kept aside are among the others too: {REPEATED}'
 

@@ -175,7 +175,7 @@ class Report:
             low, high = share_interval(right, total)
             below = f'{right:,} of {total:,} images kept aside; 95 % interval {low:.1%} to {high:.1%}'
             tiles.append(('Accuracy', f'{right / total:.1%}', below))
-            below = f'raw pixels by {self.test.raw_head}; chance {1 / self.test.num_classes:.1%}'
+            below = f'raw pixels by {self.test.raw_head}; chance {1 / self.test.num_classes:.1%}{self.test.by_largest}'
             tiles.append(('Without a network', f'{self.test.right_raw / total:.1%}', below))
         if self.expected is not None:
             accuracy, low, high = self.expected

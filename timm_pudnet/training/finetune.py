@@ -83,6 +83,11 @@ class Tuning:
             raise InputError(f'rate must be above 0 and at most 1, got {self.rate}')
         if not 0 < self.layer_decay <= 1:
             raise InputError(f'layer_decay must be above 0 and at most 1, got {self.layer_decay}')
+        if not isinstance(self.augmentation, Mapping):
+            raise InputError(
+                f'augmentation: a {type(self.augmentation).__name__}; pass arguments of timm.data.create_transform '
+                'by name'
+            )
 
 
 Mode = Literal['auto', 'few', 'full']
