@@ -697,3 +697,17 @@ def test_a_class_without_an_image_has_no_logistic_regression():
     stream.add(torch.rand(3, 4), torch.zeros(3, dtype=torch.long))
     with pytest.raises(InputError, match='no image of class jar'):
         stream.classifier()
+
+
+def test_a_channel_that_is_the_same_everywhere_has_no_negative_variance():
+    norm, images = nn.BatchNorm2d(3), torch.tensor([1.1, 1234.567, 98765.4])[:, None, None].expand(5, -1, 7, 7)
+    prior = {'0.running_mean': torch.zeros(3), '0.running_var': torch.ones(3)}
+    assert calibrate(nn.Sequential(norm), images, prior, prior_images=0).isfinite().all()
+    assert (norm.running_var >= 0).all()
+
+
+def test_the_spread_of_a_channel_far_from_zero_is_kept_over_many_images():
+    norm, images = nn.BatchNorm2d(1), 1 + 0.003 * torch.randn(1000, 1, 8, 8)
+    prior = {'0.running_mean': torch.zeros(1), '0.running_var': torch.ones(1)}
+    calibrate(nn.Sequential(norm), images, prior, prior_images=0)
+    assert_close(norm.running_var.double(), images.double().var((0, 2, 3), correction=0), rtol=1e-3, atol=0)

@@ -659,6 +659,24 @@ def test_no_work_is_lost_when_nobody_reads_what_is_said(images, work, tiny_folde
     assert {path.name for path in (work / 'heard').iterdir()} >= {'config.json', 'model.safetensors', 'report'}
 
 
+@pytest.mark.parametrize('closed', ['>&-', '2>&-'])
+def test_streams_that_are_closed_are_not_written_to(closed, images, work, tiny_folder):
+    words = f'finetune test_resnet {shlex.quote(str(images))} --hypernet {shlex.quote(str(tiny_folder))} --out tuned'
+    line = f'{shlex.quote(sys.executable)} -m timm_pudnet.cli {words} --epochs 2 {closed}'
+    done = subprocess.run(line, shell=True, cwd=work, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (work / 'tuned' / 'model.safetensors').is_file()
+
+
+def test_of_classes_with_one_image_each_it_is_said_that_nothing_is_tested(images, predict):
+    for path in images.glob('*/*'):
+        if path != sorted(path.parent.iterdir())[0]:
+            path.unlink()
+    out = succeeds(*predict(images)).stdout
+    assert 'cup, jar, pan' in out
+    assert 'Not tested no class has two images, so none is kept aside' in out
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(images, work, predict, monkeypatch, nothing_written):
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), 'model')
@@ -879,6 +897,14 @@ BAD_RECIPES = {
     'one class a group': (lambda text: text.replace('n_way = 2', 'n_way = 1'), ['n_way', '1']),
     'too many images a class': (lambda text: text.replace('n_shot = 2', 'n_shot = 99'), ['26', '100']),
     'missing start': (lambda text: f'start = "nowhere"\n{text}', ['nowhere', 'test_resnet.TAG']),
+    'no classifier': (  # told before the images are looked for
+        lambda text: text.replace('test_resnet', 'blindspot_unet').replace('my shapes', 'my shpes'),
+        ['blindspot_unet does not classify', '[denoising]'],
+    ),
+    'images that are too small': (
+        lambda text: text.replace('test_resnet', 'convnet3').replace('16, 16', '6, 6').replace('my shapes', 'my shpes'),
+        ['convnet3', '3x6x6', 'input_size'],
+    ),
     'missing images': (lambda text: text.replace('my shapes', 'my shpes'), ['my shpes', 'no such folder']),
 }
 
@@ -937,9 +963,16 @@ def test_a_control_that_timm_s_format_cannot_hold_is_refused_before_training(sha
 def test_bad_options_of_training_are_one_line(shapes, tmp_path, nothing_written, monkeypatch):
     (tmp_path / 'file').write_text('mine')
     recipe = shapes / 'recipe.toml'
+
+    def refuse(*args, **kwargs):
+        raise AssertionError('images were read before the arguments were checked')
+
+    monkeypatch.setattr('timm_pudnet.training.load_banks', refuse)
     with nothing_written(tmp_path):
         fails('train', recipe, '--out', tmp_path / 'out', '--device', 'gpu', needles=['gpu'])
-        fails('train', recipe, '--out', tmp_path / 'file', needles=['file'])
+        for out in (tmp_path / 'file', tmp_path / 'file' / 'out'):
+            fails('train', recipe, '--out', out, needles=[f'--out {out}', 'choose a folder'])
+        fails('train', recipe, '--out', '', needles=['--out is empty'])
         fails('train', recipe, needles=['--out'])
         fails('train', recipe, '--short', '--out', tmp_path / 'out', needles=['--short', '--out'])
         fails('train', recipe, '--short', '--plain', needles=['--short', '--plain'])
@@ -971,6 +1004,10 @@ def test_evaluation_is_of_unseen_classes_only_and_beside_the_control(trained, sh
         results['accuracy']
     )
     assert 'plain' in results['accuracy_ridge']
+    cost = timm_pudnet.load_hypernet(trained[0]).config.training
+    told = results['controls']['plain']
+    assert [told[key] for key in ('images', 'recipe_digest')] == [cost[key] for key in ('images', 'recipe_digest')]
+    assert 'Note' not in result.stdout
     assert re.search(r'\n  predicted( +[\d.]+ \+- [\d.]+){3}\n', result.stdout), result.stdout
     for arm, found in results['accuracy'].items():
         assert 0 <= found['mean'] <= 100, arm
@@ -1158,6 +1195,31 @@ def test_a_control_that_was_trained_on_a_tested_class_is_refused(trained, shapes
     seen = tmp_path / 'plain.whitening.safetensors'
     save_file(load_file(trained[0] / 'plain.whitening.safetensors'), seen, {'classes': json.dumps(['cup', 'mug'])})
     fails(*evaluation(trained[0], shapes / 'my shapes', '--control', tmp_path / 'plain'), needles=["'mug'", 'plain'])
+
+
+@pytest.mark.parametrize(('training', 'told'), [({'images': 5}, True), ({'images': 12}, False), (None, False)])
+def test_a_control_of_fewer_images_is_told(training, told, trained, shapes, tmp_path):
+    hypernet = shutil.copytree(trained[0], tmp_path / 'hypernet')
+    beside = hypernet / 'plain.whitening.safetensors'
+    more = {} if training is None else {'training': json.dumps(training)}  # as an earlier version did
+    save_file(load_file(beside), beside, {'classes': '["cup"]', **more})
+    line = evaluation(hypernet, shapes / 'my shapes', '--control', hypernet / 'plain', '--save')
+    printed = succeeds(*line).stdout
+    assert ('control plain saw 5 images in training, test_resnet.shapes saw 12' in printed) == told
+    assert json.loads((hypernet / 'results.json').read_text())['controls'] == {'plain': training or {}}
+
+
+def test_a_seen_class_that_is_spelled_otherwise_is_seen(trained, shapes, tmp_path):
+    images = tmp_path / 'images'
+    for name, called in (('cup', 'C_u p'), ('jar', 'jar'), ('pan', 'j-ar'), ('lid', 'lid'), ('mug', 'mug')):
+        shutil.copytree(shapes / 'my shapes' / name, images / called)
+    printed = succeeds(*evaluation(trained[0], images)).stdout
+    assert 'left out as classes that test_resnet.shapes was trained on: C_u p (cup)\n' in printed
+    assert '3 unseen classes: j-ar, lid, mug' in printed  # beside `jar`: the set tells them apart
+    control = shutil.copytree(trained[0] / 'plain', tmp_path / 'plain')
+    whitening = load_file(trained[0] / 'plain.whitening.safetensors')
+    save_file(whitening, tmp_path / 'plain.whitening.safetensors', {'classes': '["M-ug"]'})
+    fails(*evaluation(trained[0], images, '--control', control), needles=["'mug' ('M-ug' there)", control])
 
 
 def test_what_training_names_as_the_next_command_can_be_run(trained, shapes, tmp_path):

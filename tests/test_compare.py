@@ -144,7 +144,7 @@ def test_pretrained_weights_that_cannot_be_had_are_left_out_and_that_is_said(com
 
 def test_pretrained_weights_that_cannot_be_loaded_are_left_out(compare, pictures, tmp_path):
     result = compare(*pictures(24), arms=['pretrained'], pretrained=f'local-dir:{tmp_path}')
-    assert 'cannot be loaded' in result['left_out']['pretrained']
+    assert 'can be loaded: no model.safetensors' in result['left_out']['pretrained']
 
 
 def test_a_pickle_of_pretrained_weights_is_not_read(compare, pictures, tmp_path, monkeypatch):
@@ -155,7 +155,8 @@ def test_a_pickle_of_pretrained_weights_is_not_read(compare, pictures, tmp_path,
     monkeypatch.setattr(torch, 'load', lambda *args, **kwargs: read.append(args))
     result = compare(*pictures(24), arms=['pretrained'], pretrained=f'local-dir:{folder}')
     assert not read
-    assert result['left_out'] == {'pretrained': f'local-dir:{folder} cannot be loaded (no model.safetensors)'}
+    said = f'{folder} holds no timm model that can be loaded: no model.safetensors'
+    assert result['left_out'] == {'pretrained': said}
 
 
 def test_a_budget_ends_it_and_what_was_measured_is_there(compare, pictures):
@@ -355,3 +356,24 @@ def test_too_few_images_are_told_in_one_line(compare, pictures, one_line):
         with pytest.raises(InputError) as error:
             compare(pixels, labels)
         one_line(error, needle)
+
+
+def test_a_rival_that_got_worse_again_counts_by_its_best():
+    rows = {'fine_tuned': ((1.0, 60.0), (2.0, 50.0)), 'adam': ((0.5, 10.0), (3.0, 55.0))}
+    arms = {name: [{'seconds': s, 'accuracy': a} for s, a in points] for name, points in rows.items()}
+    assert room._break_even(arms) == {'adam': {'fine_tuned': None}}
+
+
+def test_the_random_initialisation_is_trained_at_one_rate_from_the_first_epoch_on(compare, pictures, monkeypatch):
+    asked, tune = [], room.finetune_epochs
+    monkeypatch.setattr(room, 'finetune_epochs', lambda *args, **how: asked.append(args[3]) or tune(*args, **how))
+    compare(*pictures(24), epochs=1, arms=['random'])
+    assert [(how.layer_decay, how.head_first, how.epochs) for how in asked] == [(1.0, False, 1)]
+
+
+def test_seconds_of_pretrained_weights_are_of_the_images_learned_from_alone(compare, pictures, tmp_path, monkeypatch):
+    folder = timm_pudnet.save_model(timm.create_model('test_resnet', num_classes=0), tmp_path / 'weights')
+    monkeypatch.setattr(room, 'seconds_since', lambda *_: 1.0)  # a batch
+    result = compare(*pictures(24), holdout=0.25, arms=['pretrained'], pretrained=f'local-dir:{folder}')
+    assert (result['images'], result['tested']) == (18, 6)
+    assert result['arms']['pretrained'][0]['seconds'] == pytest.approx(18 / 24)

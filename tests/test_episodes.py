@@ -102,6 +102,18 @@ def test_a_bank_is_read_for_each_set_of_a_recipe(tmp_path, make_recipe, pictures
         one_line(error, first, *needles)
 
 
+def test_a_class_that_another_set_spells_otherwise_is_the_same(tmp_path, make_recipe, pictures, write_folder, one_line):
+    for place, names in enumerate((('T-shirt', 'bag', 'b-ag'), ('t_shirt', 'bag'))):
+        write_folder(tmp_path / str(place), *pictures(6, names=names, size=16, seed=place))
+    first, second = str(tmp_path / '0'), str(tmp_path / '1')
+    with pytest.raises(InputError) as error:
+        banks_of(make_recipe, Data(images=first, unseen=('T-shirt',)), Data(images=second))
+    one_line(error, "'T-shirt' ('t_shirt' there)", 'unseen in', 'seen in')
+    # Beside a `bag` of the same set, `b-ag` is another class.
+    banks = banks_of(make_recipe, Data(images=first, unseen=('b-ag',)), Data(images=second))
+    assert [{*bank.class_names} for bank in banks] == [{'T-shirt', 'bag'}, {'t_shirt', 'bag'}]
+
+
 def test_classes_without_names_go_by_their_numbers(make_recipe, monkeypatch, one_line):
     """As those of a web dataset."""
     rows = [(np.full((16, 16, 3), 50 * label, np.uint8), label) for label in (0, 1, 2, 0, 1, 2)]

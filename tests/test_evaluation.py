@@ -1149,3 +1149,51 @@ def test_a_control_of_other_images_or_of_another_network_with_the_same_tensors_i
     with pytest.raises(InputError) as error:
         _read_controls([path], hypernet)
     one_line(error, path, hypernet.name, 'train it by the recipe', *needles)
+
+
+def test_images_without_labels_are_seen_under_the_condition_of_their_group(bank):
+    groups = TestGroups.draw(bank, count=2, n_way=3, n_shot=3, n_query=2, n_unlabelled=4)
+    inverted = Condition(order=(0, 1, 2), inverted=True)
+    seen = TestGroups(groups.support, groups.query, (inverted,) * 2, 4)
+    negatives = ImageBank(255 - bank.images, bank.labels, bank.class_names)
+    config, device = InputConfig(), torch.device('cpu')
+    for number in range(2):
+        found = seen.unlabelled(number, bank, None, config, device).sample
+        assert_close(found, groups.unlabelled(number, negatives, None, config, device).sample)
+
+
+def test_a_support_bank_that_holds_most_tested_images_is_refused(bank, support_bank):
+    picks = torch.arange(21)
+    leaky = ImageBank(
+        torch.cat([support_bank.images, bank.images[picks]]),
+        torch.cat([support_bank.labels, bank.labels[picks]]),
+        bank.class_names,
+    )
+    with pytest.raises(InputError, match='21 of the 40 tested images are in the support bank too: choose another'):
+        TestGroups.draw(bank, count=1, n_way=4, n_shot=2, n_query=2, support_bank=leaky)
+
+
+def test_every_epoch_from_scratch_draws_its_own_order_and_changes(monkeypatch):
+    images, labels, shown, change = torch.randn(8, 3, 16, 16), torch.arange(8) % 2, [], scratch._flipped_and_shifted
+    monkeypatch.setattr(scratch, '_flipped_and_shifted', lambda batch: shown.append(change(batch)) or shown[-1])
+    for seed in (0, 1):
+        list(train_from_scratch('test_resnet', {}, images, labels, images, labels, num_epochs=2, seed=seed))
+    first, second, other, _ = shown
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_scratch_trains_under_the_condition_that_it_is_tested_under(hypernet, bank, support_bank, monkeypatch):
+    shown = []
+
+    def train(name, kwargs, images, labels, tested, answers, **how):
+        shown.append((images, tested))
+        yield {'epoch': 1, 'seconds': 1.0, 'accuracy': 50.0, 'right': answers == 0}
+
+    monkeypatch.setattr(scratch, 'train_from_scratch', train)
+    drawn = TestGroups.draw(bank, count=1, n_way=3, n_shot=3, n_query=2, support_bank=support_bank)
+    inverted = TestGroups(drawn.support, drawn.query, (Condition(order=(0, 1, 2), inverted=True),))
+    compare_scratch(hypernet, bank, inverted, support_bank, 1, num_epochs=1, progress=False)
+    negatives, others = (ImageBank(255 - one.images, one.labels, one.class_names) for one in (bank, support_bank))
+    compare_scratch(hypernet, negatives, drawn, others, 1, num_epochs=1, progress=False)
+    assert_close(shown[:2], shown[2:], rtol=0, atol=1e-5)

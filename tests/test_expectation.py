@@ -149,7 +149,15 @@ def test_the_more_images_the_more_their_own_word_counts_and_the_narrower_the_int
 
 @pytest.mark.parametrize(
     ('distance', 'images', 'said'),
-    [(2, 64, 'like'), (3, 64, 'edge'), (5, 64, 'unlike'), (5, 4, 'edge'), (9, 1, 'unlike'), (2.9, 16, 'like')],
+    [
+        (2, 64, 'like'),
+        (3, 64, 'edge'),
+        (5, 64, 'unlike'),
+        (5, 4, 'edge'),
+        (9, 1, 'unlike'),
+        (2.9, 16, 'like'),
+        (3.1, 16, 'edge'),
+    ],
 )
 def test_what_is_familiar_depends_on_the_number_of_images(distance, images, said, fitted):
     assert fitted.familiarity(distance, images) == said
@@ -339,3 +347,29 @@ def test_a_published_expectation_is_of_the_published_weights_and_ranks_domains_t
     assert found.check['sets'] >= 100
     assert len(found.check['domains']) >= 5
     assert found.check['rank_correlation'] >= 0.8
+
+
+def test_equal_values_share_the_mean_of_their_ranks():
+    assert rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9**0.5)  # of the ranks 1, 2.5, 2.5, 4
+
+
+def test_the_interval_is_of_what_is_wrong_with_so_many_images(fitted):
+    noisy = dataclasses.replace(fitted, noise=(0.01, 4.0), width=2.0)
+    for images in (10, 1000):
+        _, low, high = noisy.expect(Traits(distance=3, leave_one_out=0.5, num_classes=5, images=images))
+        half = (torch.tensor(high).double().logit() - torch.tensor(low).double().logit()) / 2
+        assert float(half) == pytest.approx(2 * math.sqrt(0.01 + 4 / images), rel=1e-4)
+
+
+def test_traits_of_a_large_set_are_of_images_spread_over_each_class(tiny, fitted, pictures, monkeypatch):
+    monkeypatch.setattr('timm_pudnet.evaluation.expectation.MOST_IMAGES', 1)  # then 20 of each class
+    pixels, names = pictures(90)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    fitted = dataclasses.replace(fitted, references=tuple(map(tuple, torch.randn(8, 16).tolist())))
+    model, source = (
+        predict_model('test_resnet', images, names, hypernet=tiny),
+        open_images(images, names, input=tiny.config.input),
+    )
+    spread = torch.linspace(0, 29, 20).long() * 3
+    some = source.subset(torch.cat([spread, spread + 1, spread + 2]).sort().values)
+    assert read_traits(tiny, model, source, fitted) == read_traits(tiny, model, some, fitted)

@@ -16,7 +16,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from timm_pudnet import DamagedFileError, NotFoundError, PudNet, PudNetError, PudNetWarning
+from timm_pudnet import DamagedFileError, InputError, NotFoundError, PudNet, PudNetError, PudNetWarning
+from timm_pudnet.config import PudNetConfig
 from timm_pudnet.files import INDEX_NAME, WEIGHTS_NAME, parse_json, read_header, weight_files, weights_sha256
 
 
@@ -274,3 +275,25 @@ def test_the_guard_against_many_modules_does_not_outlive_the_loading(net, one_li
     bend(net, model_name='resnet18', model_kwargs={'layers': [2000] * 4})
     refused(net, one_line, 'modules')
     assert len(torch.nn.Sequential(*(torch.nn.Identity() for _ in range(20_000)))) == 20_000
+
+
+@pytest.mark.parametrize('letter', ['\x00', '\x1b', '\x1f', '\x7f', '\x9b', '\x9f'])
+def test_names_of_classes_have_no_control_characters(letter, one_line):
+    with pytest.raises(InputError) as error:
+        PudNetConfig(model_name='resnet18', class_names=('cup', f'jar{letter}2J'))
+    one_line(error, 'class_names', 'control characters')
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize('value', [8193, -8193, 1e300, [8193], [[8193]], {'width': 8193}, [[[1]]], 'x' * 101, [1] * 33])
+def test_arguments_that_no_architecture_needs_are_refused_before_timm_sees_them(value, one_line):
+    with pytest.raises(InputError) as error:
+        PudNetConfig(model_name='resnet18', model_kwargs={'stem_width': value})
+    one_line(error, 'model_kwargs: stem_width', 'no architecture needs that')
+    PudNetConfig(model_name='resnet18', model_kwargs={'stem_width': 8192, 'layers': [[8192]]})
+
+
+def test_a_tag_has_no_two_dots(one_line):
+    with pytest.raises(InputError) as error:
+        PudNetConfig(model_name='resnet18', tag='of..photos')
+    one_line(error, 'tag', 'of..photos')

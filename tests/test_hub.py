@@ -31,6 +31,7 @@ from timm_pudnet import (
     predict_model,
     push,
     remote,
+    save_model,
 )
 from timm_pudnet.config import HubError
 from timm_pudnet.evaluation import TestGroups
@@ -616,3 +617,86 @@ def test_what_the_transport_of_large_files_raises_is_one_line(one_line):
     one_line(error, 'org/name', 'is full')
     with pytest.raises(RuntimeError, match='of our own'), remote._explained('org/name'):
         raise RuntimeError('of our own')
+
+
+def test_a_licence_that_is_named_below_the_header_is_none(tiny_folder, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny_folder, tmp_path / 'test_resnet.other')
+    (folder / 'README.md').write_text('---\ntags: [a]\n---\n\nlicense: gpl-3.0\n')
+    assert describe_hypernet(folder).license is None
+
+
+def test_results_json_goes_before_all_others_and_a_name_before_longer_ones(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / 'test_resnet.other')
+    row = {'mean': 61.25, 'interval': 1.5}
+    for n_way, name in ((3, 'results.bsds-more.json'), (4, 'results.bsds.json'), (5, 'results.json')):
+        results = {'accuracy': {'predicted': row}, 'n_way': n_way, 'n_shot': 10, 'groups': 500}
+        (folder / name).write_text(json.dumps(results))
+        assert describe_hypernet(folder).accuracy['n_way'] == str(n_way), name
+
+
+@pytest.mark.parametrize('wrong', [{'mean': -1.0, 'interval': 1.5}, {'mean': 61.25, 'interval': -1.5}], ids=str)
+def test_results_below_zero_are_not_published(wrong, complete, one_line):
+    change_results(complete, accuracy={'predicted': wrong})
+    with pytest.raises(PudNetError) as error:
+        push(complete, 'org/name', license='mit', dry_run=True)
+    one_line(error, 'results.json', 'no results file')
+
+
+def test_of_what_is_cached_ours_go_first(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr('timm_pudnet.hub._shelves', list)
+    for org in ('another', 'timm-pudnet', 'zebra'):
+        store = tmp_path / f'models--{org}--test_resnet.tiny'
+        (store / 'refs').mkdir(parents=True)
+        (store / 'refs' / 'main').write_text('a' * 40)
+        shutil.copytree(tiny_folder, store / 'snapshots' / ('a' * 40))
+    assert list(list_hypernets()) == [f'{org}/test_resnet.tiny' for org in ('timm-pudnet', 'another', 'zebra')]
+    for name in ('test_resnet', 'test_resnet.tiny'):
+        assert load_hypernet(name).folder.is_relative_to(tmp_path / 'models--timm-pudnet--test_resnet.tiny')
+
+
+def test_a_model_with_damaged_weights_is_not_published(tmp_path):
+    folder = save_model(timm.create_model('test_resnet', num_classes=2), tmp_path / 'model')
+    weights = folder / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(DamagedFileError, match=r'model\.safetensors is damaged'):
+        push(folder, 'org/name', dry_run=True)
+
+
+def test_a_revision_of_the_cache_that_is_no_commit_is_none(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'hub'))
+    store = tmp_path / 'hub' / 'models--org--name'
+    (store / 'refs').mkdir(parents=True)
+    (store / 'snapshots').mkdir()
+    shutil.copytree(tiny_folder, tmp_path / 'elsewhere')
+    for text in ('../../../elsewhere', str(tmp_path / 'elsewhere'), ''):
+        (store / 'refs' / 'main').write_text(text)
+        assert remote.cached('org/name', 'main') is None
+
+
+def test_of_damaged_files_nothing_out_of_the_cache_is_taken_away(tmp_path, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'hub'))
+    store, mine = tmp_path / 'hub' / 'models--org--name', tmp_path / 'mine.safetensors'
+    snapshot, blob = store / 'snapshots' / ('a' * 40), store / 'blobs' / ('b' * 64)
+    snapshot.mkdir(parents=True)
+    blob.parent.mkdir()
+    mine.write_bytes(b'cut short')
+    blob.symlink_to(mine)
+    for target in (mine, blob):
+        path = snapshot / 'model.safetensors'
+        path.symlink_to(target)
+        remote._forget([path])
+        assert not path.is_symlink()
+        assert mine.read_bytes() == b'cut short'
+    assert not blob.is_symlink()
+
+
+@pytest.mark.parametrize(
+    'name', ['org/na..me', 'org/name@../main', 'org/name@v1/../../x', 'org/na--me', 'org/name@a//b']
+)
+def test_a_name_on_the_hub_leads_to_no_other_folder_of_the_cache(name):
+    assert remote.split_repo(name) is None
+    with pytest.raises(InputError, match='is no name on the Hub'):
+        remote.split_repo(f'hf-hub:{name}')

@@ -109,6 +109,38 @@ def test_a_target_that_cannot_take_the_input_s_channels_is_refused(config):
         PudNet.for_target('test_resnet', sketch_width=8, **config)
 
 
+OF_ONE_SIZE = {'generator': 'residual', 'sketch_width': 8}
+
+
+@pytest.mark.parametrize('given', [{'input': InputConfig(input_size=(3, 64, 64))}, {'model_kwargs': {'img_size': 64}}])
+def test_an_architecture_of_one_size_is_made_for_that_of_its_images(given, pictures, tmp_path, one_line):
+    net = PudNet.for_target('visformer_tiny', **OF_ONE_SIZE, **given).eval()
+    assert net.config.input.input_size == (3, 64, 64)
+    assert 'img_size' in net.config.model_kwargs
+    assert PudNet.from_pretrained(net.save_pretrained(tmp_path / 'net')).config.model_kwargs == net.config.model_kwargs
+    assert plan_hypernet('visformer_tiny', **OF_ONE_SIZE, **given).target == net.target
+    model = timm_pudnet.predict_model('visformer_tiny', *pictures(6), hypernet=net)
+    folder = timm_pudnet.save_model(model, tmp_path / 'model')
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert_close(loaded(torch.ones(1, 3, 64, 64)), model(torch.ones(1, 3, 64, 64)))
+    with pytest.raises(InputError) as error:
+        timm_pudnet.predict_model('visformer_tiny', *pictures(6), hypernet=net, img_size=224)
+    one_line(error, 'visformer_tiny', 'img_size 224', '64x64')
+
+
+def test_a_size_that_an_architecture_of_one_size_cannot_have_is_refused(one_line):
+    for name, given, needles in (
+        ('visformer_tiny', {'model_kwargs': {'img_size': 64}, 'input': SMALL}, ['img_size 64', '32x32', 'leave one']),
+        ('efficientformer_l1', {'input': SMALL}, ['[32, 32]', 'its own is 224x224']),
+    ):
+        for make in (PudNet.for_target, plan_hypernet):
+            with pytest.raises(InputError) as error:
+                make(name, **OF_ONE_SIZE, **given)
+            one_line(error, name, *needles)
+    assert plan_hypernet('visformer_tiny', **OF_ONE_SIZE).config.model_kwargs == {}
+    assert plan_hypernet('resnet18', input=SMALL).config.model_kwargs == {}
+
+
 def test_another_sketch_gives_other_kernels_and_the_same_shared_parameters(tiny):
     with torch.no_grad():
         first, second = tiny(torch.zeros(16)), tiny(torch.randn(16))
@@ -533,6 +565,12 @@ def test_pretrained_weights_that_cannot_be_had_are_told_in_one_line(monkeypatch,
     with pytest.raises(NotFoundError) as error:
         PudNet.for_target('test_resnet', pretrained=str(tmp_path / 'nowhere'))
     one_line(error, 'nowhere', 'no such folder')
+
+
+def test_a_hypernetwork_is_no_timm_model_to_start_from(tiny_folder, one_line):
+    with pytest.raises(InputError) as error:
+        PudNet.for_target('test_resnet', pretrained=tiny_folder, sketch_width=16)
+    one_line(error, tiny_folder, 'is a hypernetwork', 'architecture (test_resnet)', '--hypernet')
 
 
 def test_a_folder_of_another_network_is_refused(timm_folder, one_line):

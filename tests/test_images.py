@@ -1547,3 +1547,17 @@ def test_images_that_were_opened_keep_their_labels_and_input():
 def test_every_error_is_ours():
     assert all(issubclass(InputError, base) for base in (PudNetError, ValueError))
     assert all(issubclass(NotFoundError, base) for base in (PudNetError, FileNotFoundError))
+
+
+def test_names_may_hold_figures_that_are_no_decimal_ones():
+    source = open_images(torch.zeros(4, 3, 8, 8), ['²', '10', '2', 'm²'], input=RGB)
+    assert source.class_names == ('2', '10', 'm²', '²')
+
+
+@pytest.mark.parametrize('interpolation', ['bicubic', 'lanczos'])
+def test_floats_stay_between_black_and_white_when_they_are_resized(interpolation):
+    images = torch.zeros(1, 3, 8, 8)
+    images[..., 4:] = 1
+    plain = InputConfig(input_size=(3, 32, 32), mean=(0.0,) * 3, std=(1.0,) * 3, interpolation=interpolation)
+    found = read(open_images(images, input=plain))[0]
+    assert (float(found.min()), float(found.max())) == (0.0, 1.0)

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
@@ -683,6 +684,7 @@ def test_create_model_with_images_is_predict_model(net, folder, model, query):
         ({'in_chans': 1, 'stem_width': 8}, ['with in_chans=1, stem_width=8 has', 'leave these arguments out']),
         ({'block_args': {'attn_layer': 'se'}}, ['block_args', 'test_resnet.tiny']),
         ({'nonsense': 1}, ["'nonsense'"]),
+        ({'drop_rate': 2}, ['drop_rate', '0-1', '2']),
         ({'act_layer': torch.nn.GELU}, ['act_layer=', "'gelu'"]),
         ({'global_pool': ''}, ["global_pool=''", "head='none'"]),
         ({'batch_size': 0}, ['batch_size', '0']),
@@ -819,10 +821,26 @@ def test_arguments_of_the_target_itself_are_in_the_hypernetwork(pictures):
     model = predict_model('test_resnet', *pictures(6), hypernet=net)
     assert model.conv1[0].weight.shape == (8, 1, 3, 3)
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
+    assert model.pretrained_cfg['first_conv'] == 'conv1.0'
     same = predict_model('test_resnet', *pictures(6), hypernet=net, stem_width=8, in_chans=1)
     state_close(same.state_dict(), model.state_dict())
     with pytest.raises(InputError, match='in_chans=3'):
         predict_model('test_resnet', *pictures(6), hypernet=net, in_chans=3)
+
+
+def test_weights_for_one_channel_are_taken_for_others_as_timm_can(pictures, tmp_path):
+    for chans in (1, 4):
+        input = InputConfig(input_size=(chans, 32, 32), mean=(0.4,) * chans, std=(0.3,) * chans)
+        net = PudNet.for_target('test_resnet', input=input, model_kwargs={'in_chans': chans}, sketch_width=8).eval()
+        model = predict_model('test_resnet', *pictures(6), hypernet=net)
+        folder = save_model(model, tmp_path / str(chans))
+        loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
+        assert_close(loaded.conv1[0].weight, model.conv1[0].weight)
+        # Which a timm before 1.0.31 would take for three channels, and make anew.
+        assert model.pretrained_cfg['first_conv'] == ('conv1.0' if chans == 1 else ())
+        if chans == 1 and hasattr(timm.models, 'get_model_args'):  # as later timms can
+            colour = timm.create_model(f'local-dir:{folder}', pretrained=True, in_chans=3)
+            assert_close(colour.conv1[0].weight.sum(1, keepdim=True), model.conv1[0].weight)
 
 
 @pytest.mark.parametrize(
@@ -1117,8 +1135,11 @@ def test_an_existing_folder_or_file_is_left_alone(model, tmp_path, one_line, not
     (tmp_path / 'folder' / 'notes.txt').write_text('mine')
     (tmp_path / 'file').write_text('mine')
     (tmp_path / 'empty').mkdir()
+    (tmp_path / 'link').symlink_to('nowhere')
     with nothing_written(tmp_path):
-        for name in ('folder', 'file'):
+        with pytest.raises(OutputExistsError, match='/dev/null exists'):
+            room.check_output(Path('/dev/null'))
+        for name in ('folder', 'file', 'link'):
             with pytest.raises(OutputExistsError) as error:
                 save_model(model, tmp_path / name)
             one_line(error, tmp_path / name, 'exists')
@@ -1168,6 +1189,26 @@ def test_what_came_into_an_empty_folder_meanwhile_is_not_overwritten(tmp_path):
     with pytest.raises(OutputExistsError, match='theirs'):
         write()
     assert [path.name for path in (tmp_path / 'empty').iterdir()] == ['theirs']
+
+
+def test_a_folder_that_another_makes_meanwhile_is_left_to_it(tmp_path):
+    def write():
+        with folder_written_whole(tmp_path / 'new') as beside:
+            (beside / 'config.json').write_text('ours')
+            (tmp_path / 'new').mkdir()
+            (tmp_path / 'new' / 'theirs').write_text('theirs')
+
+    with pytest.raises(OutputExistsError, match='new was made meanwhile'):
+        write()
+    assert [path.name for path in tmp_path.rglob('*')] == ['new', 'theirs']
+
+
+def test_names_with_a_prefix_of_timm_s_are_understood(model, tmp_path, monkeypatch, one_line):
+    monkeypatch.chdir(tmp_path)
+    assert save_model(model, 'local-dir:mine') == Path('mine')
+    with pytest.raises(InputError) as error:
+        save_model(model, 'hf-hub:org/name')
+    one_line(error, 'hf-hub:org/name', 'push_model')
 
 
 def test_a_folder_in_which_nothing_can_be_made_is_told_before_the_work(tmp_path, monkeypatch):
@@ -1292,7 +1333,10 @@ def test_a_config_of_one_s_own_says_nothing_else_of_the_weights(net, support, on
     own = {'license': 'mit', 'tag': 'mine', 'num_classes': 3}
     found = predict_model('test_resnet', *support, hypernet=net, pretrained_cfg_overlay=own)
     assert own.items() <= found.pretrained_cfg.items()
-    for wrong in ({'input_size': (3, 224, 224)}, {'crop_pct': 0.5}, {'num_classes': 5}):
+    for wrong in (
+        *({'input_size': (3, 224, 224)}, {'crop_pct': 0.5}, {'num_classes': 5}),
+        *({'architecture': 'resnet18'}, {'classifier': 'head'}, {'first_conv': 'stem'}),
+    ):
         with pytest.raises(InputError) as error:
             predict_model('test_resnet', *support, hypernet=net, pretrained_cfg_overlay=wrong)
         one_line(error, 'pretrained_cfg_overlay', next(iter(wrong)), 'for these weights')
@@ -1300,6 +1344,14 @@ def test_a_config_of_one_s_own_says_nothing_else_of_the_weights(net, support, on
         with pytest.raises(InputError) as error:
             predict_model('test_resnet', *support, hypernet=net, pretrained_cfg_overlay=wrong)
         one_line(error, 'pretrained_cfg_overlay', next(iter(wrong)), 'where the weights come from')
+    for wrong, needle in (
+        (5, 'a mapping'),
+        ({'label_names': ('a', 'b')}, '3 names'),
+        ({'label_names': 'abc'}, 'got abc'),
+    ):
+        with pytest.raises(InputError) as error:
+            predict_model('test_resnet', *support, hypernet=net, pretrained_cfg_overlay=wrong)
+        one_line(error, 'pretrained_cfg_overlay', needle)
 
 
 def test_timm_s_own_arguments_travel_or_are_refused_with_what_does_it(net, support, model, tmp_path, one_line):
@@ -1339,6 +1391,26 @@ def test_a_feature_model_is_not_saved(net, support, tmp_path, nothing_written, o
     one_line(error, 'FeatureListNet')
 
 
+def test_a_model_of_frozen_norms_is_saved(tmp_path):
+    model = timm.create_model('resnet18', num_classes=3)
+    model.bn1.running_mean.fill_(0.5)
+    timm.utils.freeze(model, ['conv1', 'bn1'])
+    loaded = timm.create_model(f'local-dir:{save_model(model, tmp_path / "model")}', pretrained=True).state_dict()
+    assert loaded.pop('bn1.num_batches_tracked') == 0  # which torch's frozen norms lack
+    assert_close(dict(loaded), dict(model.state_dict()), rtol=0, atol=0)
+
+
+def test_what_a_file_cannot_hold_is_told_in_one_line(tmp_path, one_line):
+    with torch.device('meta'):
+        empty = timm.create_model('test_resnet')
+    shared = timm.create_model('test_resnet')
+    shared.layer1[0].conv2.weight = shared.layer1[0].conv1.weight
+    for model, needle in ((empty, 'meta device'), (shared, 'layer1.0.conv2.weight and layer1.0.conv1.weight share')):
+        with pytest.raises(InputError) as error:
+            save_model(model, tmp_path / 'model')
+        one_line(error, needle)
+
+
 def test_what_timm_could_not_load_is_not_saved(net, support, tmp_path, nothing_written, one_line):
     def with_parametrized(model):
         torch.nn.utils.parametrizations.weight_norm(model.conv1[0])
@@ -1348,6 +1420,8 @@ def test_what_timm_could_not_load_is_not_saved(net, support, tmp_path, nothing_w
         'fc.weight is not there': lambda model: setattr(model, 'fc', torch.nn.Identity()),
         'fc.weight': lambda model: setattr(model, 'fc', torch.nn.Linear(model.num_features, 7)),
         'fc.0.weight': lambda model: setattr(model, 'fc', torch.nn.Sequential(torch.nn.Linear(model.num_features, 3))),
+        'mine': lambda model: model.register_buffer('mine', torch.zeros(3)),
+        'fc.weight_orig': lambda model: prune.random_unstructured(model.fc, 'weight', 0.5),
         'conv1.0.parametrizations': with_parametrized,
     }
     for key, change in changes.items():
@@ -1355,7 +1429,8 @@ def test_what_timm_could_not_load_is_not_saved(net, support, tmp_path, nothing_w
         change(model)
         with nothing_written(tmp_path), pytest.raises(InputError) as error:
             save_model(model, tmp_path / 'model')
-        one_line(error, key, 'test_resnet of 3 classes', 'reset_classifier')
+        remedy = 'reset_classifier' if list(changes).index(key) < 3 else 'undo what was changed'
+        one_line(error, key, 'test_resnet of 3 classes', remedy)
     with pytest.raises(InputError, match='Linear cannot be saved'):
         save_model(torch.nn.Linear(2, 2), tmp_path / 'model')
     model.reset_classifier(7)
@@ -1396,3 +1471,26 @@ def test_arguments_that_leave_the_weights_alone_travel_through(net, support, que
     wanted.load_state_dict(model.state_dict())
     with torch.inference_mode():
         assert_close(model(query[0]), wanted(query[0]))
+
+
+def test_an_empty_folder_is_empty_again_when_filling_it_fails_midway(tmp_path, monkeypatch):
+    folder, move, calls = tmp_path / 'out', os.replace, []
+    folder.mkdir()
+
+    def replace(source, target):
+        calls.append(Path(target).parent)
+        if len(calls) == 2:
+            raise OSError('broken')
+        move(source, target)
+
+    monkeypatch.setattr(os, 'replace', replace)
+
+    def fill():
+        with folder_written_whole(folder) as beside:
+            for name in 'abc':
+                (beside / name).write_text(name)
+
+    with pytest.raises(OSError, match='broken'):
+        fill()
+    assert calls[:2] == [folder, folder]
+    assert list(folder.iterdir()) == []

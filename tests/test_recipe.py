@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetConfig
@@ -169,6 +171,16 @@ def test_one_set_is_the_same_as_a_list_of_one(tmp_path):
         ('mean = [0.4, 0.5, 0.6]', 'mean = ["a", "b", "c"]', ['input', "'a'"]),
         ('rate = 1e-3', 'precision = "float16"', ['[schedule]', "'float16'", 'bfloat16']),
         ('rate = 1e-3', 'whitening = 1', ['[schedule]', 'whitening', 'true or false']),
+        ('[schedule]', '[losses]\nmetric = nan\n[schedule]', ['[losses] metric', 'finite', 'nan']),
+        ('n_way = 3', 'conditions = nan', ['[groups] conditions', 'finite', 'nan']),
+        ('rate = 1e-3', 'rate = inf', ['[schedule] rate', 'finite', 'inf']),
+        ('rate = 1e-3', 'weight_decay = inf', ['[schedule] weight_decay', 'finite', 'inf']),
+        ('rate = 1e-3', f'rate = {"9" * 400}', ['[schedule] rate', '2**63', '999...']),
+        ('rate = 1e-3', f'rate = {"9" * 5000}', ['no recipe', 'digits']),
+        ('seed = 3', f'seed = {10**30}', ['seed', '2**63']),
+        ('seed = 3', 'seed = -1', ['seed', '-1']),
+        ('n_way = 3', f'per_step = {10**20}', ['[groups] per_step', '2**63']),
+        ('n_way = 3', f'per_step = {10**18}', ['[groups]', 'per_step', '1,000,000']),
     ],
 )
 def test_a_wrong_recipe_is_told_in_one_line(old, new, needles, tmp_path, one_line):
@@ -180,6 +192,34 @@ def test_a_wrong_recipe_is_told_in_one_line(old, new, needles, tmp_path, one_lin
     with pytest.raises(InputError) as error:
         load(tmp_path, text)
     one_line(error, tmp_path / 'recipe.toml', *needles)
+
+
+@pytest.mark.parametrize(
+    ('make', 'field'),
+    [(LossWeights, 'full'), (Groups, 'conditions'), (Schedule, 'rate'), (Schedule, 'weight_decay')],
+)
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_what_is_not_finite_is_refused_in_python_too(make, field, value):
+    with pytest.raises(InputError):
+        make(**{field: value})
+
+
+def test_a_gradient_may_be_left_as_it_is(tmp_path):
+    assert load(tmp_path, RECIPE.replace('rate = 1e-3', 'clip = inf')).schedule.clip == math.inf
+
+
+def test_a_target_of_one_size_is_made_for_that_of_the_recipe(one_line):
+    def made(**hypernet):
+        return Recipe.from_dict({'hypernet': {'model_name': 'visformer_tiny', **hypernet}, 'data': {'images': 'x'}})
+
+    by_input = made(input={'input_size': [3, 64, 64]})
+    assert by_input.hypernet.model_kwargs == {'img_size': [64, 64]}
+    assert Recipe.from_dict(by_input.to_dict()).digest == by_input.digest
+    assert made(model_kwargs={'img_size': 64}).hypernet.input.input_size == (3, 64, 64)
+    assert made(input={'input_size': [3, 224, 224]}).hypernet.model_kwargs == {}
+    with pytest.raises(InputError) as error:
+        made(model_kwargs={'img_size': 64}, input={'input_size': [3, 96, 96]})
+    one_line(error, 'recipe', 'visformer_tiny', 'img_size 64', '96x96')
 
 
 def test_an_absent_recipe_is_named(tmp_path, one_line):

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import timm_pudnet
-from timm_pudnet import NotFoundError, OutputExistsError, PudNet, PudNetWarning
+from timm_pudnet import InputConfig, NotFoundError, OutputExistsError, PudNet, PudNetWarning
 from timm_pudnet.cli import main
 from timm_pudnet.evaluation import (
     HeldOutTest,
@@ -31,7 +31,7 @@ from timm_pudnet.evaluation import (
     weights_digest,
 )
 from timm_pudnet.evaluation.expectation import HeldOutSet, Traits
-from timm_pudnet.evaluation.holdout import raw_pixels
+from timm_pudnet.evaluation.holdout import raw_pixels, split_held_out
 from timm_pudnet.evaluation.report import feature_map, first_images, sample_features
 from timm_pudnet.files import config_sha256
 from timm_pudnet.images import open_images
@@ -641,3 +641,28 @@ def test_it_follows_the_theme_and_is_readable_in_both(theme, ground, make, brows
     assert tuple(pixels[0, 0]) == ground
     contrast = np.abs(pixels[20:60, 16:300] - ground).sum(-1).max()  # of the title with the ground
     assert contrast > 500
+
+
+def test_a_class_gives_its_share_to_the_nearest_image_and_keeps_one():
+    labels = [0] * 9 + [1] * 5 + [2] * 2 + [3]
+    source = open_images(torch.zeros(17, 3, 8, 8, dtype=torch.uint8), labels, input=InputConfig())
+    for share, counts in ((0.2, [2, 1, 1, 0]), (0.01, [1, 1, 1, 0]), (0.99, [8, 4, 1, 0])):
+        used, tested = split_held_out(source, share)
+        assert tested.labels.bincount(minlength=4).tolist() == counts
+        assert used.labels.bincount(minlength=4).tolist() == [a - b for a, b in zip([9, 5, 2, 1], counts, strict=True)]
+
+
+def test_the_second_direction_of_a_map_of_two_classes_tells_something_new():
+    labels = torch.arange(60) % 2
+    features = 5 * torch.eye(2, 6)[labels] + 0.1 * torch.randn(60, 6)
+    places = feature_map(features, torch.eye(2, 6))
+    assert abs(float(torch.corrcoef(places.t())[0, 1])) < 0.5
+
+
+def test_all_who_are_surest_are_in_the_last_tenth():
+    test = SimpleNamespace(
+        guesses=torch.tensor([0, 1]), labels=torch.tensor([0, 0]), confidences=torch.tensor([1.0, 0.96])
+    )
+    report = Report(title='x', tiles=(), class_names=('a', 'b'), samples=(), points=torch.empty(0, 2), test=test)
+    assert report._bins() == [(pytest.approx(0.98), 1, 2)]
+    assert report._gap() == pytest.approx(0.48)

@@ -296,3 +296,9 @@ def test_kmeans_gives_no_more_centroids_than_there_are_different_rows():
     assert kmeans_centroids(rows, 8).sort(0).values.tolist() == [[0.0], [1.0]]
     with pytest.raises(InputError, match='at least 1'):
         kmeans_centroids(rows, 0)
+
+
+def test_kmeans_starts_from_rows_that_are_far_from_all_chosen_ones():
+    places = torch.tensor([0.0, 12.0, 100.0, 130.0])
+    rows = (places[:, None] + torch.tensor([-0.5, 0.0, 0.5])).view(-1, 1)
+    assert kmeans_centroids(rows, 4).flatten().sort().values.tolist() == places.tolist()

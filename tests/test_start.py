@@ -23,12 +23,15 @@ from timm_pudnet.training import (
     ImageBank,
     LossWeights,
     Recipe,
+    check_start,
     meta_train,
     save_control,
     train_plain,
     try_recipe,
     whitening_path,
 )
+from timm_pudnet.training.finetune import name_classes
+from timm_pudnet.training.meta_train import seen_by
 from timm_pudnet.training.run import config_fields
 
 loop = importlib.import_module('timm_pudnet.training.meta_train')  # the package's name for it is the function
@@ -66,6 +69,14 @@ def test_the_paper_s_generator_starts_from_a_model_too(start, make_recipe, bank)
 
 
 @pytest.mark.parametrize('train', [meta_train, train_plain])
+def test_a_target_of_one_size_trains_at_that_of_the_recipe(train, make_recipe, bank):
+    images = bank.images.repeat_interleave(4, -1).repeat_interleave(4, -2)
+    fields = {'model_name': 'visformer_tiny', 'generator': 'residual', 'input': InputConfig(input_size=(3, 64, 64))}
+    bank = ImageBank(images, bank.labels, bank.class_names)
+    train(make_recipe(1, hypernet=fields), banks=[bank], device='cpu', progress=False)
+
+
+@pytest.mark.parametrize('train', [meta_train, train_plain])
 def test_a_start_that_was_trained_on_an_unseen_class_is_refused(train, make_recipe, bank, tmp_path, one_line):
     known = PudNet.for_target(**config_fields(make_recipe(hypernet=RESIDUAL).hypernet, class_names=('cup', 'jar')))
     folder = str(known.save_pretrained(tmp_path / 'known'))
@@ -77,6 +88,11 @@ def test_a_start_that_was_trained_on_an_unseen_class_is_refused(train, make_reci
         train(with_unseen('lid', 'jar'), banks=[bank], device='cpu', progress=False)
     one_line(error, folder, "'jar'", 'unseen')
     train(with_unseen('lid'), banks=[bank], device='cpu', progress=False)
+    with pytest.raises(InputError) as error:
+        check_start(with_unseen('lid', 'J-ar'))
+    one_line(error, folder, "'J-ar' ('jar' there)", 'unseen')
+    both = Data(images='nowhere', classes=('jar',), unseen=('JAR',))  # two classes of one set
+    check_start(make_recipe(1, start=folder, hypernet=RESIDUAL, data=(both,)))
 
 
 def test_a_model_says_which_classes_it_has_seen(start, make_recipe, bank, tmp_path, one_line):
@@ -578,3 +594,19 @@ def test_a_short_try_tells_whether_a_recipe_learns(make_recipe, bank):
         assert one['images'] > 0
         assert one['seconds'] > 0
         assert one['images_per_second'] > 0
+
+
+def test_what_is_learned_after_training_is_of_images_as_they_are(bank, make_recipe):
+    room = importlib.import_module('timm_pudnet.training.meta_train')
+    run = room._MetaRun(make_recipe(groups={'turns': 1}), [bank], 'cpu')
+    group, *_ = next(run.tested(1, 'whitening'))
+    shown = (group.support * 0.5 + 0.5).mul(255).round()
+    assert (shown[:, None] == bank.images).flatten(2).all(2).any(1).all()
+    assert run.sampler.augmentation is not None, 'or this shows nothing'
+
+
+def test_numbers_for_names_of_classes_say_nothing_of_what_was_seen(tmp_path):
+    for folder, names, said in (('numbers', ('0', '1'), ()), ('names', ('cup', 'jar'), ('cup', 'jar'))):
+        model = timm.create_model('test_resnet', num_classes=2)
+        name_classes(model, names)
+        assert seen_by(str(save_model(model, tmp_path / folder))) == said

@@ -7,7 +7,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from timm_pudnet.config import InputError, UnsupportedTargetError
-from timm_pudnet.target import batch_norms, create_feature_model, describe_target, input_of, keep_arguments
+from timm_pudnet.target import (
+    batch_norms,
+    check_architecture,
+    create_feature_model,
+    describe_target,
+    input_of,
+    keep_arguments,
+)
 
 ARCHITECTURES = [
     *('test_resnet', 'test_efficientnet', 'resnet18', 'resnet50', 'seresnet18', 'regnetx_002', 'densenet121'),
@@ -238,11 +245,22 @@ def test_a_tag_or_a_hub_name_is_refused_with_the_remedy(name, one_line):
     one_line(error, name, 'give the architecture', 'resnet18')
 
 
-@pytest.mark.parametrize('kwargs', [{'bogus': 1}, {'output_stride': 5}, {'block': object()}, {'in_chans': 'x'}])
+@pytest.mark.parametrize('name', [None, 5, ['resnet18']])
+def test_an_architecture_that_is_no_name_is_told_in_one_line(name, one_line):
+    with pytest.raises(InputError) as error:
+        check_architecture(name)
+    one_line(error, 'must be a name', name)
+
+
+REFUSED = [{'bogus': 1}, {'output_stride': 5}, {'block': object()}, {'in_chans': 'x'}]
+REFUSED += [{'pruned': True}, {'drop_rate': 2}, {'drop_path_rate': -0.1}, {'drop_block_rate': 'x'}]
+
+
+@pytest.mark.parametrize('kwargs', REFUSED, ids=str)
 def test_arguments_that_timm_refuses_are_named_in_one_line(kwargs, one_line):
     with pytest.raises(InputError) as error:
         describe_target('resnet18', **kwargs)
-    one_line(error, 'resnet18')
+    one_line(error, 'resnet18', next(iter(kwargs)))
 
 
 def test_describing_draws_no_random_numbers():

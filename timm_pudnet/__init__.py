@@ -15,17 +15,20 @@ from timm_pudnet.config import (
     __version__,
 )
 from timm_pudnet.denoising import denoise, meta_train_denoiser, predict_denoiser
-from timm_pudnet.evaluation import compare, evaluate
-from timm_pudnet.hub import describe_hypernet, list_hypernets, load_hypernet, pull, push
+from timm_pudnet.evaluation import TestGroups, compare, evaluate
+from timm_pudnet.hub import HypernetInfo, Pushed, describe_hypernet, list_hypernets, load_hypernet, pull, push
 from timm_pudnet.hypernet import Plan, PudNet, plan_hypernet
-from timm_pudnet.images import open_images
+from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.predict import create_model, predict_model, predict_state_dict, push_model, save_model
 from timm_pudnet.target import TargetSpec, describe_target
-from timm_pudnet.training import Recipe, finetune, meta_train
+from timm_pudnet.training import ImageBank, Recipe, finetune, meta_train
 
 __all__ = [
     'DamagedFileError',
     'HubError',
+    'HypernetInfo',
+    'ImageBank',
+    'ImageSource',
     'InputConfig',
     'InputError',
     'NotFoundError',
@@ -35,8 +38,10 @@ __all__ = [
     'PudNetConfig',
     'PudNetError',
     'PudNetWarning',
+    'Pushed',
     'Recipe',
     'TargetSpec',
+    'TestGroups',
     'UnsupportedTargetError',
     '__version__',
     'compare',

@@ -76,6 +76,37 @@ def shown(name: object, most: int = 80) -> str:
     return text if len(text) <= most else f'{text[:most]}...'
 
 
+def name_key(name: str) -> str:
+    """What two spellings of a class's name have in common: its letters and digits, whatever their case.
+
+    Example:
+        >>> name_key('T-shirt/top') == name_key('t_shirt top')
+        True
+    """
+    return re.sub(r'[\W_]+', '', name).casefold() or name
+
+
+def same_names(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+    """Those of a set's class names that are among others, spelled otherwise too, with the other spelling.
+
+    What the set spells as the others do is that very class there, so no further class of the set is (`A` beside `a`).
+
+    Example:
+        >>> same_names(['T-shirt-top', 'Bag', 'a', 'A'], ['T-shirt/top', 'A', 'Coat'])
+        {'T-shirt-top': 'T-shirt/top', 'A': 'A'}
+    """
+    names, others = list(names), set(others)
+    exact = others.intersection(names)
+    known = {name_key(other): other for other in sorted(others - exact)}
+    found = {name: name if name in exact else known.get(name_key(name)) for name in names}
+    return {name: other for name, other in found.items() if other is not None}
+
+
+def spelled(name: str, other: str) -> str:
+    """A class's name in an error line, with the spelling that it has elsewhere."""
+    return repr(name) if name == other else f'{name!r} ({other!r} there)'
+
+
 def first_line(error: BaseException) -> str:
     r"""The first line of what another library raised; the name of the error where it says nothing.
 

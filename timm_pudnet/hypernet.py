@@ -58,7 +58,16 @@ from timm_pudnet.files import (
 from timm_pudnet.generators import create_generator
 from timm_pudnet.images import open_images
 from timm_pudnet.sketch import Balance, SketchEncoder, SketchGate, StreamingSketch, in_eval_mode
-from timm_pudnet.target import TargetSpec, create_feature_model, describe_target, input_of, keep_arguments
+from timm_pudnet.target import (
+    TargetSpec,
+    create_feature_model,
+    describe_target,
+    fixed_size,
+    img_size_of,
+    input_of,
+    keep_arguments,
+    of_one_size,
+)
 
 if TYPE_CHECKING:
     from timm_pudnet.hub import Pushed
@@ -124,7 +133,7 @@ class PudNet(nn.Module):
         config: Architecture of the target and of the hypernetwork.
 
     Raises:
-        InputError: timm does not know the target.
+        InputError: timm does not know the target, or makes it for images of another size or other channels.
         UnsupportedTargetError: The target has a tensor that nothing can fill.
 
     Example:
@@ -139,7 +148,7 @@ class PudNet(nn.Module):
         # Once a block of this size is given back, glibc keeps freed memory for the next kernels instead of fetching
         # fresh pages for each of them (its dynamic threshold, of 32 MB at most). The zeros are never written.
         bytes(31 << 20)
-        self.config = config
+        self.config = config = of_one_size(config)
         self.folder: Path | None = None  # that it was read from
         self.target: TargetSpec = target_of(config)
         layers = self.target.layers
@@ -194,6 +203,8 @@ class PudNet(nn.Module):
                 predicts, for any images, is that network until it is trained. Otherwise the shared parameters start as
                 timm starts them.
             config: Further fields of `PudNetConfig`. Without `input`, the architecture's own input size, mean and std.
+                An architecture that is made for one size (`fixed_input_size`, as timm calls it) is made for that of
+                `input`, by timm's `img_size` among `model_kwargs`; where that alone is given, it is the input's.
                 With generator `residual`, and neither `sketch_width` nor `sketch_channels` nor a `rank`, sketches are
                 as wide (128, 64, 32, 16, 8) and changes of as high a rank, those of norms too, as lets the hypernetwork
                 be at most 1.1 times the target, or nearly so. (A recipe has sketches of 128 where it names no other
@@ -209,18 +220,21 @@ class PudNet(nn.Module):
             'paper'
         """
         name, _, tag = model_name.partition('.')
-        model_kwargs = config.get('model_kwargs', {})
-        wanted = PudNetConfig(model_name=name if pretrained else model_name, **{**config, 'input': InputConfig()})
+        wanted = PudNetConfig(model_name=name if pretrained else model_name, **config)
+        if 'input' in config:
+            wanted = of_one_size(wanted)
         spec = target_of(wanted)  # clear errors first
         if pretrained:
-            model = pretrained_model(model_name if pretrained is True else local_path(pretrained), model_kwargs)
+            model = pretrained_model(model_name if pretrained is True else local_path(pretrained), wanted.model_kwargs)
         else:
             model = create_feature_model(spec)
         if 'input' not in config:
-            config['input'] = input_of(model)
+            own = input_of(model)
+            size = (own.input_size[0], *(img_size_of(wanted) or own.input_size[1:]))
+            config['input'] = dataclasses.replace(own, input_size=size)
         if tag and pretrained is True:
             config.setdefault('tag', tag)
-        wanted = PudNetConfig(model_name=name if pretrained else model_name, **config)
+        wanted = of_one_size(PudNetConfig(model_name=wanted.model_name, **config))
         hypernet = cls(_chosen(wanted, generator, config))
         start = model.state_dict()
         if pretrained:
@@ -616,10 +630,14 @@ def plan_hypernet(model_name: str, *, generator: str = 'auto', **config: Any) ->
         ('paper', 1392832, 20)
     """
     wanted = PudNetConfig(model_name=model_name, **config)
+    if 'input' in config:
+        wanted = of_one_size(wanted)
     spec = target_of(wanted)
-    if 'input' not in config:  # of any size: only its channels matter here
+    if 'input' not in config:  # of any size, where the target is made for any: only its channels matter here
         grey = (0.5,) * spec.in_chans
-        wanted = dataclasses.replace(wanted, input=InputConfig(input_size=(spec.in_chans, 32, 32), mean=grey, std=grey))
+        height, width = img_size_of(wanted) or fixed_size(model_name) or (32, 32)
+        input = InputConfig(input_size=(spec.in_chans, height, width), mean=grey, std=grey)
+        wanted = dataclasses.replace(wanted, input=input)
     wanted = _chosen(wanted, generator, config)
     return _plan(wanted, spec)
 
@@ -693,10 +711,17 @@ def pretrained_model(source: str | Path, model_kwargs: Mapping[str, Any]) -> nn.
     if folder and not (source / WEIGHTS_NAME).is_file():  # timm would take a pickle then
         raise InputError(f'{source} holds no timm model that can be loaded: no {WEIGHTS_NAME}')
     try:
+        told = json.loads((source / CONFIG_NAME).read_text(encoding='utf-8')) if folder else {}
+        if 'format_version' in told and 'architecture' not in told:
+            raise InputError(
+                f'{source} is a hypernetwork, no timm model: give the architecture ({shown(told.get("model_name"))}), '
+                'and this folder as hypernet (--hypernet)'
+            )
         model = timm.create_model(f'local-dir:{source}' if folder else source, pretrained=True, **model_kwargs)
-        of_file = json.loads((source / CONFIG_NAME).read_text(encoding='utf-8')).get('model_args') if folder else None
-        keep_arguments(model, {**(of_file or {}), **model_kwargs})
+        keep_arguments(model, {**(told.get('model_args') or {}), **model_kwargs})
         return model
+    except InputError:
+        raise
     except Exception as error:  # whatever transports and formats raise
         if folder:
             raise InputError(f'{source} holds no timm model that can be loaded: {first_line(error)}') from error
@@ -810,7 +835,12 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
             with suppress(OSError):  # some file systems have no modes
                 path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         if not there:
-            os.replace(beside, folder)
+            try:
+                os.replace(beside, folder)
+            except OSError as error:
+                if not os.path.lexists(folder):
+                    raise
+                raise OutputExistsError(f'{folder} was made meanwhile: choose another output folder') from error
             return
         if others := [path.name for path in folder.iterdir() if path.name != beside.name]:
             raise OutputExistsError(f'{folder} has got {others[0]} meanwhile: choose another output folder')

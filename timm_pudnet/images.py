@@ -1075,7 +1075,7 @@ def _split_item(item: Any, where: str, batched: bool = False) -> tuple[Any, Any]
         wanted = 'a tensor or (tensor, labels)' if batched else 'an image or (image, label)'
         how = '; a collate_fn may take them out of it' if batched and isinstance(item, dict) else ''
         raise InputError(f'{where} must give {wanted}, not a {type(image).__name__}{how}')
-    if not batched and getattr(image, 'ndim', 0) == 4:
+    if not batched and not isinstance(image, Image.Image) and image.ndim == 4:
         raise InputError(
             f'{where} gives batches of shape {tuple(image.shape)} where single images are wanted: let a DataLoader '
             'with a batch_size make them'

@@ -13,7 +13,7 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,13 +41,14 @@ from timm_pudnet.config import (
     PudNetWarning,
     as_plain,
     first_line,
+    shown,
 )
 from timm_pudnet.files import local_path
 from timm_pudnet.hub import Pushed, push, resolve_hypernet
 from timm_pudnet.hypernet import PudNet, folder_written_whole, on_device, own_defaults, target_of, usable_device
 from timm_pudnet.images import ImageSource, check_root, open_images
 from timm_pudnet.sketch import Balance, ImageSample, content_keys
-from timm_pudnet.target import TargetSpec, check_loadable, keep_arguments, pretrained_cfg_of
+from timm_pudnet.target import TargetSpec, check_loadable, keep_arguments, of_one_size, pretrained_cfg_of
 
 Head = Literal['centroid', 'ridge', 'blend', 'logistic', 'none']
 _HeadStream = StreamingCentroids | StreamingRidge | StreamingLogistic
@@ -55,7 +56,8 @@ _HeadStream = StreamingCentroids | StreamingRidge | StreamingLogistic
 _NOT_OF_TARGET = ('num_classes', 'pretrained_cfg_overlay', 'features_only', 'out_indices', 'feature_cls')
 _NOT_OF_TARGET += ('cache_dir', 'scriptable', 'exportable', 'no_jit')
 # Of a timm config, what is as it is for the predicted weights.
-_FIXED = {'num_classes', 'first_conv', *(field.name for field in dataclasses.fields(InputConfig))}
+_FIXED = {'architecture', 'num_classes', 'classifier', 'first_conv'}
+_FIXED |= {field.name for field in dataclasses.fields(InputConfig)}
 _WHERE_WEIGHTS_ARE = {'state_dict', 'file', 'url', 'hf_hub_id', 'hf_hub_filename', 'source'}  # of a timm config
 _WEIGHTS_FROM_ELSEWHERE = ('pretrained', 'checkpoint_path', 'pretrained_cfg')  # arguments of timm.create_model
 
@@ -225,13 +227,25 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         NotFoundError: Its parent is not there.
         InputError: It is no whole timm model, one of `features_only` for instance, or timm could not load it.
     """
+    if isinstance(folder, str):
+        if folder.startswith(('hf-hub:', 'hf_hub:')):
+            raise InputError(f'{folder} is no folder: timm_pudnet.push_model publishes a model on the Hub')
+        folder = folder.removeprefix('local-dir:')
     folder = local_path(folder)
     check_output(folder)
     model = getattr(model, '_orig_mod', model)  # of torch.compile
     if not hasattr(model, 'num_classes') or not hasattr(model, 'pretrained_cfg'):
         raise InputError(f'a {type(model).__name__} cannot be saved: timm has no format for it. Save the whole model')
     check_loadable(model)
-    if not all(value.is_contiguous() for value in model.state_dict().values()):  # channels_last, which files have not
+    state, first = model.state_dict(), {}
+    for key, value in state.items():
+        if value.is_meta:
+            raise InputError(f'{key} is on the meta device, without values: load weights into the model first')
+        if value.numel() and (other := first.setdefault((value.device, value.data_ptr()), key)) != key:
+            raise InputError(
+                f'{key} and {other} share their memory, which a file cannot tell: give each its own, by .clone()'
+            )
+    if not all(value.is_contiguous() for value in state.values()):  # channels_last, which files have not
         model = copy.deepcopy(model)
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.contiguous()
@@ -264,7 +278,8 @@ def push_model(model: nn.Module, repo: str, *, license: str | None = None, priva
 
 def check_output(folder: Path) -> None:
     """Raises unless a new folder can be made at this path."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    # A link that leads nowhere and a device too.
+    if any(folder.iterdir()) if folder.is_dir() else os.path.lexists(folder):
         raise OutputExistsError(f'{folder} exists: choose another output folder, or remove it first')
     if not folder.parent.is_dir():
         raise NotFoundError(f'{folder.parent} is not there: make it first, or choose another output folder')
@@ -276,6 +291,8 @@ def check_output(folder: Path) -> None:
 def _target_asked_for(network: PudNet, model_name: str, timm_kwargs: dict[str, Any]) -> TargetSpec:
     """The target with the caller's arguments; its tensors must be those that the hypernetwork fills."""
     kwargs = {key: value for key, value in timm_kwargs.items() if key not in _NOT_OF_TARGET and value is not None}
+    if 'img_size' in kwargs:
+        of_one_size(dataclasses.replace(network.config, model_kwargs={'img_size': kwargs['img_size']}))
     spec = target_of(network.config, **kwargs)
     different = _difference(network, spec)
     if different is not None:
@@ -498,21 +515,30 @@ def build_model(
             state[key] = torch.zeros(num_classes, *spec.shapes[key][1:])
     else:
         state = {key: value for key, value in state.items() if key in spec.headless}
+    own = timm_kwargs.get('pretrained_cfg_overlay') or {}
+    if not isinstance(own, Mapping):
+        raise InputError(f'pretrained_cfg_overlay must be a mapping of names to values, got {shown(own)}')
     overlay = {
         'state_dict': state,
         'num_classes': num_classes,
         'tag': network.config.tag or None,
         **pretrained_cfg_of(network.config.input, usual.to_dict() if usual else {}),
-        # timm makes a conv for other channels of one for three, of no other. None would stop its pruned networks.
-        **({} if network.config.input.input_size[0] == 3 else {'first_conv': ()}),
+        # Not None, which would stop timm's pruned networks.
+        **({} if _takes_other_channels(network, usual, state) else {'first_conv': ()}),
         'label_offset': 0,
         'label_names': tuple(class_names or map(str, range(num_classes))) if num_classes else None,
     }
-    for key, value in (timm_kwargs.get('pretrained_cfg_overlay') or {}).items():
+    fixed = {**(usual.to_dict() if usual else {}), **overlay, 'architecture': network.config.model_name}
+    for key, value in own.items():
         if key in _WHERE_WEIGHTS_ARE and value is not None:
             raise InputError(f'pretrained_cfg_overlay: {key} and the images both say where the weights come from')
-        if key in _FIXED and overlay.get(key) != value:
-            raise InputError(f'pretrained_cfg_overlay: {key} is {overlay.get(key)!r} for these weights, not {value!r}')
+        if key in _FIXED and fixed.get(key) != value:
+            raise InputError(f'pretrained_cfg_overlay: {key} is {fixed.get(key)!r} for these weights, not {value!r}')
+        named = isinstance(value, (list, tuple)) and len(value) == num_classes
+        if key == 'label_names' and value is not None and not named:
+            raise InputError(
+                f'pretrained_cfg_overlay: label_names must be {num_classes} names, one a class, got {shown(value)}'
+            )
         overlay[key] = value
     kwargs = {
         **network.config.model_kwargs,
@@ -540,6 +566,17 @@ def build_model(
     model.default_cfg = model.pretrained_cfg
     keep_arguments(model, kwargs)
     return model
+
+
+def _takes_other_channels(network: PudNet, usual: Any, state: Mapping[str, Tensor]) -> bool:
+    """Whether timm may be told which first convs to change for images of other channels.
+
+    Before 1.0.31 it takes all weights for those of three channels, even where it need not change them: a conv that
+    reads one channel it leaves as it is, one of four it makes anew, and a stem that folds pixels into channels fails.
+    """
+    chans, convs = network.config.input.input_size[0], (usual and usual.first_conv) or ()
+    kernels = [state.get(f'{name}.weight') for name in ((convs,) if isinstance(convs, str) else convs)]
+    return chans == 3 or all(kernel is not None and kernel.shape[1:2] == (1,) for kernel in kernels)
 
 
 @contextlib.contextmanager

@@ -25,16 +25,20 @@ from timm_pudnet.config import (
     MIN_PREDICTED,
     InputConfig,
     InputError,
+    PudNetConfig,
     PudNetError,
     PudNetWarning,
     UnsupportedTargetError,
     close_names,
     first_line,
+    shown,
 )
 
 Role = Literal['predicted', 'shared', 'calibrated', 'classifier']
 BATCH_NORM_BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# What timm's architectures raise of arguments that they cannot take; OSError of a file that is not there (pruned=True).
+_REFUSALS = (TypeError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError, ArithmeticError, OSError)
 _MARK = 9973  # classes of the target that is walked: no other dimension is this prime
 
 
@@ -165,6 +169,9 @@ def describe_target(
                 f'{model_name}: {name}={value!r} is nothing that a file can hold; timm takes names too, '
                 "act_layer='gelu' for instance"
             ) from error
+        share = isinstance(value, (int, float)) and 0 <= value <= 1
+        if 'drop' in name and name.endswith('_rate') and value is not None and not share:  # else an error of torch's
+            raise InputError(f'{model_name}: {name} must be a share in 0-1, got {value!r}')
     key = json.dumps(model_kwargs, sort_keys=True)
     check_architecture(model_name)
     # By the function too: a notebook's cell may register a network of that name anew.
@@ -186,6 +193,8 @@ def describe_target(
 
 def check_architecture(model_name: str) -> None:
     """Raises InputError, with the close names, unless timm knows the architecture."""
+    if not isinstance(model_name, str):
+        raise InputError(f'the architecture must be a name, resnet18 for instance, got {shown(model_name)}')
     if '.' not in model_name and timm.is_model(model_name):
         return
     if model_name.startswith(('hf-hub:', 'local-dir:', 'hf_hub:')):
@@ -201,12 +210,46 @@ def check_architecture(model_name: str) -> None:
     )
 
 
+def fixed_size(model_name: str) -> tuple[int, int] | None:
+    """Height and width of the images of an architecture that is made for one size, by timm's `img_size`; else None."""
+    usual = timm.get_pretrained_cfg(model_name.partition('.')[0])
+    return usual.input_size[1:] if usual is not None and usual.fixed_input_size else None
+
+
+def img_size_of(config: PudNetConfig) -> tuple[Any, ...] | None:
+    """The size that a config asks such an architecture to be made for; None where it asks for none."""
+    given = config.model_kwargs.get('img_size')
+    if given is None or fixed_size(config.model_name) is None:
+        return None
+    return tuple(given) if isinstance(given, list) else (given, given)
+
+
+def of_one_size(config: PudNetConfig) -> PudNetConfig:
+    """The config with such an architecture made for the size of its images; of any other architecture as it is.
+
+    Raises:
+        InputError: It is to be made for another size.
+    """
+    usual, size, asked = fixed_size(config.model_name), config.input.input_size[1:], img_size_of(config)
+    if usual is None or size == (asked or usual):
+        return config
+    if asked is not None:
+        raise InputError(
+            f'{config.model_name}: img_size {config.model_kwargs["img_size"]} in model_kwargs is not the size of its '
+            f'images, {"x".join(map(str, size))} by input_size: leave one of them out'
+        )
+    return dataclasses.replace(config, model_kwargs={**config.model_kwargs, 'img_size': list(size)})
+
+
 @functools.lru_cache(maxsize=64)
 def _describe(
     model_name: str, predict_norm: bool, predict_linear: bool, kwargs_json: str, made_by: Callable[..., nn.Module]
 ) -> tuple[TargetSpec, str]:
     model_kwargs = json.loads(kwargs_json)
     model = _meta_model(model_name, model_kwargs, _MARK)
+    in_chans = _in_chans(model, model_kwargs)
+    if 'img_size' in model_kwargs and fixed_size(model_name) is not None:
+        _check_size(model_name, model, in_chans, model_kwargs['img_size'])
     state = model.state_dict(keep_vars=True)
     roles: dict[str, Role] = {}
     layers: dict[str, LayerSpec] = {}
@@ -264,7 +307,7 @@ def _describe(
         tied=tied,
         classifiers=tuple(classifiers),
         num_features=int(width),
-        in_chans=_in_chans(model, model_kwargs),
+        in_chans=in_chans,
     )
     return spec, _conv_mlp_hint(model)
 
@@ -274,21 +317,45 @@ def _headless(model_name: str, kwargs_json: str, made_by: Callable[..., nn.Modul
     return frozenset(_meta_model(model_name, json.loads(kwargs_json), 0).state_dict())
 
 
+def _check_size(model_name: str, model: nn.Module, in_chans: int, img_size: Any) -> None:
+    """Refuses images of a size that the architecture, though made for it, cannot see: its windows do not fit, say."""
+    sides = img_size if isinstance(img_size, list) else (img_size, img_size)
+    try:
+        with torch.device('meta'), torch.no_grad():
+            model.eval()(torch.zeros(1, in_chans, *sides))
+    except _REFUSALS as error:
+        raise InputError(
+            f'{model_name} cannot be made for images of size {img_size} ({first_line(error)}): choose '
+            f'another size, its own is {"x".join(map(str, fixed_size(model_name) or ()))}'
+        ) from error
+
+
 def check_loadable(model: nn.Module) -> None:
     """Raises InputError where timm, told what a file of this model would say, makes other tensors than it has."""
     name, classes = str(model.pretrained_cfg['architecture']), int(cast(Any, model.num_classes))  # type: ignore[index]
     arguments = {key: value for key, value in arguments_of(model).items() if key != 'num_classes'}
     try:
         expected = _meta_model(name, arguments, classes).state_dict()
-    except (PudNetError, OSError):  # vit_small_resnet26d_224 fetches weights; what is wrong otherwise timm says
+    except PudNetError:  # vit_small_resnet26d_224 fetches weights; what is wrong otherwise timm says
         return
-    own = model.state_dict()
+    own, heads = model.state_dict(), model.pretrained_cfg.get('classifier') or ()  # type: ignore[union-attr]
+    heads = (heads,) if isinstance(heads, str) else heads
     for key in [*own, *expected]:
-        shapes = [tuple(state[key].shape) if key in state else 'not there' for state in (own, expected)]
+        if key not in own and key.endswith('.num_batches_tracked'):  # torch adds it; timm's frozen norms have none
+            continue
+        # What quantised layers hold is no tensor.
+        shapes = [tuple(getattr(state[key], 'shape', ())) if key in state else 'not there' for state in (own, expected)]
         if shapes[0] != shapes[1]:
+            of_head = key.startswith(tuple(f'{head}.' for head in heads)) and key.endswith(('.weight', '.bias'))
+            remedy = (
+                'the classes are changed by model.reset_classifier'
+                if of_head
+                else 'undo what was changed in it by hand (pruning, parametrisation, quantisation, a buffer), or keep '
+                'its state_dict by torch.save'
+            )
             raise InputError(
                 f'{key} is {shapes[0]}, but {shapes[1]} in the {name} of {classes} classes that timm would make, so it '
-                'could not load this model; the classes are changed by model.reset_classifier'
+                f'could not load this model; {remedy}'
             )
 
 
@@ -303,7 +370,7 @@ def _meta_model(model_name: str, model_kwargs: dict[str, Any], num_classes: int)
         except NotImplementedError:  # a RegNet of an earlier timm works its widths out with tensors
             with torch.random.fork_rng(devices=[]):
                 return timm.create_model(model_name, **made)
-    except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError, ArithmeticError) as error:
+    except _REFUSALS as error:
         raise InputError(f'timm.create_model({model_name!r}) refused {model_kwargs}: {first_line(error)}') from error
 
 

@@ -28,14 +28,14 @@ from timm_pudnet.cli.group import (
     some,
     was_given,
 )
-from timm_pudnet.config import InputError
+from timm_pudnet.config import InputError, same_names, shown, spelled
 from timm_pudnet.files import config_sha256, weights_sha256
 from timm_pudnet.hub import load_hypernet
 from timm_pudnet.hypernet import PudNet, pretrained_model, usable_device, written_whole
 from timm_pudnet.images import ImageSource, any_timm_name, open_images
 from timm_pudnet.target import arguments_of, create_feature_model, input_of, with_own_config
 from timm_pudnet.training import ImageBank, bank_input, whitening_path
-from timm_pudnet.training.meta_train import seen_by
+from timm_pudnet.training.meta_train import cost_of, seen_by
 
 
 @main.command()
@@ -112,6 +112,7 @@ def evaluate(
             'measured by timm-pudnet denoise --clean, or by hub/denoising.py of a checkout'
         )
     rivals = _read_controls(controls, network)
+    costs = _costs(controls, network)
     network = network.to(usable_device(device))
     config = bank_input(network.config.input)
     bank = _unseen_images(network, open_images(images, input=config, split=split, data_dir=data_dir), controls)
@@ -151,6 +152,8 @@ def evaluate(
         result['scratch'] = evaluation.compare_scratch(
             network, bank, drawn, support_bank, scratch, num_epochs=scratch_epochs, seed=seed
         )
+    if costs:
+        result['controls'] = costs
     click.echo(evaluation.format_table(result))
     if not save:
         click.echo('Not saved: add --save to keep numbers and groups beside the hypernetwork')
@@ -241,6 +244,20 @@ def _read_controls(paths: Sequence[Path], network: PudNet) -> dict[str, Any]:
     return found
 
 
+def _costs(paths: Sequence[Path], network: PudNet) -> dict[str, dict[str, Any]]:
+    """What the training of each control cost, as far as is known, by the names of their folders.
+
+    Says which has seen fewer images than the hypernetwork: another recipe may have trained it.
+    """
+    found = {path.name: cost_of(path) for path in map(Path.absolute, paths)}
+    ours = network.config.training.get('images')
+    for name, cost in found.items():
+        seen = cost.get('images')
+        if isinstance(seen, int) and isinstance(ours, int) and seen < ours:
+            click.echo(f'Note       control {name} saw {seen:,} images in training, {network.name} saw {ours:,}')
+    return found
+
+
 def _in_words(model: nn.Module) -> str:
     """Architecture, arguments and input size of a timm model, which its tensors alone do not tell."""
     found = {'global_pool': 'avg', **arguments_of(model)}  # which an earlier timm does not write
@@ -271,17 +288,20 @@ def _unseen_images(network: PudNet, source: ImageSource, controls: Sequence[Path
             )
         whole = ImageBank.from_source(source, progress=True)
         names = whole.class_names
-    unseen = [name for name in names or () if name not in seen]
+    known = same_names(names or (), seen)
+    unseen = [name for name in names or () if name not in known]
+    if respelled := [f'{shown(name)} ({shown(other)})' for name, other in known.items() if name != other]:
+        click.echo(f'Note       left out as classes that {network.name} was trained on: {some(respelled)}')
     if len(unseen) < 2:
         raise InputError(
             f'{source.description}: {len(unseen)} classes that {network.name} was not trained on; two needed'
         )
     for path in controls:
-        known = sorted({*unseen} & {*seen_by(str(path))})
-        if known:
+        theirs = same_names(names or (), seen_by(str(path)))
+        if both := sorted(theirs.keys() & {*unseen}):
             raise InputError(
-                f'--control {path} was trained on class {known[0]!r}, which {network.name} is tested on: train it by '
-                'the recipe of the hypernetwork'
+                f'--control {path} was trained on class {spelled(both[0], theirs[both[0]])}, which {network.name} is '
+                'tested on: train it by the recipe of the hypernetwork'
             )
     bank = ImageBank.from_source(source, unseen, progress=True) if whole is None else whole.select(unseen)
     click.echo(f'Found      {len(bank.labels):,} images in {len(unseen)} unseen classes: {some(bank.class_names)}')

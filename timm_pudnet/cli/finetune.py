@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import click
 
@@ -24,6 +24,7 @@ from timm_pudnet.files import local_path
 from timm_pudnet.predict import save_model
 from timm_pudnet.target import input_of
 from timm_pudnet.training import FineTuning
+from timm_pudnet.training.finetune import Mode
 
 
 @main.command()
@@ -32,7 +33,7 @@ from timm_pudnet.training import FineTuning
 @click.option('--out', required=True, type=FOLDER, help='New folder for the model, in timm format.')
 @click.option(
     '--mode',
-    type=click.Choice(['auto', 'few', 'full']),
+    type=click.Choice(get_args(Mode)),
     default='auto',
     show_default=True,
     help='For few images or for many; auto tells by their number.',
@@ -60,7 +61,7 @@ def finetune(
     model: str,
     images: str,
     out: Path,
-    mode: Literal['auto', 'few', 'full'],
+    mode: Mode,
     epochs: int | None,
     rate: float | None,
     layer_decay: float | None,

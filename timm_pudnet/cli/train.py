@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,16 @@ from timm_pudnet.training import Recipe
 from timm_pudnet.training.episodes import ImageBank
 
 
+def _folder(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | None:
+    """A folder; an empty text, which is a variable that the shell does not know, is not the current one."""
+    if value == '':
+        raise InputError('--out is empty: name a folder for the result')
+    return None if value is None else FOLDER.convert(value, param, ctx)
+
+
 @main.command()
 @click.argument('recipe', type=FOLDER)
-@click.option('--out', type=FOLDER, help='Folder for the result and its checkpoints.')
+@click.option('--out', callback=_folder, metavar='PATH', help='Folder for the result and its checkpoints.')
 @click.option('--short', is_flag=True, help='Only try for two minutes whether the recipe learns; writes nothing.')
 @click.option('--plain', is_flag=True, help='Train the control instead: the target by itself, without a sketch.')
 @device_option
@@ -57,6 +66,9 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
     _check_result(loaded, text, out, plain)
     where = device if several else usable_device(device)
     first = os.environ.get('RANK', '0') == '0'  # of several processes the first one speaks and writes
+    run = out / ('run-plain' if plain else 'run')
+    if first:
+        _check_folder(run)
     banks: Any
     if loaded.denoising is None:
         banks = training.load_banks(loaded, data_dir, progress=first)
@@ -71,10 +83,10 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
         )
     try:
         if plain:
-            _train_plain(loaded, out, banks, where, first)
+            _train_plain(loaded, out, run, banks, where, first)
         else:
             trainer = training.meta_train if loaded.denoising is None else denoising.meta_train_denoiser
-            hypernet = trainer(loaded, out / 'run', banks=banks, device=where)
+            hypernet = trainer(loaded, run, banks=banks, device=where)
             if first:
                 hypernet.save_pretrained(out, half=True)
     except KeyboardInterrupt:
@@ -111,17 +123,33 @@ def _check_result(recipe: Recipe, text: bytes, out: Path, plain: bool) -> None:
         )
 
 
-def _train_plain(recipe: Recipe, out: Path, banks: Any, device: str | torch.device | None, first: bool) -> None:
+def _check_folder(run: Path) -> None:
+    """Refuses, before any image is read, a folder of a run that cannot be made or written to; leaves none behind."""
+    new: list[Path] = []
+    try:
+        new += [folder for folder in (run, *run.parents) if not folder.exists()]
+        run.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='.', dir=run):
+            pass
+    except OSError as error:
+        raise InputError(f'--out {run.parent}: {error.strerror or error}: choose a folder that can be made') from error
+    finally:
+        for folder in new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _train_plain(
+    recipe: Recipe, out: Path, run: Path, banks: Any, device: str | torch.device | None, first: bool
+) -> None:
     """Trains the control, and saves it, with the whitening of its features if it classifies."""
     result = _result(out, plain=True)
-    if recipe.denoising is not None:
-        model = denoising.train_plain_denoiser(recipe, out / 'run-plain', banks=banks, device=device)
-        if first:
-            save_model(model, result)
+    if recipe.denoising is None:
+        training.train_plain(recipe, run, banks=banks, device=device, result=result)
         return
-    model, whitening = training.train_plain(recipe, out / 'run-plain', banks=banks, device=device)
+    model = denoising.train_plain_denoiser(recipe, run, banks=banks, device=device)
     if first:
-        training.save_control(result, model, whitening, training.classes_seen(recipe, banks))
+        save_model(model, result)
 
 
 def _next_command(recipe: Recipe, out: Path, plain: bool, data_dir: str | None) -> str:

@@ -25,7 +25,7 @@ from timm_pudnet.adapt import centroid_logits, class_centroids
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetWarning, close_names, first_line
 from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.evaluation.scratch import train_from_scratch
-from timm_pudnet.files import WEIGHTS_NAME, local_path
+from timm_pudnet.files import local_path
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import (
     PudNet,
@@ -33,6 +33,7 @@ from timm_pudnet.hypernet import (
     library_versions,
     machine,
     own_defaults,
+    pretrained_model,
     usable_device,
     written_whole,
 )
@@ -389,25 +390,21 @@ def _check_name(name: str) -> None:
 
 def _downloaded(name: str) -> torch.nn.Module:
     """A feature model with pretrained weights, from timm's cache, the Hub or a folder."""
-    overlay: dict[str, Any] = {}
     if name.startswith('local-dir:'):
-        folder = local_path(name.removeprefix('local-dir:'))
-        name = f'local-dir:{folder}'
-        if not (folder / WEIGHTS_NAME).is_file():  # timm would take a pickle then
-            raise NotFoundError(f'{name} cannot be loaded (no {WEIGHTS_NAME})')
-    else:
-        config = timm.get_pretrained_cfg(name)
-        if config is None or not config.has_weights:
-            raise NotFoundError(f'timm has no pretrained weights for {name}')
-        if config.hf_hub_id:
-            cached = huggingface_hub.try_to_load_from_cache(config.hf_hub_id, 'model.safetensors')
-            if isinstance(cached, str):
-                overlay = {'pretrained_cfg_overlay': {'file': cached}}
-            else:  # asked once and briefly: without a network the download itself would try for a minute
-                try:
-                    huggingface_hub.HfApi().model_info(config.hf_hub_id, timeout=10)
-                except Exception as error:
-                    raise NotFoundError(f'{config.hf_hub_id} cannot be had ({first_line(error)})') from error
+        return pretrained_model(local_path(name.removeprefix('local-dir:')), {'num_classes': 0})
+    overlay: dict[str, Any] = {}
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise NotFoundError(f'timm has no pretrained weights for {name}')
+    if config.hf_hub_id:
+        cached = huggingface_hub.try_to_load_from_cache(config.hf_hub_id, 'model.safetensors')
+        if isinstance(cached, str):
+            overlay = {'pretrained_cfg_overlay': {'file': cached}}
+        else:  # asked once and briefly: without a network the download itself would try for a minute
+            try:
+                huggingface_hub.HfApi().model_info(config.hf_hub_id, timeout=10)
+            except Exception as error:
+                raise NotFoundError(f'{config.hf_hub_id} cannot be had ({first_line(error)})') from error
     try:
         return timm.create_model(name, pretrained=True, num_classes=0, **overlay)
     except Exception as error:

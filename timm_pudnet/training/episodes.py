@@ -29,6 +29,8 @@ from timm_pudnet.images import ImageSource, channel_statistics, open_images
 from timm_pudnet.sketch import ImageSample, content_keys
 from timm_pudnet.training.conditions import Condition
 
+MOST = 1_000_000  # of what a group counts; far more than fits anywhere
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -303,7 +305,9 @@ class Groups:
             least = {'n_way': 2, 'sketch_groups': 0, 'conditions': 0}.get(field.name, 1)
             if getattr(self, field.name) < least:
                 raise InputError(f'groups: {field.name} must be at least {least}, got {getattr(self, field.name)}')
-        if self.conditions > 1:
+            if getattr(self, field.name) > MOST:
+                raise InputError(f'groups: {field.name} must be at most {MOST:,}, got {getattr(self, field.name):,}')
+        if not self.conditions <= 1:
             raise InputError(f'groups: conditions must be a share in 0-1, got {self.conditions}')
         if self.sketch_groups == 1:
             raise InputError('groups: sketch_groups must be 0, or at least 2 to be told apart, got 1')

@@ -10,7 +10,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,15 @@ from tqdm import tqdm
 
 from timm_pudnet import remote
 from timm_pudnet.adapt import Whitening, calibrate, centroid_logits, class_centroids
-from timm_pudnet.config import DamagedFileError, InputError, PudNetWarning
+from timm_pudnet.config import (
+    DamagedFileError,
+    InputError,
+    PudNetConfig,
+    PudNetWarning,
+    first_line,
+    same_names,
+    spelled,
+)
 from timm_pudnet.files import CONFIG_NAME, local_path, read_json
 from timm_pudnet.hub import embedded
 from timm_pudnet.hypernet import (
@@ -108,11 +116,13 @@ def train_plain(
     checkpoint_seconds: float = 120.0,
     max_steps: int | None = None,
     progress: bool = True,
+    result: str | os.PathLike[str] | None = None,
 ) -> tuple[nn.Module, Tensor]:
     """Trains the control *plain*: the recipe's target as an ordinary classifier, on as many images of the same classes.
 
-    Arguments and errors as `meta_train`. Over several processes each takes its part of a batch by itself, its norm
-    statistics too: as good, but not the same weights.
+    Arguments and errors as `meta_train`; `result` is a folder to save the control in, as `save_control` does, with what
+    its training cost. Over several processes each takes its part of a batch by itself, its norm statistics too: as
+    good, but not the same weights.
 
     Returns:
         The target as a feature model (`num_classes=0`), in eval mode, and the whitening of its features, on the CPU.
@@ -124,7 +134,10 @@ def train_plain(
     go(run, folder, checkpoint_seconds, max_steps, progress)
     run.settle()
     whitening = run.whitening()
-    return with_own_config(run.target.cpu().eval(), recipe.hypernet.input), whitening
+    model = with_own_config(run.target.cpu().eval(), recipe.hypernet.input)
+    if result is not None and run.processes.rank == 0:
+        save_control(local_path(result), model, whitening, run.seen, run.cost())
+    return model, whitening
 
 
 @own_defaults()
@@ -247,12 +260,12 @@ def _seen_classes(data: Data, names: tuple[str, ...] | None, source: ImageSource
 
 
 def _refuse_overlap(recipe: Recipe, seen: Sequence[Sequence[str]]) -> None:
-    for data in recipe.data:
+    for data, own in zip(recipe.data, seen, strict=True):
         for other, names in zip(recipe.data, seen, strict=True):
-            if both := sorted(set(data.unseen) & set(names)):
-                raise InputError(
-                    f'class {both[0]!r} is unseen in {data.images}, but seen in {other.images}: choose one'
-                )
+            known = same_names((*own, *data.unseen), names)
+            if both := sorted(known.keys() & {*data.unseen}):
+                name = spelled(both[0], known[both[0]])
+                raise InputError(f'class {name} is unseen in {data.images}, but seen in {other.images}: choose one')
 
 
 def _as_toml(value: Any) -> str:
@@ -321,17 +334,35 @@ def classes_seen(recipe: Recipe, banks: Sequence[ImageBank]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*names, *(name for bank in banks for name in bank.class_names))))
 
 
+def _check_target(config: PudNetConfig) -> None:
+    """Refuses a target that is no classifier, or whose maps shrink to nothing at the size of its input."""
+    spec = target_of(config)
+    if not spec.classifiers:
+        raise InputError(f'{config.model_name} does not classify: add a table [denoising]')
+    size = config.input.input_size
+    try:
+        with forked_rng(torch.device('cpu')), torch.no_grad():
+            create_feature_model(spec).eval()(torch.zeros(1, *size))
+    except RuntimeError as error:
+        raise InputError(
+            f'{config.model_name} takes no images of {"x".join(map(str, size))} ({first_line(error)}): set another '
+            'input_size in [hypernet.input]'
+        ) from error
+
+
 def check_start(recipe: Recipe) -> None:
-    """Looks at what a training starts from, before any image is read.
+    """Looks at the target and at what its training starts from, before any image is read.
 
     Raises:
         InputError: It is not there, is a hypernetwork of another make than `[hypernet]` says, or was trained on a class
-            that the recipe keeps for the test.
+            that the recipe keeps for the test; or the target is no classifier, or not for images of that size.
 
     Warns:
         PudNetWarning: The recipe keeps classes for the test, and what it starts from does not say which it has seen.
     """
     start, config = recipe.start, recipe.hypernet
+    if recipe.denoising is None:
+        _check_target(config)
     if not start:
         return
     folder = _hypernet_folder(start)
@@ -351,10 +382,13 @@ def check_start(recipe: Recipe) -> None:
             f'start {start} is neither the folder of a timm model or hypernetwork, nor a hypernetwork that ships '
             f'with the package, nor timm weights of {config.model_name} ({config.model_name}.TAG)'
         )
-    kept, names = {name for data in recipe.data for name in data.unseen}, seen_by(start)
-    if both := sorted(kept.intersection(names)):
-        raise InputError(f'start {start} was trained on class {both[0]!r}: leave it out of unseen')
-    if kept and not names:
+    names = seen_by(start)
+    for data in recipe.data:
+        known = same_names((*data.classes, *data.unseen), names)
+        if both := sorted(known.keys() & {*data.unseen}):
+            name = spelled(both[0], known[both[0]])
+            raise InputError(f'start {start} was trained on class {name}: leave it out of unseen')
+    if not names and any(data.unseen for data in recipe.data):
         warnings.warn(
             f'start {start} does not say which classes it has seen: see to it that the unseen ones are not among them',
             PudNetWarning,
@@ -375,9 +409,22 @@ def seen_by(start: str) -> tuple[str, ...]:
         labels = config.get('label_names') or config['pretrained_cfg'].get('label_names') or ()
         labels = [*(labels.values() if isinstance(labels, dict) else labels)]
         names += [] if labels == [str(number) for number in range(len(labels))] else labels  # which say nothing
-    with contextlib.suppress(SafetensorError, OSError), safe_open(whitening_path(path), 'pt') as file:
-        names += json.loads((file.metadata() or {}).get('classes', '[]'))
+    classes = _beside(path, 'classes')
+    names += classes if isinstance(classes, list) else []
     return tuple(str(name) for name in names)
+
+
+def cost_of(control: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the training of a control cost, as `train --plain` wrote it; nothing where an earlier version did."""
+    found = _beside(local_path(control), 'training')
+    return found if isinstance(found, dict) else {}
+
+
+def _beside(control: Path, key: str) -> Any:
+    """What is written of a control beside its whitening, under this key; None where nothing is."""
+    with contextlib.suppress(SafetensorError, OSError, ValueError), safe_open(whitening_path(control), 'pt') as file:
+        return json.loads((file.metadata() or {}).get(key, 'null'))
+    return None
 
 
 def whitening_path(control: Path) -> Path:
@@ -386,15 +433,24 @@ def whitening_path(control: Path) -> Path:
     return control.with_name(f'{control.name}.whitening.safetensors')
 
 
-def save_control(folder: Path, model: nn.Module, whitening: Tensor, classes: Iterable[str]) -> None:
-    """Writes a control in timm's format, after the whitening of its features and which classes it has seen.
+def save_control(
+    folder: Path,
+    model: nn.Module,
+    whitening: Tensor,
+    classes: Iterable[str],
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a control in timm's format, after the whitening of its features, with the classes that it has seen.
+
+    And with what its `training` cost, where that is known, as a hypernetwork's config states it.
 
     Raises:
         OutputExistsError: The folder is there; nothing is written then.
     """
     check_output(folder)
+    told = {'classes': list(classes)} | ({} if training is None else {'training': dict(training)})
     with written_whole(whitening_path(folder)) as beside:
-        save_tensors({'whitening': whitening}, beside, {'classes': json.dumps(list(classes))})
+        save_tensors({'whitening': whitening}, beside, {key: json.dumps(value) for key, value in told.items()})
     save_model(model, folder)
 
 
@@ -418,6 +474,17 @@ class _ClassifierRun(Run):
         yield from (json.dumps(bank.class_names).encode() for bank in self.sampler.banks)
         yield from (tensor for bank in self.sampler.banks for tensor in (bank.images, bank.labels))
         yield from self.started.values()
+
+    def shown(self, first: int = 0) -> int:
+        """Images of the groups of all steps that were learned from so far, from step `first` on."""
+        each = self.recipe.groups.per_step  # groups a step; a control's batch is as large as they
+        steps = (step for step in self.learned if step >= first)
+        return sum(self.sampler.images_of(step * each + number) for step in steps for number in range(each))
+
+    def cost(self) -> dict[str, Any]:
+        """As of any run, and what it all started from."""
+        started = {'start': self.recipe.start} if self.recipe.start else {}
+        return {**super().cost(), 'images': self.shown(), **started}
 
     def make_head(self) -> nn.Linear:
         """A new full head."""
@@ -573,17 +640,12 @@ class _MetaRun(_ClassifierRun):
         """Groups whose sketches come before the first step."""
         return 0 if self.undoing is None else min(UNDOING_GROUPS, self.num_steps * self.parts)
 
-    def shown(self, first: int = 0) -> int:
-        """Images of the groups of all steps so far, from step `first` on."""
-        return sum(self.sampler.images_of(number) for number in range(first * self.parts, self.step * self.parts))
-
     def cost(self) -> dict[str, Any]:
-        """As of any run; images that the sketch encoder alone has seen, and what it all started from, apart."""
-        groups, drawn = self.recipe.groups, self.step * self.parts
+        """As of any classifier; images that the sketch encoder alone has seen apart."""
+        groups, drawn = self.recipe.groups, len(self.learned) * self.parts
         further = drawn * groups.sketch_groups * 2 * groups.sketch_images if self.recipe.losses.sketch else 0
         further += sum(self.sampler.images_of(number, 'undoing') for number in range(self._groups_before))
-        started = {'start': self.recipe.start} if self.recipe.start else {}
-        return {**super().cost(), 'images': self.shown(), 'sketch_images': further, **started}
+        return {**super().cost(), 'sketch_images': further}
 
     def prepare(self, progress: bool) -> None:
         """Has the first layers learn to undo conditions, where the recipe wants it."""

@@ -19,8 +19,10 @@ from timm_pudnet.config import (
     NotFoundError,
     PudNetConfig,
     reject_unknown_keys,
+    shown,
 )
 from timm_pudnet.files import local_path
+from timm_pudnet.target import img_size_of, of_one_size
 from timm_pudnet.training.episodes import Augmentation, Groups
 
 # What a hypernetwork's config says of its training, which a recipe cannot know.
@@ -138,8 +140,8 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         values = dataclasses.astuple(self)
-        if min(values) < 0 or not any(values):
-            raise InputError('losses: no weight may be below zero, and one must be above')
+        if not all(0 <= value < math.inf for value in values) or not any(values):
+            raise InputError('losses: no weight may be below zero or infinite, and one must be above')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,13 +194,13 @@ class Schedule:
             raise InputError(f'ema must be in [0, 1), got {self.ema}')
         if self.precision not in ('float32', 'bfloat16'):
             raise InputError(f'precision {self.precision!r}: use float32 or bfloat16')
-        rates = (self.rate > 0 or self.frozen) and self.sketch_rate > 0
+        rates = (0 < self.rate < math.inf or self.frozen) and 0 < self.sketch_rate < math.inf
         if self.images < 1 or not rates or not 0 <= self.warmup < 1:
             raise InputError(
                 'schedule: images, rate and sketch_rate must be above zero, warmup in [0, 1); got '
                 f'{self.images}, {self.rate}, {self.sketch_rate}, {self.warmup}'
             )
-        if not self.clip > 0 or not self.weight_decay >= 0 or not 0 <= self.label_smoothing < 1:
+        if not self.clip > 0 or not 0 <= self.weight_decay < math.inf or not 0 <= self.label_smoothing < 1:
             raise InputError(
                 'schedule: clip must be above zero, weight_decay not below, label_smoothing in [0, 1); got '
                 f'{self.clip}, {self.weight_decay}, {self.label_smoothing}'
@@ -243,6 +245,9 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f'seed must be in 0-{2**63 - 1}, got {shown(self.seed)}')
+        object.__setattr__(self, 'hypernet', of_one_size(self.hypernet))
         if not self.data:
             raise InputError('data: a recipe needs at least one set of images')
         if self.denoising is not None:
@@ -298,9 +303,10 @@ class Recipe:
         if not path.is_file():
             raise NotFoundError(f'{path}: no such recipe file')
         try:
-            return cls.from_dict(tomllib.loads(path.read_text(encoding='utf-8-sig')), str(path))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            found = tomllib.loads(path.read_text(encoding='utf-8-sig'))
+        except (ValueError, RecursionError) as error:  # no TOML or UTF-8; a number of thousands of digits
             raise InputError(f'{path} is no recipe: {error}') from error
+        return cls.from_dict(found, str(path))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = 'recipe') -> Recipe:
@@ -317,7 +323,10 @@ class Recipe:
                     raise InputError(f'{where}: [hypernet] {name} is what training writes: {remedy}')
             if 'input' in hypernet:
                 hypernet = {**hypernet, 'input': _build(InputConfig, hypernet['input'], f'{where}: [hypernet.input]')}
-        values['hypernet'] = _build(PudNetConfig, hypernet, f'{where}: [hypernet]')
+        made = values['hypernet'] = _build(PudNetConfig, hypernet, f'{where}: [hypernet]')
+        if (size := img_size_of(made)) and 'input_size' not in data['hypernet'].get('input', {}):
+            input = dataclasses.replace(made.input, input_size=(made.input.input_size[0], *size))
+            values['hypernet'] = dataclasses.replace(made, input=input)
         for name, kind in (('seed', int), ('start', str)):
             if name in values:
                 values[name] = _typed(values[name], kind, f'{where}: {name}')
@@ -391,8 +400,12 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     kinds = kinds if isinstance(hint, types.UnionType) else [typing.get_origin(hint) or hint]
     if isinstance(value, list) and tuple in kinds:
         return tuple(value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise InputError(f'{where} must be below 2**63, got {shown(value)}')
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not (math.isfinite(value) or where.endswith(' clip')):  # inf: no clipping
+        raise InputError(f'{where} must be a finite number, got {value}')
     if isinstance(value, tuple(kinds)) and (not isinstance(value, bool) or bool in kinds):
         return value
     wanted = {

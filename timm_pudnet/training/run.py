@@ -118,7 +118,13 @@ def _go(run: Run, checkpoint: Path | None, last: int, checkpoint_seconds: float,
                 saved = time.monotonic()
             if stop.is_set():
                 raise KeyboardInterrupt
-    if checkpoint is not None and main and run.step == run.num_steps and any('skipped' not in e for e in run.log):
+    done = run.step == run.num_steps
+    if done and not run.learned:
+        raise FloatingPointError(
+            'every step was skipped, for no loss and gradient was finite: lower the rate of the recipe, and choose '
+            'another folder'
+        )
+    if checkpoint is not None and main and done:
         plot_losses(run.log, checkpoint.with_name(PLOT_NAME), title=run.recipe.hypernet.model_name)
     run.processes.wait()
 
@@ -481,13 +487,11 @@ class Run:
             raise DamagedFileError(f'{path} is damaged ({error}): remove it to start anew') from error
         if (about.get('recipe'), about.get('kind')) != (self.recipe.digest, type(self).__name__):
             raise InputError(f'{path} belongs to another recipe: choose another folder, or remove it to start anew')
-        if about.get('origin', self.origin) != self.origin:
+        if about['origin'] != self.origin:
             raise InputError(
                 f'{path} was trained on other images, or from another start, than are there now: choose another '
                 'folder, or remove it to start anew'
             )
-        if 'log' not in tensors:
-            raise DamagedFileError(f'{path} is of an earlier version of timm-pudnet: remove it to start anew')
         home = {id(p): o for o in self.optimizers for group in o.param_groups for p in group['params']}
         for number, parameter in enumerate(self.parameters):
             state = _taken(tensors, f'optimizer.{number}.')
@@ -501,17 +505,23 @@ class Run:
         for name, module in self.modules.items():
             module.load_state_dict(_taken(tensors, f'{name}.'))
         # As it was begun, on another machine perhaps; but for bfloat16 where that is out of the question.
-        self.precision = about.get('precision', self.precision)
+        self.precision = about['precision']
         if self.precision == 'bfloat16':
             self.unfit = self._unfit(2 * MOST_SLOWDOWN)
             self.precision = 'float32' if self.unfit else 'bfloat16'
         self.step, self.seconds, self.skipped = int(about['step']), float(about['seconds']), int(about['skipped'])
         self.log = json.loads(tensors['log'].numpy().tobytes())
 
+    @property
+    def learned(self) -> list[int]:
+        """The steps so far, from 0 on, that were not skipped."""
+        skipped = {entry['step'] for entry in self.log if 'skipped' in entry}
+        return [step for step in range(self.step) if step + 1 not in skipped]
+
     def cost(self) -> dict[str, Any]:
         """What the training cost, as the config of a hypernetwork states it."""
         return {
-            'images': self.step * self.recipe.images_per_step,
+            'images': len(self.learned) * self.recipe.images_per_step,
             'seconds': round(self.seconds),
             'machine': f'{machine(self.device)}, {self.processes.count} '
             f'process{"es" if self.processes.count > 1 else ""}, {self.precision}',
