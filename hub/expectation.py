@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from timm_pudnet import PudNet, load_hypernet, open_images
 from timm_pudnet.adapt import centroid_logits, class_centroids
-from timm_pudnet.config import InputConfig
+from timm_pudnet.config import InputConfig, same_names
 from timm_pudnet.evaluation import TestGroups, weights_digest
 from timm_pudnet.evaluation.expectation import Expectation, HeldOutSet, fit_expectation, measure_traits, sketch_distance
 from timm_pudnet.evaluation.measure import group_sketch, support_features
@@ -58,14 +58,16 @@ def main() -> None:
     domains: list[tuple[str, ImageBank]] = []  # two splits of one set are one domain, of two banks
     for data in recipe.data:
         source = open_images(data.images, input=config, split=data.split, data_dir=data.data_dir)
-        names = [name for name in source.class_names if name in seen_names]
-        others = [name for name in source.class_names if name not in seen_names]
+        known = same_names(source.class_names, seen_names)
+        names = [name for name in source.class_names if name in known]
+        others = [name for name in source.class_names if name not in known]
         seen.append(_bank(source, names, SEEN))
         if len(others) > 1:
             domains.append((data.images, _unseen(data.images, source, others)))
     for folder in options.domain:
         source = open_images(folder, input=config)
-        others = [name for name in source.class_names if name not in seen_names]
+        known = same_names(source.class_names, seen_names)
+        others = [name for name in source.class_names if name not in known]
         domains.append((folder, _unseen(folder, source, others)))
     domains += [('letters', letters(config)), ('textures', textures(config)), ('cells', cells(config))]
     for _, bank in domains:

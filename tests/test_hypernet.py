@@ -391,6 +391,11 @@ DAMAGES = {
     'a config that is no text': (lambda folder: (folder / CONFIG_NAME).write_bytes(b'\xff\xfe\x00'), [CONFIG_NAME]),
     'a config that is a list': (lambda folder: (folder / CONFIG_NAME).write_text('[]'), [CONFIG_NAME]),
     'a newer format': (lambda folder: change_config(folder, format_version=2), [CONFIG_NAME, 'update']),
+    'a mean of pixels in 0-255': (
+        lambda folder: change_config(folder, input={'mean': [125.3, 123.0, 113.9]}),
+        [CONFIG_NAME, 'mean', 'divide mean and std by 255'],
+    ),
+    'a mean of words': (lambda folder: change_config(folder, input={'mean': ['0.5'] * 3}), [CONFIG_NAME, 'mean']),
     'an input out of range': (lambda folder: change_config(folder, input={'std': [0, 0, 0]}), [CONFIG_NAME, 'std']),
     'a width of the wrong type': (
         lambda folder: change_config(folder, sketch_width='x'),

@@ -156,12 +156,17 @@ class InputConfig:
         if size[0] not in (1, 3, 4):
             raise InputError(f'input_size: {size[0]} channels; images have 1, 3 or 4')
         for name in ('mean', 'std'):
-            values = tuple(float(value) for value in getattr(self, name))
+            given = tuple(getattr(self, name))
+            if any(isinstance(value, (str, bool)) for value in given):
+                raise InputError(f'{name} must be numbers, one a channel, got {given}')
+            values = tuple(float(value) for value in given)
             if len(values) != size[0] or not all(math.isfinite(value) for value in values):
                 raise InputError(f'{name} must be {size[0]} finite numbers, one a channel, got {values}')
             object.__setattr__(self, name, values)
         if min(self.std) <= 0:
             raise InputError(f'std must be above zero, got {self.std}')
+        if not -1 <= min(self.mean) <= max(self.mean) <= 2:
+            raise InputError(f'mean is that of pixels in 0-1, got {self.mean}: divide mean and std by 255?')
         if self.interpolation not in ('nearest', 'bilinear', 'bicubic', 'lanczos', 'box', 'hamming'):
             raise InputError(
                 f'interpolation {self.interpolation!r}: use bilinear, bicubic, nearest, lanczos, box, hamming'

@@ -26,6 +26,7 @@ from timm_pudnet.config import (
     UnsupportedTargetError,
     close_names,
     first_line,
+    same_names,
     shown,
 )
 from timm_pudnet.files import (
@@ -476,8 +477,7 @@ def hypernet_files(folder: Path, repo: str, license: str | None = None) -> dict[
             raise InputError(f'{path} was measured on other weights than {folder} has: {again} again')
         if found.get('config_sha256', settings) != settings:
             raise InputError(f'{path} was measured with another {CONFIG_NAME} than {folder} has: {again} again')
-        seen = sorted(set(found.get('classes', ())) & set(hypernet.config.class_names))
-        if seen:
+        if seen := sorted(same_names(found.get('classes', ()), hypernet.config.class_names)):
             raise InputError(f'{path} was measured on {shown(seen[0])}, a class seen in training: {again} again')
         results[path.name] = found
     if not results:
