@@ -22,7 +22,9 @@ images with another sigma (`predicted for ...`); the control *plain*, one denois
 noise, with its own statistics, calibrated, and calibrated on the images with another sigma. With --scratch the rival
 alone that trains on these very noisy images: the same UNet from random weights by the same loss, Adam with and without
 centralised gradients, written to scratch.NAME.json; by its guesses alone (`psnr_blind`) and with the noisy pixels
-(`psnr`). One epoch of it sees as many pixels as the images have, in crops of at most 128.
+(`psnr`). One epoch of it sees as many pixels as the images have, in crops of at most 128. With --bm3d the rival alone that
+is the standard one of classical denoising, told sigma, written to bm3d.NAME.json (`pip install bm3d`, whose licence
+forbids commercial use).
 """
 
 import copy
@@ -103,6 +105,7 @@ STRENGTHS = {
 )
 @click.option('--clipped', is_flag=True, help='Noisy images as files hold them: clipped to 0-1, of 8 bits.')
 @click.option('--scratch', default=0, show_default=True, help='Epochs of training from scratch; measures that alone.')
+@click.option('--bm3d', is_flag=True, help='Measures BM3D beside the predicted denoiser, and these alone.')
 @click.option('--out', type=click.Path(path_type=Path), help='Where the results go, in place of the folder.')
 def main(
     hypernet: Path,
@@ -117,11 +120,14 @@ def main(
     turns: str,
     clipped: bool,
     scratch: int,
+    bm3d: bool,
     out: Path | None,
 ) -> None:
     """What the module's docstring says."""
     if scratch and (turns != '1' or plain or other):
         raise click.UsageError('--turns, --plain and --other are not for --scratch: leave them out')
+    if bm3d and (scratch or turns != '1' or plain or other or clipped or kind != 'gaussian'):
+        raise click.UsageError('--bm3d is of Gaussian noise of floats, and measured alone: leave the others out')
     if not (out or hypernet).is_dir():
         raise click.UsageError(f'{out or hypernet}: no such folder')
     network = load_hypernet(hypernet).eval()
@@ -144,7 +150,7 @@ def main(
         'threads': torch.get_num_threads(),
         'noises': [],
     }
-    path = (out or hypernet) / f'{"scratch" if scratch else "results"}.{protocol}.json'
+    path = (out or hypernet) / f'{"scratch" if scratch else "bm3d" if bm3d else "results"}.{protocol}.json'
     for sigma in sigmas:
         absolute = sigma * (spread if reading == 'standard' else 1)
         away = 0.75 if sigma < 0.5 else 0.25
@@ -159,6 +165,9 @@ def main(
                 for point in condition[name]:
                     both = f'{point["psnr"]:6.2f} dB ({point["psnr_blind"]:.2f} by guesses)'
                     click.echo(f'  {name}, epoch {point["epoch"]:3} {both} in {point["seconds"]:.0f} s')
+        elif bm3d:
+            condition |= beside_bm3d(network, clean, noisy, absolute)
+            click.echo('  ' + ', '.join(f'{name} {row["mean"]:.2f} dB' for name, row in condition['psnr'].items()))
         else:
             third = made_noisy(elsewhere, kind, absolute, clipped)
             condition |= measure(network, control, clean, noisy, noisier, third, kind, absolute, int(turns), clipped)
@@ -297,6 +306,29 @@ def non_local_means(image: Tensor, sigma: float, strength: float) -> Tensor:
         channel_axis=None if grey else 0,
     )
     return torch.from_numpy(np.ascontiguousarray(found)).float().view(image.shape)
+
+
+def beside_bm3d(network: PudNet, clean: list[Tensor], noisy: list[Tensor], sigma: float) -> dict[str, Any]:
+    """PSNR of the predicted denoiser and of BM3D (Dabov et al. 2007, in colour), told sigma, and what is between them."""
+    from bm3d import bm3d_rgb
+
+    _, predicted, _ = timed_prediction(network, noisy)
+
+    def classical(image: Tensor) -> Tensor:
+        return (
+            torch.from_numpy(bm3d_rgb(image.permute(1, 2, 0).double().numpy(), sigma).copy()).float().permute(2, 0, 1)
+        )
+
+    arms = {'predicted': lambda image: denoise(predicted, image), 'bm3d': classical}
+    found = {
+        name: [
+            float(psnr(arm(image).clamp(0, 1), other))
+            for image, other in zip(tqdm(noisy, name, leave=False), clean, strict=True)
+        ]
+        for name, arm in arms.items()
+    }
+    gain = mean_interval([a - b for a, b in zip(found['predicted'], found['bm3d'], strict=True)])
+    return {'psnr': {name: mean_interval(values) for name, values in found.items()}, 'gain': {'bm3d': gain}}
 
 
 def stabilised(how: Callable, photons: float) -> Callable:

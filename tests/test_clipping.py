@@ -159,3 +159,10 @@ def test_guesses_brighter_than_white_tell_the_noise_as_white_ones_do():
     found = estimate_clipped(held, clean)
     assert found is not None
     assert estimate_clipped(held, clean * 1.4) == found
+
+
+def test_noise_that_white_alone_has_clipped_is_told_from_what_files_clip():
+    clean = torch.linspace(0, 1, 128).expand(4, 3, 128, 128)
+    noisy = clean + 0.2 * torch.randn(clean.shape)
+    assert estimate_clipped(noisy.clamp(0, 1), clean) is not None
+    assert estimate_clipped(noisy.abs().clamp(max=1), clean) is None, 'no pixel is black'

@@ -22,7 +22,15 @@ from torch.testing import assert_close
 from timm_pudnet import InputError, NotFoundError, PudNetError
 from timm_pudnet.cli import denoise as room
 from timm_pudnet.cli import main
-from timm_pudnet.denoising.pictures import _encode_png, list_pictures, pair_pictures, read_picture, write_picture
+from timm_pudnet.denoising.pictures import (
+    _encode_png,
+    _png_chunks,
+    list_pictures,
+    pair_pictures,
+    read_picture,
+    write_picture,
+)
+from timm_pudnet.denoising.posterior import Posterior
 
 pytestmark = pytest.mark.filterwarnings('default::timm_pudnet.PudNetWarning')  # they are shown, as lines
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
@@ -234,6 +242,48 @@ def test_colour_profile_and_orientation_are_kept_and_the_picture_is_turned_once(
     assert seen[1][:, 12:].mean() < 0.2 * seen[1][:, :8].mean()
 
 
+@pytest.mark.parametrize('name', ['colour.png', 'colour16.png'])
+def test_what_the_values_of_a_png_mean_and_its_resolution_are_kept(tmp_path, name):
+    told = PngInfo()
+    for kind, data in ((b'gAMA', struct.pack('>I', 100_000)), (b'sRGB', b'\0'), (b'cICP', bytes([9, 16, 0, 1]))):
+        told.add(kind, data)
+    Image.fromarray(BYTES[..., :3]).save(tmp_path / 'told.png', pnginfo=told, dpi=(300, 300))
+    chunks = _png_chunks(tmp_path / 'told.png')
+    assert len(chunks) == 4 * 12 + 4 + 1 + 4 + 9
+    KINDS[name][0](tmp_path / name)
+    plain = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(plain[:33] + chunks + plain[33:])
+    picture = read_picture(tmp_path / name)
+    write_picture(picture, picture.pixels, tmp_path / 'again.png')
+    assert _png_chunks(tmp_path / 'again.png') == chunks
+    with Image.open(tmp_path / 'again.png') as image:
+        image.load()
+        assert (image.info['gamma'], round(image.info['dpi'][0]), image.info['srgb']) == (1, 300, 0)
+    np.testing.assert_array_equal(look(tmp_path / 'again.png', *KINDS[name][2:3], 3), KINDS[name][3])
+
+
+@pytest.mark.parametrize(
+    ('of', 'samples'),
+    [('imagej', BYTES[..., 0]), ('imagej', DEEP[..., 0]), ('ome', BYTES[..., :3]), ('ome', DEEP[..., :3])],
+    ids=['grey', 'grey16', 'colour', 'colour16'],
+)
+def test_the_size_of_a_pixel_of_a_tiff_is_kept(tmp_path, of, samples):
+    size = {'unit': 'um'} if of == 'imagej' else {'PhysicalSizeX': 0.1}
+    options = {'photometric': 'rgb'} if samples.ndim == 3 else {}
+    options |= {of: True, 'resolution': (4, 5), 'resolutionunit': 3}
+    tifffile.imwrite(tmp_path / 'a.tif', samples, metadata=size, **options)
+    picture = read_picture(tmp_path / 'a.tif')
+    write_picture(picture, picture.pixels, tmp_path / 'b.tif')
+    told = []
+    for name in ('a.tif', 'b.tif'):
+        with tifffile.TiffFile(tmp_path / name) as file:
+            tags = file.pages[0].tags
+            ratios = [tags[key].value[0] / tags[key].value[1] for key in (282, 283)]
+            told.append((tags[270].value, *ratios, int(tags[296].value)))
+    assert told[0] == told[1]
+    assert told[0][1:3] == (4, 5)
+
+
 @pytest.mark.parametrize('samples', [BYTES[..., 0], DEEP[..., 0]], ids=['8 bits', '16 bits'])
 def test_a_grey_tiff_without_compression_is_turned_as_it_says(tmp_path, samples):
     exif = Image.Exif()
@@ -322,6 +372,13 @@ REFUSED = {
     'colour float.tif': (tiff(FLOATS, photometric='rgb'), 'samples that Pillow cannot read: save it with 8 or 16'),
     'colour float big-endian.tif': (tiff(FLOATS, photometric='rgb', byteorder='>'), 'samples that Pillow cannot read'),
     'big float.tif': (tiff(FLOATS, photometric='rgb', bigtiff=True), 'samples that Pillow cannot read'),
+    'two channels.tif': (tiff(BYTES[..., :2], photometric='minisblack', planarconfig='contig'), 'Pillow reads 1'),
+    'infrared.tif': (
+        tiff(BYTES, photometric='rgb', extrasamples=['unspecified']),
+        '4 channels, of which Pillow reads 3',
+    ),
+    'infrared 16.tif': (tiff(DEEP, photometric='rgb', extrasamples=['unspecified']), 'save each as a file of its own'),
+    'far too bright.tif': (tiff(FLOATS[..., 0] * np.float32(1e7)), 'divide them by their white'),
     'float64.tif': (tiff(FLOATS[..., 0].astype(np.float64)), 'or in grey as float32'),
     'float16.tif': (tiff(FLOATS[..., 0].astype(np.float16)), 'samples that Pillow cannot read'),
     'grey16 and alpha.tif': (
@@ -440,6 +497,7 @@ class Average(nn.Module):
     def __init__(self):
         super().__init__()
         self.strength = nn.Parameter(torch.ones(1))
+        self.posterior, self.scale = Posterior([[0.0025, 0.01]] * 3), 1.0
 
     def forward(self, x):
         return self.strength * nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
@@ -586,6 +644,25 @@ def test_the_noise_is_measured_against_clean_images_and_each_number_is_kept(fold
     with Image.open(folders / 'out' / 'side-by-side.png') as image:
         assert image.width > 3 * 256
         assert image.height > 4 * 256
+
+
+def test_the_noise_that_was_found_is_said_and_where_it_is_hardly_any(folders, predicted, monkeypatch):
+    assert (
+        'Noise      images in colour: 0.050 of white in black, 0.100 in white\n'
+        in succeeds(folders / 'noisy', '--out', folders / 'out').output
+    )
+    faint = Average().eval()
+    faint.posterior, faint.scale = Posterior([[4e-6, 4e-6]] * 3), 0.25
+    monkeypatch.setattr(room, 'predict_denoiser', lambda *args, **options: faint)
+    result = succeeds(folders / 'noisy' / 'colour.png', '--out', folders / 'faint')
+    assert 'Noise      0.002 of white; white is 0.25 of that of the files\n' in result.output
+    assert 'Warning: hardly any noise was found' in result.stderr
+
+
+@pytest.mark.skipif(not Path('/proc/self').exists(), reason='no folder where nothing can be made')
+def test_a_place_where_nothing_can_be_made_is_named_before_any_work(folders, predicted):
+    fails(folders / 'noisy', '--out', '/proc/denoised', needles=['--out /proc/denoised: no folder can be made there'])
+    assert not predicted
 
 
 def test_it_is_said_of_which_white_the_noise_is_measured(folders, predicted, monkeypatch):

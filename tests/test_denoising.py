@@ -424,10 +424,10 @@ class TestPredict:
                 assert_close(state[key], value, atol=1e-4, rtol=1e-3)
 
     def test_patches_are_spread_over_images_of_all_sizes(self):
-        images = [torch.full((3, size, 30), size / 100) for size in (16, 20, 50, 1)]
+        images = [torch.full((3, size, 30), size / 100) for size in (16, 20, 50, 8)]
         patches = noisy_patches(images, 3, 16)
         assert patches.shape[1:] == (3, 16, 16)
-        assert {round(float(patch.mean()), 2) for patch in patches} == {0.16, 0.2, 0.5, 0.01}
+        assert {round(float(patch.mean()), 2) for patch in patches} == {0.16, 0.2, 0.5, 0.08}
         assert len(noisy_patches(torch.rand(300, 1, 12, 12), 3, 16)) == 128
         slope = torch.linspace(0, 1, 90).expand(3, 70, 90)
         for count in (1, 2, 100):
@@ -476,6 +476,29 @@ class TestPredict:
         timm_pudnet.save_model(other, tmp_path / 'model')
         again = timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).eval()
         assert torch.equal(again(noisy * scale), other(noisy * scale))
+
+    @pytest.mark.parametrize('share', [0.0005, 0.003])
+    def test_hot_pixels_of_dark_images_leave_the_noise_of_the_others_removed(self, share):
+        clean = smooth_images(8, 64, seed=5)
+        noisy = 0.002 * (clean + 0.1 * torch.randn(clean.shape, generator=generator(2)))
+        hot = torch.rand(clean.shape, generator=generator(3)) < share
+        model = predict_denoiser(noisy.masked_fill(hot, 1.0), device='cpu')
+        with torch.inference_mode():
+            found = model(noisy.masked_fill(hot, 1.0))
+        before, after = ((image / 0.002 - clean)[~hot].square().mean().sqrt() for image in (noisy, found))
+        assert after < 0.75 * before  # without it 1.1 of it, and more
+        assert found[hot].min() > 0.9  # what is bright is not removed
+
+    def test_images_of_few_pixels_tell_no_noise_where_there_are_others(self):
+        noisy = smooth_images(4, 64, seed=5) + 0.1 * torch.randn(4, 3, 64, 64, generator=generator(2))
+        thin = [image[:, :, 7:8] for image in noisy] * 2
+        assert_close(noisy_patches([*noisy, *thin], 3, 64), noisy)
+        assert len(noisy_patches(thin, 3, 64)) == 8 * 8
+
+    @pytest.mark.parametrize(('black', 'word'), [(-1, 'add what was subtracted'), (-0.5, 'add'), (3, 'subtract their')])
+    def test_floats_whose_black_is_elsewhere_are_told(self, trained, black, word):
+        with pytest.warns(PudNetWarning, match=f'black must be 0.*{word}'):
+            predict_denoiser(smooth_images(4, seed=3) * 0.8 + black, hypernet=trained)
 
     def test_a_bank_of_dark_images_is_seen_as_a_prediction_sees_them(self, tmp_path):
         for number, image in enumerate(smooth_images(4, 24, channels=1)):

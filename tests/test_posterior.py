@@ -17,6 +17,7 @@ from timm_pudnet.denoising.posterior import (
     Posterior,
     colour_components,
     fine_patterns,
+    line_through,
     noise_by_level,
 )
 
@@ -296,3 +297,15 @@ class TestInTheNetwork:
         model = predict_denoiser(noisy)
         found = torch.stack([denoise(model, image) for image in noisy])
         assert psnr(found, clean).mean() > psnr(noisy, clean).mean()
+
+
+def test_a_line_that_would_begin_below_zero_is_turned_to_begin_there():
+    places, variances = torch.tensor([0.4, 0.6]), torch.tensor([0.01, 0.2])
+    weight = (variances + 0.3 * variances.mean()) ** -2
+    middle, level = ((weight * values).sum() / weight.sum() for values in (places, variances))
+    assert line_through(places, variances) == pytest.approx([0.0, float(level / middle)], abs=1e-6)
+
+
+def test_levels_that_are_nearly_one_say_nothing_about_the_slope():
+    black, white = line_through(torch.tensor([0.5, 0.501]), torch.tensor([0.010, 0.011]))
+    assert black == pytest.approx(white, rel=0.1)

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_pudnet.cli.group import FOLDER, check_outside, device_option, main, strict_option
-from timm_pudnet.config import InputError, NotFoundError, PudNetWarning
+from timm_pudnet.config import InputError, NotFoundError, PudNetError, PudNetWarning
 from timm_pudnet.denoising import metrics, pictures, predict_denoiser, tiles
 from timm_pudnet.evaluation import mean_interval
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import folder_written_whole, usable_device
 from timm_pudnet.predict import check_output
+
+HARDLY_ANY = 0.003  # noise, of white; the rounding to 8 bits alone is 0.001
 
 
 @main.command()
@@ -55,7 +57,12 @@ def denoise(
     check_outside(out, **{'IMAGES': images, '--clean': clean})
     if clean is not None and clean.resolve().is_relative_to(images.resolve()):
         raise InputError(f'--clean {clean} is IMAGES or lies in it ({images}): keep clean images apart')
-    check_output(out)
+    try:
+        check_output(out)
+    except PudNetError:
+        raise
+    except OSError as error:  # which names a temporary file
+        raise InputError(f'--out {out}: no folder can be made there ({error.strerror}): choose another') from error
     where = usable_device(device)
     network = resolve_hypernet('blindspot_unet', hypernet)
     paths = pictures.list_pictures(images)
@@ -82,7 +89,7 @@ def denoise(
         )
 
     started = time.perf_counter()
-    models = {
+    models: dict[int, Any] = {
         channels: predict_denoiser(
             [str(readable[name]) for name, facts in found.items() if facts['channels'] == channels],
             hypernet=network,
@@ -94,6 +101,17 @@ def denoise(
     count = sum(parameter.numel() for parameter in models[min(models)].parameters())
     whom = 'all of them' if len(models) == 1 else 'the grey ones and for those in colour'
     click.echo(f'Predicted  {count / 1e6:.2f}M weights for {whom} on {where} in {seconds:.2f} s')
+    for channels, model in models.items():
+        whose = '' if len(models) == 1 else 'grey images: ' if channels == 1 else 'images in colour: '
+        black, white = noise = model.posterior.deviations()
+        click.echo(f'Noise      {whose}{_noise_in_words(black, white, model.scale)}')
+        if max(noise) < HARDLY_ANY:
+            warnings.warn(
+                f'{whose}hardly any noise was found, so hardly any is removed: take images that were not resized, '
+                'demosaiced or compressed',
+                PudNetWarning,
+                stacklevel=2,
+            )
 
     taken = {name.split('/')[0].lower() for name in found}
     sheet_name, json_name = _free_name('side-by-side.png', taken), _free_name('denoised.json', taken)
@@ -182,6 +200,13 @@ def _write_denoised(
         if len(rows) < 4:
             rows.append([pictures.middle(version) for version in versions])
     return rows
+
+
+def _noise_in_words(black: float, white: float, scale: float) -> str:
+    """Its standard deviation in black and in white; of dark images as a part of their own white."""
+    low, high = f'{black:.3f}', f'{white:.3f}'
+    found = f'{low} of white' if low == high else f'{low} of white in black, {high} in white'
+    return found + ('' if scale == 1 else f'; white is {scale:.3g} of that of the files')
 
 
 def _of_kinds(found: dict[str, dict[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """Pictures read from files and written back as they were.
 
-Format, bit depth, alpha, colour profile and EXIF (not of TIFF files) are kept.
+Format, bit depth, alpha, colour profile and EXIF (not of TIFF files) are kept; of PNG the colour space and resolution,
+of TIFF the resolution and the description by ImageJ or OME.
 
 Letters: `c h w` channels, height and width.
 """
@@ -40,6 +41,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 _MODES = ('1', 'L', 'LA', 'RGB', 'RGBA', 'I;16', 'I;16L', 'I;16B', 'F')
 _MOST_EXIF = 65_533  # bytes, in a JPEG file
+_PNG_KEPT = (b'gAMA', b'cHRM', b'sRGB', b'cICP', b'pHYs')  # what its values mean, and the size of a pixel
 _CELL = 256  # most pixels that a side-by-side picture shows of an image's height and width
 
 
@@ -54,7 +56,7 @@ class Picture:
         white: The sample that is 1 in `pixels`.
         format: PIL's name of the format.
         metadata: Colour profile and EXIF (not of TIFF files; with its orientation, which is not applied to the pixels),
-            as PIL saves them.
+            as PIL saves them; `tiffinfo`, tags of a TIFF file; `chunks` of a PNG file, as they stand in it.
     """
 
     pixels: Tensor
@@ -62,7 +64,7 @@ class Picture:
     depth: int
     white: float
     format: str
-    metadata: dict[str, bytes]
+    metadata: dict[str, Any]
 
     def rounded(self, pixels: Tensor) -> Tensor:
         """Other pixels `[c, h, w]` as a file of this depth holds them: clipped and rounded, but for floats."""
@@ -185,9 +187,11 @@ def _read(file: ImageFile.ImageFile, path: Path) -> Picture:
     tiles = str(file.tile)  # which loading empties
     if format == 'PNG':
         file.load()  # its EXIF may stand behind the pixels
-    metadata = {name: file.info[name] for name in ('icc_profile', 'exif') if file.info.get(name)}
-    if format == 'PNG' and 'exif' not in metadata and file.getexif():  # in text: ImageMagick's, or XMP's orientation
-        metadata['exif'] = file.getexif().tobytes()
+    metadata: dict[str, Any] = {name: file.info[name] for name in ('icc_profile', 'exif') if file.info.get(name)}
+    if format == 'PNG':
+        if 'exif' not in metadata and file.getexif():  # in text: ImageMagick's, or XMP's orientation
+            metadata['exif'] = file.getexif().tobytes()
+        metadata['chunks'] = _png_chunks(path)
     if format == 'JPEG' and len(metadata.get('exif', b'')) > _MOST_EXIF:
         raise ValueError(f'more than {_MOST_EXIF:,} bytes of EXIF, which cannot be written again: take some out')
     deep = file.mode in ('RGB', 'RGBA') and ';16' in tiles  # of which PIL would keep 8 bits
@@ -199,8 +203,12 @@ def _read(file: ImageFile.ImageFile, path: Path) -> Picture:
             raise ValueError(f'samples of {", ".join(map(str, sorted(bits)))} bits: convert it to 8 or 16')
         if bits <= {8} and 2 in file.tag_v2.get(339, (1,)):
             raise ValueError('integers with a sign: convert it to 8 or 16 bits without')
+        kept, there = len(file.getbands()), file.tag_v2.get(277, 1)
+        if file.mode != 'P' and there > kept:
+            raise ValueError(f'{there} channels, of which Pillow reads {kept}: save each as a file of its own')
         if file.mode.startswith(('I;16', 'F')) and white_is_zero:  # PIL inverts up to 8 bits alone
             raise ValueError(f'{"floats" if file.mode == "F" else "16 bits"} with white as zero: invert it')
+        metadata['tiffinfo'] = _tiff_tags(file)
     elif format == 'PPM' and file.mode == 'RGB' and str(file.tile[0].args) not in ('RGB', "('RGB', 255)"):
         raise ValueError('colours with a maximum other than 255 in PPM: convert it to PNG')
     if file.mode == 'I' and format == 'PPM':  # PGM of more than 8 bits
@@ -230,7 +238,31 @@ def _read(file: ImageFile.ImageFile, path: Path) -> Picture:
     return _picture(samples, format, metadata)
 
 
-def _picture(samples: np.ndarray, format: str, metadata: dict[str, bytes]) -> Picture:
+def _png_chunks(path: Path) -> bytes:
+    """Chunks of a PNG file that are kept, whole, one after the other."""
+    kept = b''
+    with path.open('rb') as file:
+        file.seek(8)
+        while (head := file.read(8))[4:] not in (b'IDAT', b''):  # they stand before the pixels
+            body = file.read(int.from_bytes(head[:4], 'big') + 4)
+            kept += head + body if head[4:] in _PNG_KEPT else b''
+    return kept
+
+
+def _tiff_tags(file: TiffImageFile) -> dict[int, Any]:
+    """Resolution, and the description that ImageJ or OME gave, which has the size of a pixel; where they are there."""
+    tags = file.tag_v2
+    found = {key: tags[key] for key in (282, 283) if key in tags and 0 < tags[key] < math.inf}
+    if found and tags.get(296) in (1, 2, 3):
+        found[296] = tags[296]
+    text = tags.get(270)
+    of_planes = file.mode == 'P' or tags.get(284) == 2  # which are written otherwise than it says
+    if isinstance(text, str) and text.isascii() and (text.startswith('ImageJ=') or '<OME' in text) and not of_planes:
+        found[270] = text
+    return found
+
+
+def _picture(samples: np.ndarray, format: str, metadata: dict[str, Any]) -> Picture:
     """From samples `[h, w]` or `[h, w, c]` of a file."""
     if samples.dtype.kind == 'f':
         if not np.isfinite(samples).all():
@@ -252,7 +284,9 @@ def in_short(skipped: Sequence[str]) -> str:
 
 
 def white_of(peak: float) -> int:
-    """White of float pixels whose largest is `peak`: 1, 255 or 65535, the nearest as ratios go."""
+    """White of float pixels whose largest is `peak`: 1, 255 or 65535, the nearest as ratios go; ValueError beyond."""
+    if 32 * 65535 < peak < math.inf:
+        raise ValueError(f'floats up to {peak:g}: divide them by their white')
     return 1 if peak <= 16 else 255 if peak <= 4096 else 65535
 
 
@@ -260,7 +294,8 @@ def check_range(pixels: Tensor, name: str) -> None:
     """Raises InputError for floats that cannot be meant as black 0 and white 1; those of bright files go up to 16."""
     peak = max(float(pixels.max()), -float(pixels.min()))
     if 32 < peak < math.inf:
-        raise InputError(f'{name} has floats up to {peak:g}: divide them by {white_of(peak)}, so that white is 1')
+        white = white_of(peak) if peak <= 32 * 65535 else 'their white'
+        raise InputError(f'{name} has floats up to {peak:g}: divide them by {white}, so that white is 1')
 
 
 def check_whites(whites: Mapping[float, object]) -> None:
@@ -271,7 +306,7 @@ def check_whites(whites: Mapping[float, object]) -> None:
 
 
 def write_picture(picture: Picture, pixels: Tensor, path: str | os.PathLike[str]) -> None:
-    """Writes other pixels as `picture` was: its format, depth, alpha, colour profile, EXIF (not of TIFF files).
+    """Writes other pixels as `picture` was: its format, depth, alpha and what is in its `metadata`.
 
     Nothing else of it is kept. JPEG is written at quality 95, WebP without loss. The file appears whole or not at all.
 
@@ -293,12 +328,19 @@ def write_picture(picture: Picture, pixels: Tensor, path: str | os.PathLike[str]
     samples = (values if picture.depth == 32 else values.round()).astype(kinds[picture.depth])
     if picture.alpha is not None:
         samples = np.concatenate([samples, picture.alpha[..., None]], 2)
+    metadata = dict(picture.metadata)
+    chunks = metadata.pop('chunks', b'')
     with written_whole(Path(path)) as beside, beside.open('r+b') as file:
         if picture.depth == 16 and samples.shape[2] > 1:
-            (_encode_png if picture.format == 'PNG' else _encode_tiff)(file, samples, picture.metadata)
+            (_encode_png if picture.format == 'PNG' else _encode_tiff)(file, samples, metadata)
         else:
             image = Image.fromarray(samples.squeeze(2) if samples.shape[2] == 1 else samples)
-            image.save(file, picture.format, **FORMATS[picture.format], **picture.metadata)
+            image.save(file, picture.format, **FORMATS[picture.format], **metadata)
+        if chunks:
+            file.seek(33)  # behind the header, whatever wrote it
+            others = file.read()
+            file.seek(33)
+            file.write(chunks + others)
 
 
 def _decode_deep(path: Path, grey: bool) -> np.ndarray:
@@ -321,7 +363,7 @@ def _decode_deep(path: Path, grey: bool) -> np.ndarray:
     return samples[..., [0, 3] if grey else [2, 1, 0, 3][: samples.shape[2]]]
 
 
-def _encode_png(file: BinaryIO, samples: np.ndarray, metadata: dict[str, bytes]) -> None:
+def _encode_png(file: BinaryIO, samples: np.ndarray, metadata: dict[str, Any]) -> None:
     """uint16 `[h, w, c]` with 2 to 4 channels as a PNG file."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -340,7 +382,7 @@ def _encode_png(file: BinaryIO, samples: np.ndarray, metadata: dict[str, bytes])
     file.write(chunk(b'IEND', b''))
 
 
-def _encode_tiff(file: BinaryIO, samples: np.ndarray, metadata: dict[str, bytes]) -> None:
+def _encode_tiff(file: BinaryIO, samples: np.ndarray, metadata: dict[str, Any]) -> None:
     """uint16 `[h, w, c]` with 3 or 4 channels as a TIFF file: one strip, not compressed."""
     height, width, channels = samples.shape
     data = samples.astype('<u2').tobytes()
@@ -348,6 +390,8 @@ def _encode_tiff(file: BinaryIO, samples: np.ndarray, metadata: dict[str, bytes]
     tags[256], tags[257], tags[258], tags[277] = width, height, (16,) * channels, channels
     tags[259], tags[262] = 1, 2  # no compression, RGB
     tags[273], tags[278], tags[279] = 0, height, len(data)  # the strip: PIL moves its start behind the tags
+    for key, value in metadata.get('tiffinfo', {}).items():
+        tags[key] = value
     if channels == 4:
         tags[338] = 2  # the extra sample is alpha, not multiplied into the colours
     if 'icc_profile' in metadata:

@@ -68,6 +68,10 @@ class Posterior(nn.Module):
         self.register_buffer('components', colour_components(len(variances)), persistent=False)
         self.register_buffer('left', left, persistent=False)
 
+    def deviations(self) -> list[float]:
+        """Standard deviation of the noise of a channel in black and in white, in the mean over the channels."""
+        return [float(variances.mean().sqrt()) for variances in (self.black, self.white)]
+
     def forward(self, noisy: Tensor, guess: Tensor) -> Tensor:
         """Images `[n, c, h, w]` of such, both with black 0 and white 1; of the guess's type, weighed in float32."""
         with torch.autocast(guess.device.type, enabled=False):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,10 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from timm_pudnet.adapt import calibrate
-from timm_pudnet.config import InputError
+from timm_pudnet.config import InputError, PudNetWarning
 from timm_pudnet.denoising.clipping import known_noise
 from timm_pudnet.denoising.pictures import check_range, check_whites, list_pictures, read_picture, white_of
-from timm_pudnet.denoising.unet import BlindSpotUNet
+from timm_pudnet.denoising.unet import MOST_WHITES, BlindSpotUNet
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, on_device, own_defaults, usable_device
 from timm_pudnet.images import to_bchw
@@ -74,15 +75,35 @@ def predict_denoiser(
     channels, side, _ = network.config.input.input_size
     patches = noisy_patches(images, channels, side).to(device)
     network = on_device(network, device, hypernet)
+    _check_black(patches)
     scale = white_used(patches)
-    patches = patches / scale
+    patches = patches / scale if scale >= 1 else (patches / scale).clamp(max=MOST_WHITES)
     return denoiser_of(network, sketch_of(network, patches), patches, scale)
 
 
 def white_used(pixels: Tensor) -> float:
     """The brightness that serves as white of these pixels: 1 as a rule, their brightest where that is far from it."""
-    brightest = float(pixels.flatten().cpu().kthvalue(math.ceil(0.999 * pixels.numel())).values)
-    return 1.0 if DIM <= brightest <= BRIGHT or brightest <= 0 else brightest
+    most, brightest = (_quantile(pixels, share) for share in (0.995, 0.999))
+    dark = min(brightest, 2 * most) if most > 0 else brightest  # more than a thousandth of the pixels may be hot
+    if 0 < dark < DIM:
+        return dark
+    return brightest if brightest > BRIGHT else 1.0
+
+
+def _quantile(pixels: Tensor, share: float) -> float:
+    return float(pixels.flatten().cpu().kthvalue(math.ceil(share * pixels.numel())).values)
+
+
+def _check_black(patches: Tensor) -> None:
+    """Warns of floats whose black is far from 0; integers are never so."""
+    low, middle, high = (_quantile(patches, share) for share in (0.001, 0.5, 0.999))
+    if middle < -0.02 * (high - low) or low > max(1.0, high / 2):  # noise around black is below 0 half of the time
+        warnings.warn(
+            f'pixels from {low:.3g} to {high:.3g} of white, half below {middle:.3g}: black must be 0, or little noise '
+            f'is removed: {"add what was subtracted from them" if middle < 0 else "subtract their black"}',
+            PudNetWarning,
+            stacklevel=4,
+        )
 
 
 def sketch_of(network: PudNet, patches: Tensor) -> Tensor:
@@ -115,29 +136,33 @@ def noisy_patches(images: Any, channels: int, side: int) -> Tensor:
     """Patches `[n, channels, s, s]` spread evenly over the images, in their order, and over each of them; at most 128.
 
     `s` is `side`, or less where half of the images are smaller; those that are smaller still are mirrored at their
-    borders. Grey images are repeated for three channels; of colour images each channel is an image for one channel.
-    One image is held at a time, whatever their number and sizes.
+    borders, and those of less than 8 pixels left out where there are others. Grey images are repeated for three
+    channels; of colour images each channel is an image for one channel. One image is held at a time, whatever their
+    number and sizes.
     """
     items = _items(images)
     if not len(items):
         raise InputError('no images: a denoiser needs at least one')
     count = min(len(items), MOST_PATCHES)
     each: list[list[Tensor]] = []
+    small: list[list[Tensor]] = []  # of images that are mirrored, whose noise is not independent from pixel to pixel
     whites: dict[float, object] = {}  # of float files and images
     for number in range(count):
         place = number * len(items) // count
         image = _pixels(items[place], place, whites)
         check_whites(whites)
         own = max(LEAST_SIDE, min(side, *image.shape[1:]))
-        each.append(_patches_of(_at_least(image, own), own, MOST_PATCHES // count, number))
-    sides = sorted(patches[0].shape[1] for patches in each)
+        found = _patches_of(_at_least(image, own), own, MOST_PATCHES // count, number)
+        (small if min(image.shape[1:]) < LEAST_SIDE else each).append(found)
+    each = each or small
+    sides = sorted(found[0].shape[1] for found in each)
     side = sides[len(sides) // 2]
-    found = [_at_least(patch, side)[:, :side, :side] for patches in each for patch in patches]
+    patches = [_at_least(patch, side)[:, :side, :side] for found in each for patch in found]
     if channels == 1:
-        planes = [patch[channel] for channel in range(3) for patch in found if channel < len(patch)]
+        planes = [patch[channel] for channel in range(3) for patch in patches if channel < len(patch)]
         kept = min(len(planes), MOST_PATCHES)
         return torch.stack([planes[place * len(planes) // kept][None] for place in range(kept)])
-    return torch.stack([patch.expand(channels, -1, -1) for patch in found])
+    return torch.stack([patch.expand(channels, -1, -1) for patch in patches])
 
 
 def _items(images: Any) -> Any:
@@ -176,7 +201,7 @@ def _pixels(image: Any, number: int, whites: dict[float, object]) -> Tensor:
                 image = values / np.float32(white)
             else:
                 image = np.array(image.convert('L' if image.mode in ('1', 'L', 'LA') else 'RGB'))
-        except OSError as error:  # PIL reads its pixels only now
+        except (OSError, ValueError) as error:  # PIL reads its pixels only now
             raise InputError(f'images[{number}] cannot be read ({error})') from error
     if not isinstance(image, (np.ndarray, Tensor)):
         raise InputError(f'images[{number}] is a {type(image).__name__}, not a path, image, array or tensor')

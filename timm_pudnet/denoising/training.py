@@ -20,6 +20,7 @@ from timm_pudnet.config import InputError, NotFoundError, PudNetWarning
 from timm_pudnet.denoising.noise import add_noise, blind_spot_loss, blind_spots
 from timm_pudnet.denoising.pictures import check_whites, in_short, list_pictures, read_picture
 from timm_pudnet.denoising.predict import LEAST_SIDE, white_used
+from timm_pudnet.denoising.unet import MOST_WHITES
 from timm_pudnet.files import local_path
 from timm_pudnet.hypernet import PudNet, own_defaults
 from timm_pudnet.images import scan_folder
@@ -95,7 +96,10 @@ class PatchBank:
         each = PIXELS_SEEN // len(images) + 1
         seen = torch.cat([_as_floats(image.flatten()[:: image.numel() // each + 1]) for image in images])
         scale = white_used(seen)  # as for a prediction
-        return cls(images if scale == 1 else [(_as_floats(image) / scale).half() for image in images])
+        if scale == 1:
+            return cls(images)
+        most = MOST_WHITES if scale < 1 else math.inf
+        return cls([(_as_floats(image) / scale).clamp(max=most).half() for image in images])
 
     def draw(self, count: int, side: int, generator: torch.Generator) -> Tensor:
         """Patches `[n, c, side, side]` of so many images, floats in 0-1, each mirrored and turned by chance.

@@ -34,6 +34,8 @@ from timm_pudnet.denoising.clipping import Unclip, clipped_share
 from timm_pudnet.denoising.posterior import WINDOW, Posterior
 from timm_pudnet.target import register_architecture
 
+MOST_WHITES = 2.0  # of dark images: what is brighter (hot pixels, lamps) is cut for the network, and put back
+
 
 class Block(ConvNormAct):
     """Conv 3x3, BatchNorm, ReLU: `[n, i, h, w]` to `[n, o, h, w]`.
@@ -98,7 +100,8 @@ class BlindSpotUNet(nn.Module):
         clipped: Where files clipped the noise, its variance before, in black and in white (`known_noise`, whose `noise`
             is then that before clipping too); in eval mode the answer then is the clean pixel of which it would be the
             mean after clipping.
-        scale: Pixels of this brightness are its white, for `noise` and `clipped` too.
+        scale: Pixels of this brightness are its white, for `noise` and `clipped` too. Where that is below 1, what
+            pixels have beyond `MOST_WHITES` times it is left as it is.
 
     Before it is trained on against clean images `set_noise(None)`, or what it learns is corrected once more.
     """
@@ -181,7 +184,11 @@ class BlindSpotUNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The decoder's maps `[n, width, h', w']`, with sizes padded to multiples of `multiple`."""
-        return self._decoded(self._standardized(x / self.scale))
+        return self._decoded(self._standardized(self._cut(x) / self.scale))
+
+    def _cut(self, x: Tensor) -> Tensor:
+        """Images `[n, c, h, w]` without what is far brighter than white: one hot pixel would drown the noise around."""
+        return x if self.scale >= 1 else x.clamp(max=MOST_WHITES * self.scale)
 
     def _standardized(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -199,7 +206,10 @@ class BlindSpotUNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Denoised images `[n, c, h, w]` of noisy ones, of any size, both with pixels of about 0 to `scale`."""
-        return self._forward(x) if self.scale == 1 else self._forward(x / self.scale) * self.scale
+        if self.scale == 1:
+            return self._forward(x)
+        cut = self._cut(x)
+        return self._forward(cut / self.scale) * self.scale + (x - cut)
 
     def _forward(self, x: Tensor) -> Tensor:
         standardized = self._standardized(x)
