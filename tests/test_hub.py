@@ -285,10 +285,6 @@ INCOMPLETE = {
         lambda folder: change_config(folder, prior_images=3.0),
         ['results.json', 'config.json', 'evaluate'],
     ),
-    'results on a seen class by another spelling': (
-        lambda folder: change_results(folder, classes=['mug', 'H-a t']),
-        ['H-a t', 'seen'],
-    ),
     'results on a seen class': (lambda folder: change_results(folder, classes=['mug', 'hat']), ['hat', 'seen']),
     'an accuracy of more than all': (
         lambda folder: change_results(folder, accuracy={'predicted': {'mean': 999.9, 'interval': 1.0}}),

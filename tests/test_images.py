@@ -176,10 +176,11 @@ def test_one_folder_among_many_images_does_not_take_their_place(tmp_path, one_li
 
 
 def test_pictures_that_cannot_be_read_are_counted_before_reading(folder, one_line):
-    for name in ('1.HEIC', '2.heic', 'x.jpg?w=300', 'x.jpg_large', 'notes.txt', 'box.xml', 'LICENSE'):
+    (folder / 'cat' / 'raw.jpg').write_bytes(next((folder / 'cat').iterdir()).read_bytes())
+    for name in ('a.HEIC', 'b.heic', 'x.jpg?w=300', 'x.jpg_large', 'notes.txt', 'raw.CR2', 'set.psd1', 'LICENSE'):
         (folder / 'cat' / name).write_bytes(b'x')
     with pytest.warns(PudNetWarning, match=r'ignored 4 pictures .*\(\.HEIC, \.heic, \.jpg\?w=300, \.jpg_large\)$'):
-        assert len(open_images(folder, input=RGB)) == 5
+        assert len(open_images(folder, input=RGB)) == 6
     with pytest.raises(InputError) as error:
         open_images(folder, input=RGB, strict=True)
     one_line(error, str(folder), '4 pictures', 'convert or rename them')

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
@@ -77,13 +78,15 @@ def shown(name: object, most: int = 80) -> str:
 
 
 def name_key(name: str) -> str:
-    """What two spellings of a class's name have in common: its letters and digits, whatever their case.
+    """What two spellings of a class's name have in common: all but case and what separates words.
 
     Example:
-        >>> name_key('T-shirt/top') == name_key('t_shirt top')
-        True
+        >>> name_key('T-shirt/top') == name_key('t_shirt top'), name_key('1.0') == name_key('10')
+        (True, False)
     """
-    return re.sub(r'[\W_]+', '', name).casefold() or name
+    text = unicodedata.normalize('NFC', name).casefold()  # file systems spell accents in two ways
+    text = re.sub(r'(?<![^\W\d_])[.,-](?=\d)', '·', text)  # a sign or a point of a number separates nothing
+    return re.sub(r'[\s_/.,-]+', '', text) or name
 
 
 def same_names(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:

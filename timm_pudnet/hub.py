@@ -26,7 +26,6 @@ from timm_pudnet.config import (
     UnsupportedTargetError,
     close_names,
     first_line,
-    same_names,
     shown,
 )
 from timm_pudnet.files import (
@@ -457,8 +456,8 @@ def hypernet_files(folder: Path, repo: str, license: str | None = None) -> dict[
     if not (folder / 'recipe.toml').is_file():
         raise InputError(f'{folder} has no recipe.toml: put the recipe there that it was trained by')
     try:
-        tomllib.loads((folder / 'recipe.toml').read_text(encoding='utf-8'))
-    except ValueError as error:
+        tomllib.loads((folder / 'recipe.toml').read_text(encoding='utf-8-sig'))
+    except (ValueError, RecursionError) as error:
         raise InputError(f'{folder / "recipe.toml"} is no recipe ({first_line(error)})') from error
     results: dict[str, dict[str, Any]] = {}
     hashes, settings = weights_sha256(folder), config_sha256(folder)
@@ -477,7 +476,8 @@ def hypernet_files(folder: Path, repo: str, license: str | None = None) -> dict[
             raise InputError(f'{path} was measured on other weights than {folder} has: {again} again')
         if found.get('config_sha256', settings) != settings:
             raise InputError(f'{path} was measured with another {CONFIG_NAME} than {folder} has: {again} again')
-        if seen := sorted(same_names(found.get('classes', ()), hypernet.config.class_names)):
+        seen = sorted(set(found.get('classes', ())) & set(hypernet.config.class_names))
+        if seen:
             raise InputError(f'{path} was measured on {shown(seen[0])}, a class seen in training: {again} again')
         results[path.name] = found
     if not results:

@@ -219,7 +219,7 @@ class PudNet(nn.Module):
             >>> PudNet.for_target('test_resnet', sketch_width=16).config.generator
             'paper'
         """
-        name, _, tag = model_name.partition('.')
+        name, _, tag = str(model_name).partition('.')
         wanted = PudNetConfig(model_name=name if pretrained else model_name, **config)
         if 'input' in config:
             wanted = of_one_size(wanted)

@@ -63,9 +63,11 @@ IMAGE_EXTENSIONS = (
     *('.ppm', '.pgm', '.pbm', '.pnm', '.pfm', '.jp2', '.j2k', '.tga', '.ico', '.pcx', '.qoi', '.sgi', '.dds', '.psd'),
 )
 _OTHER_PICTURES = (  # that PIL cannot read
-    *('.heic', '.heif', '.jxl', '.jxr', '.svg', '.exr', '.hdr', '.raw', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.orf'),
+    *('.heic', '.heif', '.jxl', '.jxr', '.exr', '.hdr', '.raw', '.dng', '.cr2', '.cr3', '.nef', '.arw', '.orf'),
     *('.rw2', '.raf'),
 )
+# With what follows in the names that some programs give to what they download: 'photo.jpg?w=300'.
+_PICTURE = re.compile(rf'({"|".join(map(re.escape, (*IMAGE_EXTENSIONS, *_OTHER_PICTURES)))})([^a-z0-9].*)?', re.DOTALL)
 # A file's content decides its format, not its name: without this list PIL would hand an EPS to Ghostscript.
 _FORMATS = (
     *('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'AVIF', 'DIB', 'PPM', 'JPEG2000'),
@@ -902,11 +904,16 @@ def scan_folder(
     loose: list[str] = []
     found: dict[str, list[str]] = {}
     others: collections.Counter[str] = collections.Counter()
+    unread: collections.Counter[str] = collections.Counter()
     for name in _visible_names(root):
         path = os.path.join(root, name)
         files = list(walk_files(path, {os.path.realpath(root)})) if os.path.isdir(path) else [path]
         pictures = [file for file in files if file.lower().endswith(IMAGE_EXTENSIONS)]
-        others.update(os.path.splitext(file)[1] or 'no extension' for file in set(files).difference(pictures))
+        rest = [os.path.splitext(file) for file in set(files).difference(pictures)]
+        others.update(kind or 'no extension' for _, kind in rest)
+        if any(_PICTURE.fullmatch(kind.lower()) for _, kind in rest):
+            read = {os.path.splitext(file)[0] for file in pictures}  # a raw file beside its JPEG is the same picture
+            unread.update(kind for stem, kind in rest if _PICTURE.fullmatch(kind.lower()) and stem not in read)
         if os.path.isdir(path):
             found[name] = pictures
         else:
@@ -916,14 +923,11 @@ def scan_folder(
         kinds = ', '.join(sorted(others))
         what = f'{others.total()} other files ({kinds})' if others else 'the folder is empty'
         raise InputError(f'no images in {root}: {what}; images end in {", ".join(IMAGE_EXTENSIONS[:4])}, ...')
-    # 'photo.jpg?w=300' too, as some programs save what they download.
-    endings = (*IMAGE_EXTENSIONS, *_OTHER_PICTURES)
-    unread = {kind: count for kind, count in others.items() if kind.lower().startswith(endings)}
     if unread:
-        kinds = ', '.join(shown(kind) for kind in sorted(unread))
-        what = f'{sum(unread.values()):,} pictures that do not end as those that can be read do ({kinds})'
+        kinds = ', '.join(shown(kind) for kind in sorted(unread)[:4]) + (', ...' if len(unread) > 4 else '')
+        what = f'{unread.total():,} pictures that do not end as those that can be read do ({kinds})'
         if strict:
-            raise InputError(f'{root}: {what}: convert or rename them')
+            raise InputError(f'{root}: {what}: convert or rename them, or move them away')
         _warn(f'{root}: ignored {what}')
     if not classes or not with_labels:
         paths = [*loose, *(path for name in classes for path in found[name])]
@@ -1189,7 +1193,7 @@ def _dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | Non
         base, chosen = base.dataset, indices if chosen is None else [indices[place] for place in chosen]
     names = _class_names(base)
     # The names that torchvision's datasets have for them.
-    known = [getattr(base, name, None) for name in ('targets', 'labels', '_labels')]
+    known = (getattr(base, name, None) for name in ('targets', 'labels', '_labels'))
     targets = next(
         (found for found in known if isinstance(found, Iterable) and not isinstance(found, (str, bytes, Mapping))), None
     )

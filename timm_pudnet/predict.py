@@ -243,7 +243,8 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
             raise InputError(f'{key} is on the meta device, without values: load weights into the model first')
         if value.numel() and (other := first.setdefault((value.device, value.data_ptr()), key)) != key:
             raise InputError(
-                f'{key} and {other} share their memory, which a file cannot tell: give each its own, by .clone()'
+                f'{key} and {other} share their memory, which a file cannot tell: give each its own, by .clone(), or '
+                'keep the state_dict by torch.save'
             )
     if not all(value.is_contiguous() for value in state.values()):  # channels_last, which files have not
         model = copy.deepcopy(model)

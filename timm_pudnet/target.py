@@ -38,7 +38,7 @@ Role = Literal['predicted', 'shared', 'calibrated', 'classifier']
 BATCH_NORM_BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # What timm's architectures raise of arguments that they cannot take; OSError of a file that is not there (pruned=True).
-_REFUSALS = (TypeError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError, ArithmeticError, OSError)
+REFUSALS = (TypeError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError, ArithmeticError, OSError)
 _MARK = 9973  # classes of the target that is walked: no other dimension is this prime
 
 
@@ -221,7 +221,10 @@ def img_size_of(config: PudNetConfig) -> tuple[Any, ...] | None:
     given = config.model_kwargs.get('img_size')
     if given is None or fixed_size(config.model_name) is None:
         return None
-    return tuple(given) if isinstance(given, list) else (given, given)
+    size = tuple(given) if isinstance(given, list) else (given, given)
+    if len(size) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size):
+        raise InputError(f'{config.model_name}: img_size must be a side, or height and width, got {shown(given)}')
+    return size
 
 
 def of_one_size(config: PudNetConfig) -> PudNetConfig:
@@ -323,7 +326,7 @@ def _check_size(model_name: str, model: nn.Module, in_chans: int, img_size: Any)
     try:
         with torch.device('meta'), torch.no_grad():
             model.eval()(torch.zeros(1, in_chans, *sides))
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise InputError(
             f'{model_name} cannot be made for images of size {img_size} ({first_line(error)}): choose '
             f'another size, its own is {"x".join(map(str, fixed_size(model_name) or ()))}'
@@ -370,7 +373,7 @@ def _meta_model(model_name: str, model_kwargs: dict[str, Any], num_classes: int)
         except NotImplementedError:  # a RegNet of an earlier timm works its widths out with tensors
             with torch.random.fork_rng(devices=[]):
                 return timm.create_model(model_name, **made)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise InputError(f'timm.create_model({model_name!r}) refused {model_kwargs}: {first_line(error)}') from error
 
 

@@ -64,6 +64,7 @@ class _Commands(click.Group):
             for name in ('stdout', 'stderr'):
                 if getattr(sys, name) is None:  # closed, `>&-`
                     setattr(sys, name, stack.enter_context(open(os.devnull, 'w')))
+                    stack.callback(setattr, sys, name, None)
             return self._invoke(ctx)
 
     def _invoke(self, ctx: click.Context) -> Any:

@@ -31,6 +31,7 @@ MOST_PATCHES = 128  # of all images: enough for sketch and norm statistics, whos
 LEAST_SIDE = 8
 # Images whose brightest pixels (but for the thousandth part) lie outside are seen as if these were white: training had
 # none such. Strong noise alone makes pixels of 3.
+MOST_VALUES = 2**18  # that quantiles are of
 DIM, BRIGHT = 0.5, 4.0
 
 
@@ -83,20 +84,21 @@ def predict_denoiser(
 
 def white_used(pixels: Tensor) -> float:
     """The brightness that serves as white of these pixels: 1 as a rule, their brightest where that is far from it."""
-    most, brightest = (_quantile(pixels, share) for share in (0.995, 0.999))
-    dark = min(brightest, 2 * most) if most > 0 else brightest  # more than a thousandth of the pixels may be hot
-    if 0 < dark < DIM:
-        return dark
-    return brightest if brightest > BRIGHT else 1.0
+    most, brightest = _quantiles(pixels, 0.995, 0.999)
+    if 0 < most < DIM / 4:  # of images so dark, more than a thousandth of the pixels may be hot
+        brightest = min(brightest, 2 * most)
+    return 1.0 if DIM <= brightest <= BRIGHT or brightest <= 0 else brightest
 
 
-def _quantile(pixels: Tensor, share: float) -> float:
-    return float(pixels.flatten().cpu().kthvalue(math.ceil(share * pixels.numel())).values)
+def _quantiles(pixels: Tensor, *shares: float) -> list[float]:
+    values = pixels.flatten()
+    values = values[:: values.numel() // MOST_VALUES + 1].cpu().sort().values
+    return [float(values[math.ceil(share * len(values)) - 1]) for share in shares]
 
 
 def _check_black(patches: Tensor) -> None:
     """Warns of floats whose black is far from 0; integers are never so."""
-    low, middle, high = (_quantile(patches, share) for share in (0.001, 0.5, 0.999))
+    low, middle, high = _quantiles(patches, 0.001, 0.5, 0.999)
     if middle < -0.02 * (high - low) or low > max(1.0, high / 2):  # noise around black is below 0 half of the time
         warnings.warn(
             f'pixels from {low:.3g} to {high:.3g} of white, half below {middle:.3g}: black must be 0, or little noise '

@@ -101,7 +101,7 @@ class BlindSpotUNet(nn.Module):
             is then that before clipping too); in eval mode the answer then is the clean pixel of which it would be the
             mean after clipping.
         scale: Pixels of this brightness are its white, for `noise` and `clipped` too. Where that is below 1, what
-            pixels have beyond `MOST_WHITES` times it is left as it is.
+            pixels have beyond `MOST_WHITES` times it is cut off first, and put back.
 
     Before it is trained on against clean images `set_noise(None)`, or what it learns is corrected once more.
     """

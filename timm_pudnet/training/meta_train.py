@@ -48,6 +48,7 @@ from timm_pudnet.images import ImageSource, is_timm_name, open_images
 from timm_pudnet.predict import check_output, save_model
 from timm_pudnet.sketch import in_eval_mode
 from timm_pudnet.target import (
+    REFUSALS,
     batch_norms,
     channels_last,
     create_feature_model,
@@ -130,12 +131,14 @@ def train_plain(
     recipe, banks = _read(recipe, banks)
     if recipe.schedule.frozen:
         raise InputError('schedule: a rate of 0 trains no control: give it a recipe of its own, with a rate')
+    if result is not None:
+        check_output(local_path(result))
     run = _PlainRun(recipe, banks, device)
     go(run, folder, checkpoint_seconds, max_steps, progress)
     run.settle()
     whitening = run.whitening()
     model = with_own_config(run.target.cpu().eval(), recipe.hypernet.input)
-    if result is not None and run.processes.rank == 0:
+    if result is not None and run.processes.rank == 0 and run.step == run.num_steps:
         save_control(local_path(result), model, whitening, run.seen, run.cost())
     return model, whitening
 
@@ -343,7 +346,7 @@ def _check_target(config: PudNetConfig) -> None:
     try:
         with forked_rng(torch.device('cpu')), torch.no_grad():
             create_feature_model(spec).eval()(torch.zeros(1, *size))
-    except RuntimeError as error:
+    except REFUSALS as error:
         raise InputError(
             f'{config.model_name} takes no images of {"x".join(map(str, size))} ({first_line(error)}): set another '
             'input_size in [hypernet.input]'

@@ -487,6 +487,8 @@ class Run:
             raise DamagedFileError(f'{path} is damaged ({error}): remove it to start anew') from error
         if (about.get('recipe'), about.get('kind')) != (self.recipe.digest, type(self).__name__):
             raise InputError(f'{path} belongs to another recipe: choose another folder, or remove it to start anew')
+        if not {'origin', 'precision', 'step', 'seconds', 'skipped'} <= about.keys() or 'log' not in tensors:
+            raise DamagedFileError(f'{path} is damaged: remove it to start anew')
         if about['origin'] != self.origin:
             raise InputError(
                 f'{path} was trained on other images, or from another start, than are there now: choose another '
