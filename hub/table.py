@@ -235,7 +235,7 @@ def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, A
             f'[{folder}]({folder}/README.md)',
             f'{protocol}, {result["images"]}{", 4 turned copies" * (result.get("turns") == 4)}'
             f'{", photons" * (result.get("kind") == "poisson")}{", clipped" * result.get("clipped", False)}',
-            f'{one["sigma"]} {one["reading"]} ({one["absolute"]:.3f})',
+            f'{one["sigma"]:.3g} {one["reading"]} ({one["absolute"]:.3f})',
             cell(found['noisy']),
             *(classical(found, name) for name in ('gaussian filter', 'non-local means')),
             f'{cell(found["predicted"])} ({found["predicted, blind"]["mean"]:.2f}) / {one["ssim"]["predicted"]["mean"]:.3f}',

@@ -53,6 +53,11 @@ def undo(images: Tensor, guess: Condition) -> Tensor:
     return (1 - images if guess.inverted else images)[:, places].rot90(-guess.turns, (2, 3))
 
 
+def small(images: Tensor) -> Tensor:
+    """Images `[n, 3, h, w]` at 16x16, where noise is weak."""
+    return F.adaptive_avg_pool2d(images, SIDE)
+
+
 def statistics(images: Tensor) -> Tensor:
     """`[43]` of a set `[n, 3, h, w]` in 0-1."""
     values, means = images.transpose(0, 1).flatten(1), images.mean((2, 3))
@@ -85,7 +90,7 @@ class Rule:
             chosen = [bank[label][torch.randperm(bank.shape[1], generator=generator)[:n_shot]] for label in picks]
             drawn = Condition.draw(generator)
             plain = dataclasses.replace(drawn, order=(0, 1, 2), inverted=False, turns=0)
-            rows.append(statistics(plain.apply(torch.cat(chosen), generator)))
+            rows.append(statistics(small(plain.apply(torch.cat(chosen), generator))))
         found = torch.stack(rows)
         self.mean, self.scale = found.mean(0), found.std(0)
         self.precision = torch.linalg.inv(found.t().corrcoef() + RIDGE * torch.eye(len(self.mean)).double())
@@ -125,10 +130,7 @@ def main() -> None:
     train = ImageBank.from_source(given, seen, progress=True)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (config.mean, config.std))
 
-    def small(images: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(images, SIDE)
-
-    members = [small(train.images[rows[:IMAGES_A_CLASS]].float() / 255) for rows in train.members]
+    members = [train.images[rows[:IMAGES_A_CLASS]].float() / 255 for rows in train.members]
     rule = Rule(torch.stack(members), results['n_way'], results['n_shot'])
     model, base = create_feature_model(network.target).eval(), network.base()
 
