@@ -1676,3 +1676,11 @@ def test_of_many_unlabelled_images_some_tell_how_familiar_they_are(trained, pict
     model = timm.create_model('test_resnet', num_classes=0)
     room._expect(seen, network, model, used, 'none')
     assert seen.count == 8
+
+
+def test_of_a_control_of_as_many_images_nothing_is_said(trained, shapes, tmp_path):
+    hypernet = shutil.copytree(trained[0], tmp_path / 'hypernet')
+    beside = hypernet / 'plain.whitening.safetensors'
+    save_file(load_file(beside), beside, {'classes': '["cup"]', 'training': json.dumps({'images': 12})})
+    printed = succeeds(*evaluation(hypernet, shapes / 'my shapes', '--control', hypernet / 'plain')).stdout
+    assert 'control plain saw' not in printed

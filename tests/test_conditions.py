@@ -237,3 +237,16 @@ def test_a_batch_is_of_several_conditions():
         assert all(alike(part[0], other) for other in part)
     assert len({condition[:3] for condition in seen}) >= 5
     assert not torch.equal(sampler.batch(1, 100)[0], images)
+
+
+def test_where_turned_classes_are_told_apart_no_condition_turns():
+    bank = ImageBank(torch.zeros(12, 3, 8, 8, dtype=torch.uint8), torch.arange(12) % 3, ('a', 'b', 'c'))
+    for turns, wanted in ((1, {0, 1, 2, 3}), (2, {0}), (4, {0})):
+        groups = Groups(n_way=2, n_shot=1, n_query=1, turns=turns, conditions=1.0)
+        sampler = GroupSampler([bank], InputConfig(input_size=(3, 8, 8)), groups)
+        assert {sampler.draw(number).condition.turns for number in range(30)} == wanted
+
+
+def test_where_all_groups_have_conditions_the_first_one_s_halves_have_one_too():
+    sampler = flat_sampler(sketch_groups=2, sketch_images=1)
+    assert len({seen_condition(sampler.draw_halves(number)[0, 0, 0])[:3] for number in range(20)}) > 8

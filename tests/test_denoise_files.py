@@ -796,3 +796,36 @@ def test_nothing_is_left_when_it_breaks_on_the_way(folders, predicted, monkeypat
     monkeypatch.setattr(Average, 'forward', lambda self, x: forward(self, x) * torch.nan)
     with nothing_written(folders):
         fails(folders / 'noisy', '--out', folders / 'out', needles=['NaN'])
+
+
+@pytest.mark.parametrize(
+    ('text', 'planes', 'kept'),
+    [('ImageJ=1.53', False, True), ('ImageJ=1.53', True, False), ('ImageJ=1.53\nunit=µm', False, False)],
+)
+def test_a_description_is_kept_where_it_still_says_how_the_file_is_written(tmp_path, text, planes, kept):
+    samples = np.moveaxis(BYTES[..., :3], 2, 0) if planes else BYTES[..., :3]
+    how = {'planarconfig': 'separate' if planes else 'contig', 'photometric': 'rgb', 'metadata': None}
+    tifffile.imwrite(tmp_path / 'a.tif', samples, description=text.encode(), **how)
+    picture = read_picture(tmp_path / 'a.tif')
+    write_picture(picture, picture.pixels, tmp_path / 'b.tif')
+    with tifffile.TiffFile(tmp_path / 'b.tif') as file:
+        np.testing.assert_array_equal(file.pages[0].asarray(), BYTES[..., :3])
+        assert file.pages[0].description == (text if kept else '')
+
+
+def test_a_resolution_of_zero_is_left_out_and_its_unit_with_it(tmp_path):
+    tifffile.imwrite(tmp_path / 'a.tif', BYTES[..., 0], resolution=(0, 0), resolutionunit=3, metadata=None)
+    picture = read_picture(tmp_path / 'a.tif')
+    assert picture.metadata['tiffinfo'] == {}
+    write_picture(picture, picture.pixels, tmp_path / 'b.tif')
+    with tifffile.TiffFile(tmp_path / 'b.tif') as file:
+        np.testing.assert_array_equal(file.pages[0].asarray(), BYTES[..., 0])
+
+
+def test_noise_of_what_is_bright_alone_is_noise(folders, predicted, monkeypatch):
+    photons = Average().eval()
+    photons.posterior = Posterior([[0.0, 0.01]] * 3)
+    monkeypatch.setattr(room, 'predict_denoiser', lambda *args, **options: photons)
+    result = succeeds(folders / 'noisy' / 'colour.png', '--out', folders / 'photons')
+    assert 'Noise      0.000 of white in black, 0.100 in white\n' in result.output
+    assert 'hardly any noise' not in result.stderr

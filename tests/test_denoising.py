@@ -29,6 +29,7 @@ from timm_pudnet.denoising import (
     train_plain_denoiser,
 )
 from timm_pudnet.denoising.noise import BOX
+from timm_pudnet.denoising.predict import _check_black, white_used
 from timm_pudnet.denoising.training import PatchSampler
 from timm_pudnet.files import weights_sha256
 from timm_pudnet.hub import describe_hypernet, hypernet_files
@@ -671,3 +672,13 @@ class TestCommands:
             written = np.array(Image.open(tmp_path / 'clean' / name))
             made = (denoise(model, pixels).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
             assert np.abs(written.astype(int) - made).max() <= 1
+
+
+def test_of_dark_images_that_are_black_but_for_a_few_pixels_these_are_white():
+    pixels = torch.zeros(10_000)
+    pixels[:40] = 0.01
+    assert white_used(pixels) == pytest.approx(0.01)
+
+
+def test_bright_images_whose_darkest_pixel_is_no_black_are_no_reason_to_warn():
+    _check_black(0.6 + 0.4 * torch.rand(4, 3, 16, 16))  # a warning is an error here

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.testing import assert_close
 from torch.utils.data import IterableDataset
 
-from timm_pudnet.config import InputConfig, InputError
+from timm_pudnet.config import InputConfig, InputError, same_names
 from timm_pudnet.images import open_images
 from timm_pudnet.training import Augmentation, Data, Groups, GroupSampler, ImageBank, load_banks
 from timm_pudnet.training.episodes import augment, bank_input, mixed, quarter_turns, timm_augmented
@@ -563,3 +563,49 @@ def test_a_class_that_is_not_there_is_told_also_where_labels_come_with_the_image
     with pytest.raises(InputError) as error:
         ImageBank.from_source(source, ['3'])
     one_line(error, "'3'", '0, 1, 2')
+
+
+def test_images_are_shifted_by_up_to_a_share_of_their_side_and_scaled_by_up_to_a_share():
+    off = {'flip': False, 'shift': 0, 'rotation': 0, 'scale': 0, 'brightness': 0}
+    rows, columns = torch.meshgrid(torch.arange(48.0) - 23.5, torch.arange(48.0) - 23.5, indexing='ij')
+    spot = torch.exp(-(rows**2 + columns**2) / 18).expand(100, 1, -1, -1)
+
+    def moment(of, **change):
+        """Mean of something by place, with the spot's brightness for weights, of each of 100 changed copies."""
+        weight = augment(spot, Augmentation(**off | change), torch.Generator().manual_seed(1))[:, 0]
+        return (weight * of).sum((1, 2)) / weight.sum((1, 2))
+
+    for axis in (rows, columns):
+        assert 0.23 * 48 < moment(axis, shift=0.25).abs().max() < 0.25 * 48
+        assert_close(moment(axis, scale=0.25), torch.zeros(100), rtol=0, atol=0.01)
+    spreads = (moment(rows**2 + columns**2, scale=0.25) / 18).sqrt()
+    assert 1 / 1.26 < spreads.min() < 1 / 1.2
+    assert 1 / 0.8 < spreads.max() < 1 / 0.74
+
+
+def test_each_image_has_a_brightness_of_its_own():
+    how = Augmentation(flip=False, shift=0, rotation=0, scale=0, brightness=0.25)
+    light = augment(torch.full((100, 3, 4, 4), 0.5), how, torch.Generator()).flatten(1)
+    assert_close(light, light[:, :1].expand_as(light))
+    assert len(light[:, 0].unique()) > 90
+    assert 0.375 <= light.min() < 0.39
+    assert 0.61 < light.max() <= 0.625
+
+
+def test_images_of_one_set_are_mixed_with_those_of_the_others():
+    """timm pairs the first image with the last: the halves of a batch of two sets, which lie one after the other."""
+    labels = torch.arange(16)
+    _, shares = mixed(torch.rand(16, 3, 8, 8), labels, 16, {'mixup_alpha': 1.0}, torch.Generator().manual_seed(3))
+    pairs = {tuple(row.nonzero().flatten().tolist()) for row in shares}
+    assert any(max(pair) < 8 or min(pair) >= 8 for pair in pairs if len(pair) == 2)
+
+
+def test_a_bank_rounds_pixels_between_two_values_to_the_nearest():
+    pixels = torch.tensor([0.2, 0.6, 0.9])[:, None, None, None].expand(3, 3, 8, 8) / 255 + 100 / 255
+    input = bank_input(InputConfig(input_size=(3, 8, 8)))
+    bank = ImageBank.from_source(open_images(pixels, ['a', 'b', 'b'], input=input))
+    assert bank.images.flatten(1).unique(dim=1).flatten().tolist() == [100, 101, 101]
+
+
+def test_names_without_letters_and_digits_are_the_same_only_as_they_stand():
+    assert same_names(['+', '!', 'ü', '三'], ['-', '!', 'Ü', '二']) == {'!': '!', 'ü': 'Ü'}

@@ -555,3 +555,65 @@ def test_an_answer_that_is_no_number_is_wrong(model, small):
     with torch.no_grad():
         model.get_classifier().weight.fill_(math.nan)
     assert measured(model, small[0])['right'] == 0
+
+
+def test_of_epochs_with_as_many_right_the_one_of_least_loss_is_kept(model, pictures, monkeypatch):
+    left = [(2, 0.1), (3, 0.9), (3, 0.7), (3, 0.8)]
+    monkeypatch.setattr(room, 'measured', lambda *args: dict(zip(('right', 'test_loss'), left.pop(0), strict=True)))
+    run = FineTuning(model, *pictures(24), epochs=4)
+    run.run(progress=False)
+    assert (run.best_epoch, run.best['test_loss']) == (3, 0.7)
+
+
+def test_a_class_keeps_an_image_whatever_share_is_kept_aside(small):
+    bank, _ = small
+    used, aside, _ = split_copies(bank, 0.99)
+    assert bank.labels[used].bincount().tolist() == [1, 1, 1]
+    assert len(aside) == 21
+
+
+def test_every_epoch_has_an_order_of_its_own(model, small, monkeypatch):
+    bank, _ = small
+    fit_classifier(model, bank.class_names)
+    shown, work = [], room.timm_augmented
+    monkeypatch.setattr(room, 'timm_augmented', lambda images, *rest: shown.append(images) or work(images, *rest))
+    list(finetune_epochs(model, bank, None, short(epochs=3, batch_size=24)))
+    assert len(shown) == 2
+    assert not torch.equal(*shown)
+
+
+def test_what_dropout_draws_differs_by_epoch(model, small, monkeypatch):
+    bank, _ = small
+    fit_classifier(model, bank.class_names)
+    drawn, work = [], room.timm_augmented
+    monkeypatch.setattr(room, 'timm_augmented', lambda *args: drawn.append(float(torch.rand(()))) or work(*args))
+    list(finetune_epochs(model, bank, None, short(epochs=3)))
+    assert len(set(drawn)) == len(drawn) == 6
+
+
+def test_the_rate_rises_then_falls_to_nearly_zero(model, small, monkeypatch):
+    bank, _ = small
+    fit_classifier(model, bank.class_names)
+    made, rates, work = [], [], room.create_optimizer_v2
+    monkeypatch.setattr(room, 'create_optimizer_v2', lambda *args, **how: made.append(work(*args, **how)) or made[0])
+    for _ in finetune_epochs(model, bank, None, short(epochs=21, batch_size=24, layer_decay=1.0, warmup=0.5)):
+        rates.append(made[0].param_groups[0]['lr'] / MODES['full'].rate)
+    rates = rates[1:]  # the first epoch is the head's
+    top = rates.index(max(rates))
+    assert (top, rates[top]) == (10, 1.0)
+    assert rates == [*sorted(rates[:top]), *sorted(rates[top:], reverse=True)]
+    assert 0 < rates[0] < 0.2
+    assert 0 < rates[-1] < 0.05
+
+
+def test_few_images_are_fewer_than_fifty_a_class(small):
+    bank, _ = small
+    for count, mode in ((149, 'few'), (150, 'full')):
+        assert tuning_for('auto', bank.part(torch.arange(count) % 24))[0] == mode
+
+
+@pytest.mark.parametrize('augmentation', ['rand-m9', ['rand-m9']])
+def test_an_augmentation_without_names_is_refused_before_any_work(augmentation, model, one_line):
+    with pytest.raises(InputError) as error:
+        FineTuning(model, 'nowhere', augmentation=augmentation)
+    one_line(error, 'augmentation', type(augmentation).__name__, 'create_transform')

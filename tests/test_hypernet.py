@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -679,3 +680,10 @@ def test_weights_are_exact_in_mixed_precision(generator):
             found = made(sketch)
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize('mean', [(-104.0, -117.0, -124.0), (True, False, True), (math.nan,) * 3])
+def test_a_mean_of_no_pixels_in_0_to_1_is_refused(mean, one_line):
+    with pytest.raises(InputError) as error:
+        InputConfig(mean=mean)
+    one_line(error, 'mean')

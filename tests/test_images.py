@@ -40,7 +40,7 @@ from torch.utils.data import (
 
 from timm_pudnet import images as images_room
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetError, PudNetWarning
-from timm_pudnet.images import open_images
+from timm_pudnet.images import open_images, reorders
 
 RGB = InputConfig(input_size=(3, 16, 16), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
 GREY = InputConfig(input_size=(1, 16, 16), mean=(0.4,), std=(0.2,))
@@ -1562,3 +1562,11 @@ def test_floats_stay_between_black_and_white_when_they_are_resized(interpolation
     plain = InputConfig(input_size=(3, 32, 32), mean=(0.0,) * 3, std=(1.0,) * 3, interpolation=interpolation)
     found = read(open_images(images, input=plain))[0]
     assert (float(found.min()), float(found.max())) == (0.0, 1.0)
+
+
+def test_a_stream_comes_in_its_order_from_one_worker():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(torch.zeros(4, 3, 8, 8))
+
+    assert [reorders(DataLoader(Stream(), num_workers=workers)) for workers in (0, 1, 2)] == [False, False, True]

@@ -1046,3 +1046,13 @@ def test_what_a_target_draws_in_training_differs_by_group(bank, make_recipe, mon
     monkeypatch.setattr(room._MetaRun, 'losses', recording)
     meta_train(make_recipe(steps=2), banks=[bank], progress=False)
     assert len(set(drawn)) == len(drawn) == 4
+
+
+def test_groups_of_a_step_are_counted_each_by_its_own_size(bank, make_recipe):
+    room = importlib.import_module('timm_pudnet.training.meta_train')
+    recipe = make_recipe(groups={'turns': 1}, data=(Data(images='many'), Data(images='two')))
+    run = room._MetaRun(recipe, [bank, bank.select(bank.class_names[:2])], 'cpu')
+    run.step = 6
+    drawn = [len(torch.cat([group.support, group.query])) for group in map(run.sampler.draw, range(12))]
+    assert {*drawn} == {8, 12}, 'or this shows nothing'
+    assert run.shown() == sum(drawn)

@@ -309,3 +309,8 @@ def test_a_line_that_would_begin_below_zero_is_turned_to_begin_there():
 def test_levels_that_are_nearly_one_say_nothing_about_the_slope():
     black, white = line_through(torch.tensor([0.5, 0.501]), torch.tensor([0.010, 0.011]))
     assert black == pytest.approx(white, rel=0.1)
+
+
+def test_the_noise_that_is_told_has_the_mean_power_of_that_of_the_colours():
+    black, white = Posterior([[0.01, 0.04], [0.0, 0.04], [0.05, 0.04]]).deviations()
+    assert (black, white) == (pytest.approx(0.02**0.5), pytest.approx(0.2))

@@ -21,6 +21,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.testing import assert_close
@@ -47,6 +48,7 @@ from timm_pudnet import (
 from timm_pudnet import predict as room
 from timm_pudnet.adapt import HEADS, ridge_classifier, self_training_classifier
 from timm_pudnet.hypernet import folder_written_whole, on_device, usable_device, written_whole
+from timm_pudnet.predict import _write_head, in_memory
 from timm_pudnet.sketch import ImageSample
 from timm_pudnet.target import batch_norms, pretrained_cfg_of
 
@@ -1494,3 +1496,44 @@ def test_an_empty_folder_is_empty_again_when_filling_it_fails_midway(tmp_path, m
         fill()
     assert calls[:2] == [folder, folder]
     assert list(folder.iterdir()) == []
+
+
+def test_features_of_another_width_than_the_whitening_s_are_taken_as_they_are(tiny):
+    rows, labels = torch.randn(12, 5), torch.arange(12) % 3
+    classifier, stream = nn.Linear(5, 3), HEADS['centroid'](3, None)
+    stream.add(rows, labels)
+    _write_head(classifier, stream, None, tiny, 'centroid')
+    weight, bias = stream.classifier(torch.eye(5))
+    assert_close((classifier.weight.detach(), classifier.bias.detach()), (weight, bias), check_dtype=False)
+
+
+def test_a_config_of_one_s_own_may_say_what_is_so_and_no_source_of_weights(net, support, one_line):
+    usual = timm.get_pretrained_cfg('test_resnet')
+    own = {'architecture': 'test_resnet', 'classifier': usual.classifier, 'first_conv': usual.first_conv}
+    found = predict_model('test_resnet', *support, hypernet=net, pretrained_cfg_overlay=own)
+    assert own.items() <= found.pretrained_cfg.items()
+    with pytest.raises(InputError) as error:
+        predict_model('test_resnet', *support, hypernet=net, pretrained_cfg_overlay={'source': 'hf-hub'})
+    one_line(error, 'pretrained_cfg_overlay', 'source', 'where the weights come from')
+
+
+def test_no_image_of_an_odd_number_is_lost_where_memory_is_short():
+    seen = []
+
+    def run(images, labels):
+        if len(images) > 4:
+            raise torch.OutOfMemoryError
+        seen.append((images, labels))
+
+    with pytest.warns(PudNetWarning, match='out of memory with 7 images'):
+        in_memory(run, torch.arange(7), torch.arange(7) + 10)
+    assert [torch.cat(part).tolist() for part in zip(*seen, strict=True)] == [[*range(7)], [*range(10, 17)]]
+
+
+def test_unequal_classes_count_alike_in_the_sketch_of_a_feature_model_too(net, support):
+    pixels, names = support
+    picks = [place for place, name in enumerate(names) if name != names[0] or place < 6]
+    some = pixels[picks], [names[place] for place in picks]
+    with_head = predict_model('test_resnet', *some, hypernet=net).state_dict()
+    features = predict_model('test_resnet', *some, hypernet=net, head='none').state_dict()
+    assert_close(dict(features), {key: with_head[key] for key in features}, rtol=0, atol=0)

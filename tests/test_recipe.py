@@ -226,3 +226,11 @@ def test_an_absent_recipe_is_named(tmp_path, one_line):
     with pytest.raises(NotFoundError) as error:
         Recipe.load(tmp_path / 'none.toml')
     one_line(error, tmp_path / 'none.toml')
+
+
+@pytest.mark.parametrize(('old', 'field'), [('images = 5000', 'images'), ('seed = 3', 'seed')])
+def test_true_is_no_number_of_a_recipe(old, field, tmp_path, one_line):
+    assert old in RECIPE
+    with pytest.raises(InputError) as error:
+        load(tmp_path, RECIPE.replace(old, f'{field} = true'))
+    one_line(error, field, 'a whole number', 'True')

@@ -610,3 +610,23 @@ def test_numbers_for_names_of_classes_say_nothing_of_what_was_seen(tmp_path):
         model = timm.create_model('test_resnet', num_classes=2)
         name_classes(model, names)
         assert seen_by(str(save_model(model, tmp_path / folder))) == said
+
+
+def test_a_control_in_the_current_folder_has_its_whitening_beside_it(tmp_path, monkeypatch):
+    (tmp_path / 'control').mkdir()
+    monkeypatch.chdir(tmp_path / 'control')
+    assert whitening_path(Path('.')) == tmp_path / 'control.whitening.safetensors'
+
+
+@pytest.mark.parametrize('left_out', ['full', 'consistency'])
+def test_at_a_rate_of_zero_each_loss_of_the_full_head_is_refused(left_out, make_recipe, one_line):
+    losses = LossWeights(distillation=1.0, **{left_out: 0.0})
+    with pytest.raises(InputError) as error:
+        make_recipe(schedule={'optimizer': 'sgd', 'rate': 0.0}, losses=losses, start='somewhere')
+    one_line(error, 'rate of 0', 'full = 0.0', 'consistency = 0.0')
+
+
+def test_an_encoder_that_stays_as_it_is_has_no_groups_of_its_own(make_recipe, one_line):
+    with pytest.raises(InputError) as error:
+        make_recipe(start='somewhere', schedule={'fixed_encoder': True}, groups={'sketch_groups': 2})
+    one_line(error, 'fixed_encoder', 'sketch_groups')

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from timm_pudnet.config import InputError, UnsupportedTargetError
+from timm_pudnet.config import InputConfig, InputError, PudNetConfig, UnsupportedTargetError
 from timm_pudnet.target import (
     batch_norms,
     check_architecture,
@@ -14,6 +15,9 @@ from timm_pudnet.target import (
     describe_target,
     input_of,
     keep_arguments,
+    normalised_otherwise,
+    of_one_size,
+    pretrained_cfg_of,
 )
 
 ARCHITECTURES = [
@@ -301,3 +305,37 @@ def test_a_crop_larger_than_the_image_is_the_image():
     model = timm.create_model('test_resnet')
     model.pretrained_cfg['crop_pct'] = 1.15  # as volo_d5_512 has it
     assert input_of(model).crop_pct == 1
+
+
+@pytest.mark.parametrize('chans', [1, 4])
+def test_other_channels_have_the_mean_of_the_means_of_all(chans):
+    found = input_of(timm.create_model('resnet18', in_chans=chans))
+    assert found.mean == pytest.approx(((0.485 + 0.456 + 0.406) / 3,) * chans)
+    assert found.std == pytest.approx(((0.229 + 0.224 + 0.225) / 3,) * chans)
+
+
+def test_the_config_of_other_images_has_the_last_maps_of_their_size_and_no_size_for_tests():
+    usual = timm.get_pretrained_cfg('resnet18.a1_in1k').to_dict()
+    assert usual['test_input_size'] == (3, 288, 288)
+    found = pretrained_cfg_of(InputConfig(input_size=(3, 48, 80)), usual)
+    assert found['pool_size'] == (2, 3)
+    assert {**usual, **found}['test_input_size'] is None
+    assert {**usual, **found}['test_crop_pct'] is None
+
+
+def test_a_norm_that_keeps_no_statistics_is_not_calibrated():
+    norms = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3))
+    assert [name for name, _ in batch_norms(norms)] == ['1']
+
+
+def test_a_mean_or_std_that_is_a_little_another_one_is_another_one():
+    model = timm.create_model('resnet18')
+    own = input_of(model)
+    assert normalised_otherwise(model, own) == ''
+    for changed in ({'mean': (0.5, *own.mean[1:])}, {'std': (*own.std[:2], 0.25)}):
+        assert 'of mean (0.485, ' in normalised_otherwise(model, dataclasses.replace(own, **changed))
+
+
+def test_an_architecture_of_one_size_is_made_for_oblong_images_as_they_lie():
+    config = PudNetConfig(model_name='visformer_tiny', input=InputConfig(input_size=(3, 64, 96)))
+    assert of_one_size(config).model_kwargs == {'img_size': [64, 96]}

@@ -209,3 +209,19 @@ def test_it_needs_an_earlier_hypernetwork(make_recipe, bank, tmp_path, one_line)
     with pytest.raises(InputError) as error:
         meta_train(undoing_recipe(make_recipe, start, fixed_encoder=False), banks=[bank], device='cpu', progress=False)
     one_line(error, 'undoing', 'hypernetwork', 'start')
+
+
+def test_what_was_worked_out_for_a_condition_is_of_no_other(target):
+    model, weights = target
+    undoing = ChannelUndoing(make(), model, weights)
+    for _ in range(2):
+        for condition in CONDITIONS:
+            assert_close(undoing.wanted(condition), ChannelUndoing(make(), model, weights).wanted(condition))
+
+
+def test_a_first_conv_of_folded_pixels_is_refused(target, one_line):
+    """As that of tresnet_m, before which four by four pixels become channels."""
+    model, weights = target
+    with pytest.raises(InputError) as error:
+        ChannelUndoing(make(), model, {**weights, 'conv1.0.weight': torch.zeros(16, 48, 3, 3)})
+    one_line(error, 'undoing', 'first conv', 'test_resnet')
