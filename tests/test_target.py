@@ -260,7 +260,7 @@ REFUSED = [{'bogus': 1}, {'output_stride': 5}, {'block': object()}, {'in_chans':
 REFUSED += [{'pruned': True}, {'drop_rate': 2}, {'drop_path_rate': -0.1}, {'drop_block_rate': 'x'}]
 
 
-@pytest.mark.parametrize('kwargs', REFUSED, ids=str)
+@pytest.mark.parametrize('kwargs', REFUSED, ids=' '.join)
 def test_arguments_that_timm_refuses_are_named_in_one_line(kwargs, one_line):
     with pytest.raises(InputError) as error:
         describe_target('resnet18', **kwargs)
