@@ -668,7 +668,7 @@ def test_streams_that_are_closed_are_not_written_to(closed, images, work, tiny_f
     assert (work / 'tuned' / 'model.safetensors').is_file()
 
 
-def test_of_classes_with_one_image_each_it_is_said_that_nothing_is_tested(images, predict):
+def test_of_classes_with_one_image_each_it_is_said_that_nothing_is_tested(images, work, predict):
     for path in images.glob('*/*'):
         if path != sorted(path.parent.iterdir())[0]:
             path.unlink()
