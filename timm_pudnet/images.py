@@ -944,9 +944,8 @@ def scan_folder(
         )
     if loose:
         _warn(f'{root}: ignored {len(loose):,} images beside the class folders')
-    if len(splits := [name for name in classes if _are_splits([name])]) > 1 and any(
-        'train' in x.lower() for x in splits
-    ):
+    splits = [name for name in classes if _are_splits([name])]
+    if len(splits) > 1 and any('train' in name.lower() for name in splits):
         _warn(f'{root}: took {", ".join(splits)} for classes; if they are splits, pass one of them')
     if len(classes) < len(found):
         _warn(

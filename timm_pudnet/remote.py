@@ -259,9 +259,9 @@ def _download(repo: str, revision: str) -> Path:
         if not _is_as_announced(path):  # of an earlier download, maybe
             _forget([path])
             path = get(name)
-        if not _is_as_announced(path):
-            _forget([path])
-            raise HubError(f'{repo}: {name} arrived damaged (its hash is not the one announced): try again')
+            if not _is_as_announced(path):
+                _forget([path])
+                raise HubError(f'{repo}: {name} arrived damaged (its hash is not the one announced): try again')
     damaged, lacking = _check(path.parent)
     if damaged or lacking:
         _forget(damaged)
