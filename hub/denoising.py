@@ -11,8 +11,10 @@ set's own standard deviation, as where images are standardised first, and `unit`
 results clipped to 0-1, means over images, with 95 % intervals; gains are paired by image. Needs scikit-image (`pip
 install -e '.[test]'`).
 
-Denoisers by the network measure the noise of the images against their guesses, and take each noisy pixel itself into
-account. Beside the predicted one (`predicted`) stand: its guesses alone (`predicted, blind`); the noisy images; a
+Denoisers by the network measure the noise of the images against their guesses, take each noisy pixel itself into
+account, and correct what is coarse by the images at half and at a quarter of their size, each by weights for that size
+(the control and training from scratch by the same ones, calibrated). Beside the predicted one (`predicted`) stand: its
+guesses at full size alone (`predicted, blind`) and that without smaller sizes (`predicted, one size`); the noisy images; a
 Gaussian filter and non-local means that are told sigma, with that strength of some that is best for the first four
 images, known from their clean ones (of photons, behind Anscombe's transform, which makes the noise of all brightnesses
 alike, and before its exact unbiased inverse, Makitalo and Foi 2011; with --clipped told what sigma is left, and besides with the mean that clipping
@@ -21,8 +23,8 @@ another set, calibrated on the images (`sketch of ...`); all of the denoiser, no
 images with another sigma (`predicted for ...`); the control *plain*, one denoiser of the same training images for all
 noise, with its own statistics, calibrated, and calibrated on the images with another sigma. With --scratch the rival
 alone that trains on these very noisy images: the same UNet from random weights by the same loss, Adam with and without
-centralised gradients, written to scratch.NAME.json; by its guesses alone (`psnr_blind`) and with the noisy pixels
-(`psnr`). One epoch of it sees as many pixels as the images have, in crops of at most 128. With --bm3d the rival alone that
+centralised gradients, written to scratch.NAME.json; by its guesses alone (`psnr_blind`), with the noisy
+pixels (`psnr_one_size`) and with smaller sizes too (`psnr`). One epoch of it sees as many pixels as the images have, in crops of at most 128. With --bm3d the rival alone that
 is the standard one of classical denoising, told sigma, written to bm3d.NAME.json (`pip install bm3d`, whose licence
 forbids commercial use).
 """
@@ -45,18 +47,20 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 from timm_pudnet import PudNet, denoise, load_hypernet
-from timm_pudnet.adapt import calibrate
 from timm_pudnet.denoising import (
     add_noise,
     blind_spot_loss,
     blind_spots,
+    calibrated_denoiser,
     denoiser_of,
-    noisy_patches,
+    joined,
+    patches_by_scale,
     psnr,
+    shrunk,
     sketch_of,
     ssim,
 )
-from timm_pudnet.denoising.clipping import Unclip, known_noise
+from timm_pudnet.denoising.clipping import Unclip
 from timm_pudnet.denoising.pictures import list_pictures, read_picture
 from timm_pudnet.evaluation import mean_interval
 from timm_pudnet.evaluation.scratch import centralise_gradients
@@ -163,7 +167,9 @@ def main(
             for name in ('adam', 'adam_centralised'):
                 condition[name] = from_scratch(network, clean, noisy, scratch, centralise=name == 'adam_centralised')
                 for point in condition[name]:
-                    both = f'{point["psnr"]:6.2f} dB ({point["psnr_blind"]:.2f} by guesses)'
+                    both = (
+                        f'{point["psnr"]:6.2f} dB ({point["psnr_one_size"]:.2f}, {point["psnr_blind"]:.2f} by guesses)'
+                    )
                     click.echo(f'  {name}, epoch {point["epoch"]:3} {both} in {point["seconds"]:.0f} s')
         elif bm3d:
             condition |= beside_bm3d(network, clean, noisy, absolute)
@@ -209,21 +215,22 @@ def measure(
     clipped: bool,
 ) -> dict[str, Any]:
     """PSNR and SSIM of every arm, means over images, and gains of the predicted denoiser over the others."""
-    channels, side, _ = network.config.input.input_size
     seconds, predicted, patches = timed_prediction(network, noisy)
-    other_patches = noisy_patches(noisier, channels, side)
-    other_sketch = sketch_of(network, other_patches)
-    blind = copy.deepcopy(predicted)
+    other_patches = patches_of(network, noisier)
+    other_sketches = sketches_of(network, other_patches, len(patches))
+    blind, one_size = copy.deepcopy(predicted), copy.deepcopy(predicted)
     blind.posterior = None
+    one_size.set_coarse([])
     models = {
         'predicted': predicted,
         'predicted, blind': blind,
-        'sketch of another sigma': denoiser_of(network, other_sketch, patches),
-        'predicted for another sigma': denoiser_of(network, other_sketch, other_patches),
+        'predicted, one size': one_size,
+        'sketch of another sigma': denoiser_of(network, other_sketches, patches),
+        'predicted for another sigma': denoiser_of(network, other_sketches, other_patches),
     }
     if elsewhere:
-        its_patches = noisy_patches(elsewhere, channels, side)
-        models['sketch of another set'] = denoiser_of(network, sketch_of(network, its_patches), patches)
+        sketches = sketches_of(network, patches_of(network, elsewhere), len(patches))
+        models['sketch of another set'] = denoiser_of(network, sketches, patches)
     arms: dict[str, Callable[[Tensor], Tensor]] = {'noisy': lambda image: image}
     # By the true strength; that of photons grows with their number.
     strengths, unclip = {}, Unclip([0.0, 2 * sigma**2] if kind == 'poisson' else [sigma**2, sigma**2])
@@ -251,14 +258,12 @@ def measure(
     for name, arm in arms.items():
         add(name, arm)
     if control is not None:
-        own = {key: value.clone() for key, value in control.state_dict().items()}
-        know_noise(control, patches)
-        add('plain, its own statistics', lambda image: denoise(control, image, turns=turns))
+        as_it_is = joined([copy.deepcopy(control) for _ in patches], patches)
+        add('plain, its own statistics', lambda image: denoise(as_it_is, image, turns=turns))
+        weights = [control.state_dict()] * len(patches)
         for name, shown in (('plain, calibrated', patches), ('plain, calibrated for another sigma', other_patches)):
-            calibrate(control, shown, own, **network.config.calibration)
-            know_noise(control, shown)
-            add(name, lambda image: denoise(control, image, turns=turns))
-        control.load_state_dict(own)
+            calibrated = calibrated_denoiser(network, weights, shown)
+            add(name, lambda image, model=calibrated: denoise(model, image, turns=turns))
     gains = {
         name: mean_interval([a - b for a, b in zip(table['psnr']['predicted'], values, strict=True)])
         for name, values in table['psnr'].items()
@@ -268,21 +273,23 @@ def measure(
     return {**means, 'gain': gains, 'strengths': strengths, 'seconds': seconds}
 
 
-def know_noise(model: nn.Module, patches: Tensor) -> None:
-    """Lets a denoiser take noisy pixels themselves into account, as predicted ones do."""
-    model.set_noise(None)
-    with torch.inference_mode():
-        guesses = model(patches)
-        model.set_noise(*known_noise(patches, guesses))
+def patches_of(network: PudNet, images: Sequence[Tensor]) -> list[Tensor]:
+    """Patches of noisy images in memory, of every size."""
+    return shrunk(patches_by_scale(images, *network.config.input.input_size[:2]))
 
 
-def timed_prediction(network: PudNet, noisy: list[Tensor]) -> tuple[float, nn.Module, Tensor]:
+def sketches_of(network: PudNet, patches: Sequence[Tensor], sizes: int) -> list[Tensor]:
+    """Their sketches; of so many sizes, the last again where a set has not as many."""
+    found = [sketch_of(network, shown) for shown in patches]
+    return [found[min(size, len(found) - 1)] for size in range(sizes)]
+
+
+def timed_prediction(network: PudNet, noisy: list[Tensor]) -> tuple[float, nn.Module, list[Tensor]]:
     """Seconds of predicting a denoiser for images in memory, the second time; the denoiser; the patches it is from."""
-    channels, side, _ = network.config.input.input_size
     for _ in range(2):
         started = time.perf_counter()
-        patches = noisy_patches(noisy, channels, side)
-        predicted = denoiser_of(network, sketch_of(network, patches), patches)
+        patches = patches_of(network, noisy)
+        predicted = denoiser_of(network, sketches_of(network, patches, len(patches)), patches)
         seconds = time.perf_counter() - started
     return seconds, predicted, patches
 
@@ -368,7 +375,7 @@ def from_scratch(
     side = min(CROP, *(min(image.shape[1:]) for image in noisy))
     crops_of = torch.tensor([max(1, round(image[0].numel() / side**2)) for image in noisy])
     turns = torch.arange(len(noisy)).repeat_interleave(crops_of)
-    patches = noisy_patches(noisy, *network.config.input.input_size[:2])
+    patches = patches_of(network, noisy)
     seconds, points = 0.0, []
     for epoch in range(1, epochs + 1):
         started = time.perf_counter()
@@ -391,10 +398,13 @@ def from_scratch(
         seconds += time.perf_counter() - started
         if epoch in (*EPOCHS, epochs):
             model.eval()
-            blind = mean_psnr(model, noisy, clean)
-            know_noise(model, patches)
-            point = {'epoch': epoch, 'seconds': seconds, 'psnr_blind': blind, 'psnr': mean_psnr(model, noisy, clean)}
-            points.append(point)
+            point = {'epoch': epoch, 'seconds': seconds, 'psnr_blind': mean_psnr(model, noisy, clean)}
+            own = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+            point['psnr_one_size'] = mean_psnr(joined([own], patches[:1]), noisy, clean)
+            coarser = [
+                calibrated_denoiser(network, [model.state_dict()], [shown]) for shown in patches[1:]
+            ]  # by its weights, since it has seen images of full size alone
+            points.append({**point, 'psnr': mean_psnr(joined([own, *coarser], patches), noisy, clean)})
     return points
 
 

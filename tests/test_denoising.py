@@ -471,7 +471,7 @@ class TestPredict:
     def test_a_denoiser_of_another_scale_does_the_same_to_images_of_it(self, trained, tmp_path, scale):
         noisy = add_noise(smooth_images(4, seed=3), 'poisson', 0.2, generator())
         sketch = sketch_of(trained, noisy)
-        usual, other = (denoiser_of(trained, sketch, noisy, white) for white in (1.0, scale))
+        usual, other = (denoiser_of(trained, [sketch], [noisy], white) for white in (1.0, scale))
         assert_close(other(scale * noisy) / scale, usual(noisy), atol=1e-5, rtol=1e-4)
         assert_close(other.forward_features(scale * noisy), usual.forward_features(noisy), atol=1e-5, rtol=1e-3)
         timm_pudnet.save_model(other, tmp_path / 'model')

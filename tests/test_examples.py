@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import timm_pudnet
-from timm_pudnet.denoising import add_noise, denoiser_of, noisy_patches, psnr, sketch_of
+from timm_pudnet.denoising import add_noise, denoiser_of, patches_by_scale, psnr, shrunk, sketch_of
 from timm_pudnet.denoising.pictures import list_pictures, read_picture
 from timm_pudnet.evaluation import mean_interval
 from timm_pudnet.files import weights_sha256
@@ -136,11 +136,14 @@ def test_denoisers_are_measured_on_the_images_as_they_were(run, pictures, write_
         [add_noise(image, 'gaussian', sigma, torch.Generator().manual_seed(k)) for k, image in enumerate(clean)]
         for sigma in (0.5, 0.25)
     )
-    here, there = (noisy_patches(images, *network.config.input.input_size[:2]) for images in (noisy, noisier))
+    input_size = network.config.input.input_size[:2]
+    here, there = (shrunk(patches_by_scale(images, *input_size)) for images in (noisy, noisier))
+    own, other = ([sketch_of(network, shown) for shown in patches] for patches in (here, there))
     models = {
-        'predicted': denoiser_of(network, sketch_of(network, here), here),
-        'sketch of another sigma': denoiser_of(network, sketch_of(network, there), here),
-        'predicted for another sigma': denoiser_of(network, sketch_of(network, there), there),
+        'predicted': denoiser_of(network, own, here),
+        'predicted, one size': denoiser_of(network, own[:1], here[:1]),
+        'sketch of another sigma': denoiser_of(network, other, here),
+        'predicted for another sigma': denoiser_of(network, other, there),
     }
     arms = {name: [timm_pudnet.denoise(model, image) for image in noisy] for name, model in models.items()}
     by_hand = {

@@ -3,7 +3,16 @@
 from timm_pudnet.denoising.metrics import psnr, ssim
 from timm_pudnet.denoising.noise import add_noise, blind_spot_loss, blind_spots
 from timm_pudnet.denoising.posterior import estimate_noise
-from timm_pudnet.denoising.predict import denoiser_of, noisy_patches, predict_denoiser, sketch_of
+from timm_pudnet.denoising.predict import (
+    calibrated_denoiser,
+    denoiser_of,
+    joined,
+    noisy_patches,
+    patches_by_scale,
+    predict_denoiser,
+    shrunk,
+    sketch_of,
+)
 from timm_pudnet.denoising.tiles import denoise
 from timm_pudnet.denoising.training import PatchBank, load_patches, meta_train_denoiser, train_plain_denoiser
 from timm_pudnet.denoising.unet import BlindSpotUNet
@@ -14,14 +23,18 @@ __all__ = [
     'add_noise',
     'blind_spot_loss',
     'blind_spots',
+    'calibrated_denoiser',
     'denoise',
     'denoiser_of',
     'estimate_noise',
+    'joined',
     'load_patches',
     'meta_train_denoiser',
     'noisy_patches',
+    'patches_by_scale',
     'predict_denoiser',
     'psnr',
+    'shrunk',
     'sketch_of',
     'ssim',
     'train_plain_denoiser',

@@ -78,7 +78,7 @@ class Posterior(nn.Module):
             return self._weighed(_exact(noisy), _exact(guess)).to(guess.dtype)
 
     def _weighed(self, noisy: Tensor, guess: Tensor) -> Tensor:
-        components, noise = self.components.to(guess), self._noise(guess)
+        components, noise = self.components.to(guess), self.variances(guess)
         rest = torch.einsum('kc,nchw->nkhw', components, noisy - guess)
         # Measured over so many pixels, the variance of noise alone is above `noise` as often as below.
         error = _around(rest.square() - noise * (1 + math.sqrt(2) / WINDOW)).clamp_min(0)
@@ -88,8 +88,8 @@ class Posterior(nn.Module):
         share = error / (error + noise).clamp_min(1e-12)
         return guess + torch.einsum('kc,nkhw->nchw', components, share * rest)
 
-    def _noise(self, guess: Tensor) -> Tensor:
-        """Variances of the components' noise around each pixel."""
+    def variances(self, guess: Tensor) -> Tensor:
+        """Of the components' noise at each pixel, `[n, k, h, w]`, by guesses `[n, c, h, w]`."""
         black, white, components = (tensor.to(guess) for tensor in (self.black, self.white, self.components))
         if self.left is None:
             return torch.lerp(black, white, _levels(guess, components))
@@ -117,10 +117,27 @@ def _contrast(values: Tensor) -> Tensor:
 
 def _around(values: Tensor) -> Tensor:
     """Means over the window around each pixel, of what of it is in the image."""
-    for _ in range(2):  # columns, then rows, both laid out as rows: that is several times faster than columns are
-        values = values.transpose(2, 3).contiguous()
-        values = F.avg_pool2d(values, (1, WINDOW), 1, (0, WINDOW // 2), count_include_pad=False)
+    reach = WINDOW // 2
+    for dim, padding in ((3, (reach, reach)), (2, (0, 0, reach, reach))):
+        places = torch.arange(values.shape[dim], device=values.device)
+        inside = (places + reach).clamp(max=len(places) - 1) - (places - reach).clamp(min=0) + 1
+        values = _window_sums(F.pad(values, padding), dim) / inside.view(-1, *[1] * (3 - dim)).to(values)
     return values
+
+
+def _window_sums(values: Tensor, dim: int) -> Tensor:
+    """Sums of `WINDOW` values that follow each other along a dimension: of ones, twos, fours, ... of them."""
+    sums, width, start = values, 1, 0
+    total: Tensor | None = None
+    length = values.shape[dim] - WINDOW + 1
+    while width <= WINDOW:
+        if WINDOW & width:
+            part = sums.narrow(dim, start, length)
+            total, start = part if total is None else total + part, start + width
+        left = sums.shape[dim] - width
+        width, sums = 2 * width, sums.narrow(dim, 0, left) + sums.narrow(dim, width, left)
+    assert total is not None
+    return total
 
 
 def estimate_noise(noisy: Tensor, guesses: Tensor) -> list[list[float]]:

@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from timm_pudnet.adapt import calibrate
 from timm_pudnet.config import InputError, PudNetWarning
 from timm_pudnet.denoising.clipping import known_noise
 from timm_pudnet.denoising.pictures import check_range, check_whites, list_pictures, read_picture, white_of
+from timm_pudnet.denoising.scales import best_shares, halved
 from timm_pudnet.denoising.unet import MOST_WHITES, BlindSpotUNet
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, on_device, own_defaults, usable_device
@@ -29,6 +30,9 @@ from timm_pudnet.predict import build_model
 
 MOST_PATCHES = 128  # of all images: enough for sketch and norm statistics, whose means are over all their pixels
 LEAST_SIDE = 8
+SCALES = 3  # sizes at which an image is denoised: its own, half and quarter of it
+LEAST_SHRUNK = 16  # pixels of a patch in each direction, or there is no such size
+SHARE_PATCHES = 16  # of a size, by which it is told how far the smaller ones correct it
 # Images whose brightest pixels (but for the thousandth part) lie outside are seen as if these were white: training had
 # none such. Strong noise alone makes pixels of 3.
 MOST_VALUES = 2**18  # that quantiles are of
@@ -46,7 +50,9 @@ def predict_denoiser(
 
     All images should be in colour, or all grey, and have the same kind and level of noise, independent from pixel to
     pixel; one image is enough. They are not resized: patches of at most 128 of them, spread over their order, give the
-    sketch, calibrate the norm statistics and tell how strong the noise is.
+    sketch, calibrate the norm statistics and tell how strong the noise is. Where they are large enough the same is done
+    for the images at half and at a quarter of their size: three networks in one model, of which those for smaller
+    images correct the coarse part of what the others give, by so much as the patches tell (`denoising.scales`).
 
     Args:
         images: A folder (with all its subfolders), a file, a list of paths, PIL images, arrays `[h, w, c]` or tensors
@@ -74,12 +80,12 @@ def predict_denoiser(
     device = usable_device(device)
     network = resolve_hypernet('blindspot_unet', hypernet)
     channels, side, _ = network.config.input.input_size
-    patches = noisy_patches(images, channels, side).to(device)
+    patches = [shown.to(device) for shown in patches_by_scale(images, channels, side)]
     network = on_device(network, device, hypernet)
-    _check_black(patches)
-    scale = white_used(patches)
-    patches = patches / scale if scale >= 1 else (patches / scale).clamp(max=MOST_WHITES)
-    return denoiser_of(network, sketch_of(network, patches), patches, scale)
+    _check_black(patches[0])
+    scale = white_used(patches[0])
+    patches = shrunk([shown / scale if scale >= 1 else (shown / scale).clamp(max=MOST_WHITES) for shown in patches])
+    return denoiser_of(network, [sketch_of(network, shown) for shown in patches], patches, scale)
 
 
 def white_used(pixels: Tensor) -> float:
@@ -115,23 +121,75 @@ def sketch_of(network: PudNet, patches: Tensor) -> Tensor:
     return stream.result()
 
 
-def denoiser_of(network: PudNet, sketch: Tensor, patches: Tensor, scale: float = 1.0) -> BlindSpotUNet:
-    """The denoiser that a sketch `[m]` gives, calibrated on noisy patches `[n, c, h, w]`; in eval mode.
+def denoiser_of(
+    network: PudNet, sketches: Sequence[Tensor], patches: Sequence[Tensor], scale: float = 1.0
+) -> BlindSpotUNet:
+    """The denoiser that sketches `[m]` give, calibrated on noisy patches `[n, c, h, w]`; in eval mode.
 
-    It is one for images `scale` times as bright as these patches.
+    One of each for every size of the images, each half of the last: the patches as `shrunk` gives them, and what
+    `sketch_of` makes of them. It is one for images `scale` times as bright as these patches.
 
     The noise that it takes the pixels themselves into account by is what the patches have beside its blind guesses;
     whether it was clipped, their black and white pixels tell.
     """
     with torch.inference_mode():
-        weights = network(sketch)
-    blind = build_model(network, network.target, weights, 0, None, {}).to(patches.device)
-    guesses = calibrate(blind, patches, weights, **network.config.calibration)
-    noise, clipped = known_noise(patches, guesses)
-    known = {'noise': noise, 'clipped': clipped, 'scale': scale}
-    model = build_model(network, network.target, blind.state_dict(), 0, None, known).to(patches.device).eval()
-    assert isinstance(model, BlindSpotUNet)
+        weights = [network(sketch) for sketch in sketches]
+    return calibrated_denoiser(network, weights, patches, scale)
+
+
+def calibrated_denoiser(
+    network: PudNet, weights: Sequence[dict[str, Tensor]], patches: Sequence[Tensor], scale: float = 1.0
+) -> BlindSpotUNet:
+    """The same of weights for every size that may come from elsewhere; of `network` how its target is made."""
+    models: list[BlindSpotUNet] = []
+    guesses: list[Tensor] = []
+    for own, shown in zip(weights, patches, strict=True):
+        model = build_model(network, network.target, own, 0, None, {}).to(shown.device)
+        assert isinstance(model, BlindSpotUNet)
+        guesses.append(calibrate(model, shown, own, **network.config.calibration))
+        models.append(model.eval())
+    return joined(models, patches, scale, guesses[0])
+
+
+def joined(
+    models: Sequence[BlindSpotUNet], patches: Sequence[Tensor], scale: float = 1.0, guesses: Tensor | None = None
+) -> BlindSpotUNet:
+    """Makes one denoiser of those for every size, in the first: it learns of the noise, and gets the others as coarser.
+
+    Args:
+        models: In eval mode, with norm statistics that are right for the patches.
+        patches: Of every size, as `shrunk` gives them.
+        scale: How much brighter than these the images are.
+        guesses: What the first makes of the first patches without knowing of noise, where it is known.
+    """
+    model, coarser = models[0], models[1:]
+    model.set_coarse(coarser)
+    with torch.inference_mode():
+        model.set_noise(None)
+        model.set_noise(*known_noise(patches[0], model(patches[0]) if guesses is None else guesses))
+        shares = [[0.0] * model.in_chans] * len(coarser)
+        for level in reversed(range(len(shares))):  # those of the sizes below come first
+            shown = patches[level][:: -(-len(patches[level]) // SHARE_PATCHES)]
+            shares[level] = best_shares(models[level], shown)
+            model.set_shares(shares)
+    model.set_scale(scale)
     return model
+
+
+def shrunk(patches: Sequence[Tensor]) -> list[Tensor]:
+    """Patches of several sides, as `patches_by_scale` gives them: the second halved, the third halved twice, and so on.
+
+    As far as they still have 16 pixels in each direction.
+    """
+    found = []
+    for level, shown in enumerate(patches):
+        small = shown
+        for _ in range(level):
+            small = halved(small)
+        if level and min(small.shape[2:]) < LEAST_SHRUNK:
+            break
+        found.append(small)
+    return found
 
 
 def noisy_patches(images: Any, channels: int, side: int) -> Tensor:
@@ -142,24 +200,40 @@ def noisy_patches(images: Any, channels: int, side: int) -> Tensor:
     channels; of colour images each channel is an image for one channel. One image is held at a time, whatever their
     number and sizes.
     """
+    return _patches(images, channels, side, 1)[0]
+
+
+def patches_by_scale(images: Any, channels: int, side: int) -> list[Tensor]:
+    """Patches as of `noisy_patches`; then half as many of twice the side, and a quarter of four times: for `shrunk`."""
+    return _patches(images, channels, side, SCALES)
+
+
+def _patches(images: Any, channels: int, side: int, scales: int) -> list[Tensor]:
     items = _items(images)
     if not len(items):
         raise InputError('no images: a denoiser needs at least one')
     count = min(len(items), MOST_PATCHES)
-    each: list[list[Tensor]] = []
-    small: list[list[Tensor]] = []  # of images that are mirrored, whose noise is not independent from pixel to pixel
+    each: list[list[list[Tensor]]] = [[] for _ in range(scales)]
+    small: list[list[list[Tensor]]] = [[] for _ in range(scales)]  # mirrored, so their noise is not independent
     whites: dict[float, object] = {}  # of float files and images
     for number in range(count):
         place = number * len(items) // count
         image = _pixels(items[place], place, whites)
         check_whites(whites)
-        own = max(LEAST_SIDE, min(side, *image.shape[1:]))
-        found = _patches_of(_at_least(image, own), own, MOST_PATCHES // count, number)
-        (small if min(image.shape[1:]) < LEAST_SIDE else each).append(found)
-    each = each or small
-    sides = sorted(found[0].shape[1] for found in each)
+        for scale in range(scales):
+            own = max(LEAST_SIDE, min(side << scale, *image.shape[1:]))
+            most = MOST_PATCHES >> scale
+            if number % -(-count // most) == 0:
+                found = _patches_of(_at_least(image, own), own, max(1, most // count), number)
+                (small if min(image.shape[1:]) < LEAST_SIDE else each)[scale].append(found)
+    return [_alike(big or little, channels) for big, little in zip(each, small, strict=True)]
+
+
+def _alike(found: list[list[Tensor]], channels: int) -> Tensor:
+    """Patches of images, of one size `[n, channels, s, s]`: that of the middle one."""
+    sides = sorted(patches[0].shape[1] for patches in found)
     side = sides[len(sides) // 2]
-    patches = [_at_least(patch, side)[:, :side, :side] for found in each for patch in found]
+    patches = [_at_least(patch, side)[:, :side, :side] for own in found for patch in own]
     if channels == 1:
         planes = [patch[channel] for channel in range(3) for patch in patches if channel < len(patch)]
         kept = min(len(planes), MOST_PATCHES)

@@ -5,7 +5,9 @@ Letters: `c h w` channels, height and width of an image.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import torch
 from timm.utils.model import reparameterize_model
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from timm_pudnet.config import InputError
 from timm_pudnet.denoising.pictures import check_range
+from timm_pudnet.denoising.scales import add_difference, halved, in_strips
 
 WORTH_FUSING = 2**17  # pixels of an image; for fewer the copy takes longer than it saves
 
@@ -22,7 +25,8 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1)
 
     A tile begins on the model's pooling grid and is read with a margin that its outermost pixels depend on; only where
     it touches the image's border does the network see a border. Beyond image and result the memory needed is that of
-    one tile, whatever the image's size (with `turns` two images more).
+    one tile, whatever the image's size (where the model has networks for smaller sizes, less than that of another image
+    more; with `turns` of two).
 
     A grey image goes through a model of three channels as three equal ones, and comes back as their mean; the channels
     of a colour image go through a model of one channel apart.
@@ -66,14 +70,33 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1)
     if image.shape[1] * image.shape[2] >= WORTH_FUSING:
         # A copy whose norms are part of its convs, with channels last: both are faster.
         model = reparameterize_model(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    result = _in_tiles(model, image, tile)
+    result = _denoised(model, image, tile)
     for turn in range(4 // turns, 4, 4 // turns):
-        result += _in_tiles(model, image.rot90(turn, (1, 2)), tile).rot90(-turn, (1, 2))
+        result += _denoised(model, image.rot90(turn, (1, 2)), tile).rot90(-turn, (1, 2))
     return result.div_(turns)
 
 
-def _in_tiles(model: nn.Module, image: Tensor, tile: int) -> Tensor:
-    """What a model makes of one image `[c, h, w]`, tile by tile."""
+def _denoised(model: Any, image: Tensor, tile: int) -> Tensor:
+    """What a model makes of one image `[c, h, w]`; each of its sizes, where it has several, in tiles by itself."""
+    if getattr(model, 'coarser', None) is None:
+        return _in_tiles(model, model, image, tile)
+    with torch.no_grad():
+        return in_strips(_levels(model, model.prepared(image), tile), model.restored, image)
+
+
+def _levels(model: Any, image: Tensor, tile: int) -> Tensor:
+    result = _in_tiles(model, model.fine, image, tile)
+    if model.coarser is not None:
+        coarse = _levels(model.coarser, halved(image[None])[0], tile)
+        grey = len(image) < model.in_chans  # through three channels: of their mean brightness is all there is
+        matrix = model.share[:1, None] if grey or model.in_chans == 1 else model.matrix
+        planes = (result[:, None], coarse[:, None]) if len(matrix) == 1 else (result[None], coarse[None])
+        add_difference(*planes, matrix)
+    return result
+
+
+def _in_tiles(model: nn.Module, network: Callable[[Tensor], Tensor], image: Tensor, tile: int) -> Tensor:
+    """What `network`, the model or a part of it, makes of one image `[c, h, w]`, tile by tile."""
     in_chans, grid, reach = (int(getattr(model, name)) for name in ('in_chans', 'multiple', 'receptive_field'))
     step = -(-tile // grid) * grid
     # At least one step of the grid, so that every tile at the far border has the rows that the model's padding repeats.
@@ -87,10 +110,10 @@ def _in_tiles(model: nn.Module, image: Tensor, tile: int) -> Tensor:
             part = image[:, first_row : top + step + margin, first_column : left + step + margin].to(like)
             if in_chans == 3:
                 part = part.expand(3, -1, -1)[None].contiguous(memory_format=torch.channels_last)
-                denoised = model(part)[0]
+                denoised = network(part)[0]
                 denoised = denoised.mean(0, keepdim=True) if len(image) == 1 else denoised
             else:
-                denoised = model(part[:, None])[:, 0]
+                denoised = network(part[:, None])[:, 0]
             core = denoised[:, top - first_row :, left - first_column :][:, :step, :step]
             result[:, top : top + step, left : left + step] = core.to(result)
     return result

@@ -7,11 +7,12 @@ The paper (section IV-D) says "a well-established convolutional blind-spot netwo
 architecture" and no more. Settled here, after Noise2Void and UNet: at each of four sizes two blocks of conv 3x3,
 BatchNorm, ReLU; max pool 2x2 between them on the way down; on the way up a block that halves the channels, nearest
 upsampling (or a transposed conv in place of both), the maps of the same size beside it, two blocks; a 1x1 conv to the
-channels of the image. Three things are ours: images are standardised by their set, within the network; what it gives
+channels of the image. Four things are ours: images are standardised by their set, within the network; what it gives
 is added to a small blur of them, whose bands (the differences of ever stronger blurs) the last conv sees too: so it
 starts from smoothing, and can learn at once how strong that should be; and where the noise is known, the answer takes
-the noisy pixel itself into account (`denoising.posterior`), and that a file has clipped it (`denoising.clipping`). The
-blind spot is in the training (`denoising.noise`), not in the network.
+the noisy pixel itself into account (`denoising.posterior`), that a file has clipped it (`denoising.clipping`), and what
+networks like it make of the image at half its size and less (`denoising.scales`). The blind spot is in the training
+(`denoising.noise`), not in the network.
 
 Dimension letters: `n` images, `c` channels, `h w` height and width.
 """
@@ -32,6 +33,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm_pudnet.denoising.clipping import Unclip, clipped_share
 from timm_pudnet.denoising.posterior import WINDOW, Posterior
+from timm_pudnet.denoising.scales import difference_of, halved, mixed, mixing
 from timm_pudnet.target import register_architecture
 
 MOST_WHITES = 2.0  # of dark images: what is brighter (hot pixels, lamps) is cut for the network, and put back
@@ -102,9 +104,14 @@ class BlindSpotUNet(nn.Module):
             mean after clipping.
         scale: Pixels of this brightness are its white, for `noise` and `clipped` too. Where that is below 1, what
             pixels have beyond `MOST_WHITES` times it is cut off first, and put back.
+        shares: Where given, there is a network like this one for images of half the size, `coarse`, and so on, one for
+            each row: how much it corrects each colour component of the answer at the size above (`best_shares`). In
+            training, and without `noise`, they are not used.
 
     Before it is trained on against clean images `set_noise(None)`, or what it learns is corrected once more.
     """
+
+    share: Tensor | None
 
     def __init__(
         self,
@@ -116,6 +123,7 @@ class BlindSpotUNet(nn.Module):
         noise: Sequence[Sequence[float]] | None = None,
         clipped: Sequence[float] | None = None,
         scale: float = 1.0,
+        shares: Sequence[Sequence[float]] = (),
     ) -> None:
         super().__init__()
         if min(in_chans, width, depth) < 1:
@@ -139,9 +147,12 @@ class BlindSpotUNet(nn.Module):
         self.multiple = 2**depth  # sizes inside are those of images padded to a multiple of it
         # A guess depends on so many pixels in each direction, at most: convs, and where a pooled pixel came from.
         self.reach = 9 * self.multiple - 7
-        if not 0 < scale < math.inf:
-            raise ValueError(f'scale must be above zero, got {scale}')
-        self.scale = scale
+        self.set_scale(scale)
+        self.register_buffer('share', None, persistent=False)
+        self.coarse: BlindSpotUNet | None = None
+        if shares:
+            self.coarse = BlindSpotUNet(0, in_chans, width, depth, transposed, shares=shares[1:])
+        self.set_shares(shares)
         self.set_noise(noise, clipped)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
@@ -152,20 +163,57 @@ class BlindSpotUNet(nn.Module):
 
     @property
     def receptive_field(self) -> int:
-        """So many pixels in each direction an output depends on, at most."""
+        """So many pixels in each direction an output of `fine` depends on, at most."""
         return self.reach + (0 if self.posterior is None else WINDOW // 2 + 1)
 
     def set_noise(self, noise: Sequence[Sequence[float]] | None, clipped: Sequence[float] | None = None) -> None:
         """Puts another `noise` and `clipped` in place, or none; they are saved with the model."""
         if noise is not None and len(noise) != self.in_chans:
             raise ValueError(f'noise must be of {self.in_chans} channels, got {len(noise)}')
-        device = self.output.weight.device
+        self.noise, self.clipped, device = noise, clipped, self.output.weight.device
         left = None if clipped is None else clipped_share(clipped)
         self.posterior = None if noise is None else Posterior(noise, left).to(device)
         self.unclip = None if clipped is None else Unclip(clipped).to(device)
+        self._remember(noise=noise, clipped=clipped)
+        coarse, quarters = self.coarse, noise
+        while coarse is not None:  # whose pixels are means of four; what clipping moved is put back once, in the end
+            quarters = None if quarters is None else [[value / 4 for value in line] for line in quarters]
+            coarse.posterior = None if quarters is None else Posterior(quarters, left).to(device)
+            coarse = coarse.coarse
+
+    def set_scale(self, scale: float) -> None:
+        """Puts another `scale` in place; it is saved with the model."""
+        if not 0 < scale < math.inf:
+            raise ValueError(f'scale must be above zero, got {scale}')
+        self.scale = scale
+        self._remember(scale=scale)
+
+    def set_coarse(self, networks: Sequence[BlindSpotUNet]) -> None:
+        """Puts networks like this one in place, for half the size, a quarter, ..., or none; `set_shares` comes next."""
+        above = self
+        for network in networks:
+            above.coarse = network
+            above = network
+        above.coarse = None
+        self.set_shares([[0.0] * self.in_chans] * len(networks))
+        self.set_noise(self.noise, self.clipped)
+
+    def set_shares(self, shares: Sequence[Sequence[float]]) -> None:
+        """Puts other `shares` in place, as many as there are; they are saved with the model."""
+        model, left = self, [list(row) for row in shares]
+        while model.coarse is not None and left:
+            if len(left[0]) != self.in_chans:
+                raise ValueError(f'shares must be of {self.in_chans} channels, got {len(left[0])}')
+            model.share = torch.tensor(left.pop(0), dtype=torch.float32, device=self.output.weight.device)
+            model = model.coarse
+        if left or model.coarse is not None:
+            raise ValueError(f'shares must be of the coarser networks that there are, got {len(shares)}')
+        self._remember(shares=[list(row) for row in shares])
+
+    def _remember(self, **arguments: Any) -> None:
         made = getattr(self, '_model_args', None)  # where timm saves the arguments of a model from
         if made is not None:
-            made |= {'noise': noise, 'clipped': clipped}
+            made |= arguments
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters form a layer, for timm's layer-wise rates."""
@@ -206,21 +254,45 @@ class BlindSpotUNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Denoised images `[n, c, h, w]` of noisy ones, of any size, both with pixels of about 0 to `scale`."""
-        if self.scale == 1:
-            return self._forward(x)
-        cut = self._cut(x)
-        return self._forward(cut / self.scale) * self.scale + (x - cut)
+        return self.restored(self.by_sizes(self.prepared(x)), x)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def prepared(self, x: Tensor) -> Tensor:
+        """Images of 0 to `scale` as `by_sizes` takes them: white is 1, what is far brighter cut off."""
+        return x if self.scale == 1 else self._cut(x) / self.scale
+
+    def restored(self, answers: Tensor, x: Tensor) -> Tensor:
+        """Answers of `by_sizes` as those to images `x`: what clipping moved and what was cut off is put back."""
+        if self.unclip is not None and not self.training:
+            answers = self.unclip(answers)
+        return answers if self.scale == 1 else answers * self.scale + (x - self._cut(x))
+
+    def by_sizes(self, x: Tensor) -> Tensor:
+        """Denoised images of noisy ones whose white is 1, by all sizes together."""
+        answers = self.fine(x)
+        if (coarser := self.coarser) is not None:
+            answers = answers + mixed(difference_of(answers, coarser.by_sizes(halved(x))), self.matrix)
+        return answers
+
+    @property
+    def coarser(self) -> BlindSpotUNet | None:
+        """The network for half the size, where it has a part in the answers."""
+        return None if self.training or self.posterior is None else self.coarse
+
+    @property
+    def matrix(self) -> Tensor:
+        """How much of each channel's difference is added to each channel `[c, c]` (`denoising.scales`)."""
+        assert self.posterior is not None
+        assert self.share is not None
+        return mixing(self.posterior.components, self.share)
+
+    def fine(self, x: Tensor) -> Tensor:
+        """The same as `by_sizes`, by the network for this size alone."""
         standardized = self._standardized(x)
         blurred = list(self._blurred(standardized))
         bands = [fine - coarse for fine, coarse in itertools.pairwise(blurred)]
         maps = torch.cat([self._decoded(standardized), *bands, blurred[-1]], 1)
         guess = self.standardize.undo(blurred[0] + self.output(maps))[..., : x.shape[-2], : x.shape[-1]]
-        if self.training:
-            return guess
-        answer = guess if self.posterior is None else self.posterior(x, guess)
-        return answer if self.unclip is None else self.unclip(answer)
+        return guess if self.training or self.posterior is None else self.posterior(x, guess)
 
     def _blurred(self, x: Tensor) -> Iterator[Tensor]:
         """The images ever more blurred, each `[n, c, h, w]`."""
