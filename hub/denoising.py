@@ -54,7 +54,7 @@ from timm_pudnet.denoising import (
     calibrated_denoiser,
     denoiser_of,
     joined,
-    patches_by_scale,
+    noisy_patches,
     psnr,
     shrunk,
     sketch_of,
@@ -275,7 +275,7 @@ def measure(
 
 def patches_of(network: PudNet, images: Sequence[Tensor]) -> list[Tensor]:
     """Patches of noisy images in memory, of every size."""
-    return shrunk(patches_by_scale(images, *network.config.input.input_size[:2]))
+    return shrunk(noisy_patches(images, *network.config.input.input_size[:2]))
 
 
 def sketches_of(network: PudNet, patches: Sequence[Tensor], sizes: int) -> list[Tensor]:

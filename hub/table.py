@@ -88,24 +88,25 @@ of what every denoiser gives, and of the noisy images, clipped to 0-1.
 - *Gaussian filter* and *non-local means* are told their best strength, the latter sigma too. Of photons they work behind Anscombe's transform; of clipped
   noise they are told what strength is left, and stand in brackets with the mean that clipping moves put back by the true sigma, which ours
   estimates.
-- *Predicted*: in brackets its guesses without the noisy pixel itself, which all other denoisers by the network take into account too. With
-  *turned copies* every denoiser by the network gives the mean over them (`--turns 4`). *Seconds*: of predicting it from these images.
-- *Plain training*: one denoiser for all noise, trained on as many patches, calibrated in the same way (in brackets: with its own norm
-  statistics).
+- *Predicted*: every denoiser by the network takes each noisy pixel itself into account, and corrects what is coarse by what it makes of the
+  images at half and at a quarter of their size, where they have 32 and 64 pixels; in brackets the predicted one at full size alone, and its
+  guesses there without the noisy pixel itself. *Seconds*: of predicting it from these images, on one thread beside another measurement.
+- *Plain training*: one denoiser for all noise and all sizes, trained on as many patches, calibrated in the same way (in brackets: with its
+  own norm statistics).
 - *Over another sigma's sketch*: what the sketch of the right images adds to that of the same images with another sigma; *over another set's
   sketch*: to that of images of another set with as strong noise (photographs and CIFAR-10 for each other, photographs for Fashion-MNIST);
   *over another sigma's denoiser*: over one predicted wholly for that, which takes the noise to be of that strength, too.
 - BM3D, the classical rival that is stronger than both filters here, has [a table of its own](#bm3d).
 - *Scratch*: the same network trained for 100 epochs on these very noisy images, all of their pixels an epoch, by Adam (rate 1e-3) without
-  and with gradient centralisation (in brackets: by guesses alone), and its seconds over those of predicting
-  that were measured with it (in `scratch.*.json`; the column *seconds* is newer).
+  and with gradient centralisation, with the same use of noisy pixels and smaller sizes (by the same weights, calibrated to them; in
+  brackets at full size alone, and by guesses), and its seconds over those of predicting (both in `scratch.*.json`).
 - *Paper*: PudNet at a width that is not stated, trained on ImageNet; the unit of its sigma and the size of its images are not stated
   either, so its numbers stand beside both readings.
 
 Ours has seen, noisy alone, the training photographs of BSDS500, Tiny-ImageNet, and CIFAR-100, which comes from the same source as CIFAR-10;
 Fashion-MNIST is a set of another kind.
 
-| hypernetwork | set, images | sigma | noisy | Gaussian filter | non-local means | predicted (blind) / SSIM | seconds | plain training | over another sigma's sketch | \
+| hypernetwork | set, images | sigma | noisy | Gaussian filter | non-local means | predicted (one size; blind) / SSIM | seconds | plain training | over another sigma's sketch | \
 over another set's sketch | over another sigma's denoiser | over plain training | scratch | paper |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
@@ -221,24 +222,25 @@ def classical(psnr: dict[str, dict[str, float]], name: str) -> str:
 def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, Any]]) -> list[str]:
     """Lines of the denoisers' table, one for each noise; `scratch` are the rivals' conditions."""
     lines = []
-    protocol = result['protocol'].removesuffix('-turned').removesuffix('-clipped').removesuffix('-photons')
+    protocol = result['protocol'].removesuffix('-clipped').removesuffix('-photons')
     for one in result['noises']:
         found, gain = one['psnr'], one['gain']
         rivals = [row for row in scratch if (row['sigma'], row['reading']) == (one['sigma'], one['reading'])]
         ends = [
-            f'{row[name][-1]["psnr"]:.2f} ({row[name][-1]["psnr_blind"]:.2f}) in '
+            f'{row[name][-1]["psnr"]:.2f} ({row[name][-1]["psnr_one_size"]:.2f}; {row[name][-1]["psnr_blind"]:.2f}) in '
             f'{row[name][-1]["seconds"] / row["predicted_seconds"]:,.0f}x'
             for row in rivals
             for name in ('adam', 'adam_centralised')
         ]
         cells = [
             f'[{folder}]({folder}/README.md)',
-            f'{protocol}, {result["images"]}{", 4 turned copies" * (result.get("turns") == 4)}'
+            f'{protocol}, {result["images"]}'
             f'{", photons" * (result.get("kind") == "poisson")}{", clipped" * result.get("clipped", False)}',
             f'{one["sigma"]:.3g} {one["reading"]} ({one["absolute"]:.3f})',
             cell(found['noisy']),
             *(classical(found, name) for name in ('gaussian filter', 'non-local means')),
-            f'{cell(found["predicted"])} ({found["predicted, blind"]["mean"]:.2f}) / {one["ssim"]["predicted"]["mean"]:.3f}',
+            f'{cell(found["predicted"])} ({found["predicted, one size"]["mean"]:.2f}; {found["predicted, blind"]["mean"]:.2f})'
+            f' / {one["ssim"]["predicted"]["mean"]:.3f}',
             f'{one["seconds"]:.1f}',
             f'{found["plain, calibrated"]["mean"]:.2f} ({found["plain, its own statistics"]["mean"]:.2f})'
             if 'plain, calibrated' in found

@@ -396,7 +396,7 @@ class TestTraining:
         clean = smooth_images(6, seed=9)
         sketches = []
         for sigma in (0.05, 0.5):
-            patches = noisy_patches(add_noise(clean, 'gaussian', sigma, generator()), 3, 16)
+            patches = noisy_patches(add_noise(clean, 'gaussian', sigma, generator()), 3, 16)[0]
             sketches.append(sketch_of(trained, patches))
         with torch.no_grad():
             first, second = (trained(sketch) for sketch in sketches)
@@ -426,21 +426,21 @@ class TestPredict:
 
     def test_patches_are_spread_over_images_of_all_sizes(self):
         images = [torch.full((3, size, 30), size / 100) for size in (16, 20, 50, 8)]
-        patches = noisy_patches(images, 3, 16)
+        patches = noisy_patches(images, 3, 16)[0]
         assert patches.shape[1:] == (3, 16, 16)
         assert {round(float(patch.mean()), 2) for patch in patches} == {0.16, 0.2, 0.5, 0.08}
-        assert len(noisy_patches(torch.rand(300, 1, 12, 12), 3, 16)) == 128
+        assert len(noisy_patches(torch.rand(300, 1, 12, 12), 3, 16)[0]) == 128
         slope = torch.linspace(0, 1, 90).expand(3, 70, 90)
         for count in (1, 2, 100):
-            seen = noisy_patches([slope] * count, 3, 16)
+            seen = noisy_patches([slope] * count, 3, 16)[0]
             assert abs(float(seen.mean()) - 0.5) < 0.05
             assert float(seen.amax() - seen.amin()) > 0.7
-        assert noisy_patches(torch.rand(2, 3, 12, 12), 1, 8).shape == (6, 1, 8, 8)
+        assert noisy_patches(torch.rand(2, 3, 12, 12), 1, 8)[0].shape == (6, 1, 8, 8)
 
     def test_a_denoiser_of_one_channel_sees_all_channels(self):
         image = torch.tensor([0.2, 0.5, 0.8]).view(3, 1, 1).expand(3, 200, 200)
         for images in ([image], [image[:, :16, :16]] * 300):
-            patches = noisy_patches(images, 1, 16)
+            patches = noisy_patches(images, 1, 16)[0]
             assert len(patches) == 128
             values, counts = patches.mean((1, 2, 3)).mul(10).round().unique(return_counts=True)
             assert values.tolist() == [2, 5, 8]
@@ -450,9 +450,9 @@ class TestPredict:
         grey = np.full((16, 16), 30_000, np.uint16)
         pictures = [Image.fromarray(grey), Image.fromarray((grey / 65535).astype(np.float32)), grey, grey.astype('>u2')]
         for picture in [*pictures, torch.from_numpy(grey)]:
-            assert_close(noisy_patches([picture], 3, 16), torch.full((1, 3, 16, 16), 30_000 / 65535))
+            assert_close(noisy_patches([picture], 3, 16)[0], torch.full((1, 3, 16, 16), 30_000 / 65535))
         with pytest.raises(InputError, match='32 bits'):
-            noisy_patches([Image.fromarray(grey.astype(np.int32))], 3, 16)
+            noisy_patches([Image.fromarray(grey.astype(np.int32))], 3, 16)[0]
 
     @pytest.mark.parametrize('white', [1 / 16, 1 / 255, 12.0])
     def test_images_of_another_range_are_denoised_as_well(self, white):
@@ -493,8 +493,8 @@ class TestPredict:
     def test_images_of_few_pixels_tell_no_noise_where_there_are_others(self):
         noisy = smooth_images(4, 64, seed=5) + 0.1 * torch.randn(4, 3, 64, 64, generator=generator(2))
         thin = [image[:, :, 7:8] for image in noisy] * 2
-        assert_close(noisy_patches([*noisy, *thin], 3, 64), noisy)
-        assert len(noisy_patches(thin, 3, 64)) == 8 * 8
+        assert_close(noisy_patches([*noisy, *thin], 3, 64)[0], noisy)
+        assert len(noisy_patches(thin, 3, 64)[0]) == 8 * 8
 
     @pytest.mark.parametrize(('black', 'word'), [(-1, 'add what was subtracted'), (-0.5, 'add'), (3, 'subtract their')])
     def test_floats_whose_black_is_elsewhere_are_told(self, trained, black, word):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import timm_pudnet
-from timm_pudnet.denoising import add_noise, denoiser_of, patches_by_scale, psnr, shrunk, sketch_of
+from timm_pudnet.denoising import add_noise, denoiser_of, noisy_patches, psnr, shrunk, sketch_of
 from timm_pudnet.denoising.pictures import list_pictures, read_picture
 from timm_pudnet.evaluation import mean_interval
 from timm_pudnet.files import weights_sha256
@@ -137,7 +137,7 @@ def test_denoisers_are_measured_on_the_images_as_they_were(run, pictures, write_
         for sigma in (0.5, 0.25)
     )
     input_size = network.config.input.input_size[:2]
-    here, there = (shrunk(patches_by_scale(images, *input_size)) for images in (noisy, noisier))
+    here, there = (shrunk(noisy_patches(images, *input_size)) for images in (noisy, noisier))
     own, other = ([sketch_of(network, shown) for shown in patches] for patches in (here, there))
     models = {
         'predicted': denoiser_of(network, own, here),

@@ -14,7 +14,7 @@ from timm_pudnet.denoising import (
     add_noise,
     denoise,
     denoiser_of,
-    patches_by_scale,
+    noisy_patches,
     predict_denoiser,
     psnr,
     scales,
@@ -196,10 +196,23 @@ class TestNetwork:
         assert not found.is_inference()
         assert denoise(model, image, turns=4).shape == image.shape
 
-    @pytest.mark.parametrize('shares', [[[0.5] * 2], [[0.5] * 3] * 3, [[0.5] * 3]])
+    @pytest.mark.parametrize('shares', [[[0.5] * 2] * 2, [[0.5] * 3] * 3, [[0.5] * 3], [[0.5] * 3, [float('nan')] * 3]])
     def test_shares_of_other_sizes_or_channels_are_refused(self, shares):
-        with pytest.raises(ValueError, match='shares must be of'):
-            unet(noise=NOISE, shares=SHARES).set_shares(shares)
+        model = unet(noise=NOISE, shares=SHARES)
+        with pytest.raises(ValueError, match='shares must be 2 rows of 3 numbers'):
+            model.set_shares(shares)
+        assert model.share.tolist() == pytest.approx(SHARES[0])
+
+    def test_a_new_one_starts_from_smoothing_at_every_size(self):
+        model = timm.create_model('blindspot_unet', **SMALL, noise=NOISE, shares=SHARES)
+        assert not any(size.output.weight.any() for size in (model, model.coarse, model.coarse.coarse))
+
+    def test_what_clipping_moved_is_put_back_where_the_model_is(self, monkeypatch):
+        model, image = unet(noise=NOISE, clipped=[0.02, 0.02], shares=SHARES).double(), torch.rand(3, 40, 40)
+        seen, unclip = [], model.unclip.forward
+        monkeypatch.setattr(model.unclip, 'forward', lambda values: seen.append(values.dtype) or unclip(values))
+        assert denoise(model, image).dtype == torch.float32
+        assert set(seen) == {torch.float64}  # of the model, on whose device it is too
 
 
 class TestPredicted:
@@ -225,7 +238,7 @@ class TestPredicted:
     def test_each_size_has_weights_of_its_own_sketch_and_its_own_statistics(self):
         noisy = self.noisy()[1]
         network = timm_pudnet.load_hypernet('blindspot_unet')
-        patches = shrunk(patches_by_scale(noisy, 3, 64))
+        patches = shrunk(noisy_patches(noisy, 3, 64))
         assert [shown.shape[-1] for shown in patches] == [64, 64, 40]  # of 160 pixels there is no patch of 256
         sketches = [sketch_of(network, shown) for shown in patches]
         model = predict_denoiser(noisy, hypernet=network, device='cpu')
@@ -237,7 +250,7 @@ class TestPredicted:
             assert_close(model.state_dict()[f'coarse.{key}'], value, atol=1e-5, rtol=1e-4)
 
     def test_half_as_many_patches_of_twice_the_side(self):
-        shapes = [tuple(shown.shape) for shown in patches_by_scale(torch.rand(200, 3, 70, 70), 3, 16)]
+        shapes = [tuple(shown.shape) for shown in noisy_patches(torch.rand(200, 3, 70, 70), 3, 16)]
         assert shapes == [(128, 3, 16, 16), (64, 3, 32, 32), (32, 3, 64, 64)]
 
     def test_hot_pixels_are_cut_before_they_are_halved(self):
@@ -249,6 +262,18 @@ class TestPredicted:
         before, after = ((image / 0.002 - clean)[~hot].square().mean().sqrt() for image in (noisy, found))
         assert after < 0.35 * before
         assert float(model.coarse.standardize.running_mean.max()) < 1.5
+
+    def test_gradients_pass_through_it(self):
+        noisy = self.noisy(side=64)[1].requires_grad_()
+        predict_denoiser(noisy.detach(), device='cpu')(noisy).sum().backward()
+        assert float(noisy.grad.abs().max()) > 0
+
+    @pytest.mark.parametrize('count', [60, 128])
+    def test_larger_patches_are_of_all_parts_of_the_images(self, count):
+        slope = torch.linspace(0, 1, 128).expand(3, 128, 128)
+        for images in ([slope] * count, [slope.transpose(1, 2)] * count):
+            for shown in noisy_patches(images, 3, 16):
+                assert abs(float(shown.mean()) - 0.5) < 0.06
 
     def test_saved_and_loaded_by_timm_it_gives_the_same_bits(self, tmp_path):
         noisy = self.noisy()[1]

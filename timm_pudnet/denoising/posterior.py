@@ -134,8 +134,9 @@ def _window_sums(values: Tensor, dim: int) -> Tensor:
         if WINDOW & width:
             part = sums.narrow(dim, start, length)
             total, start = part if total is None else total + part, start + width
-        left = sums.shape[dim] - width
-        width, sums = 2 * width, sums.narrow(dim, 0, left) + sums.narrow(dim, width, left)
+        left, width = sums.shape[dim] - width, 2 * width
+        if width <= WINDOW:
+            sums = sums.narrow(dim, 0, left) + sums.narrow(dim, width // 2, left)
     assert total is not None
     return total
 

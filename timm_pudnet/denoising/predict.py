@@ -80,7 +80,7 @@ def predict_denoiser(
     device = usable_device(device)
     network = resolve_hypernet('blindspot_unet', hypernet)
     channels, side, _ = network.config.input.input_size
-    patches = [shown.to(device) for shown in patches_by_scale(images, channels, side)]
+    patches = [shown.to(device) for shown in noisy_patches(images, channels, side)]
     network = on_device(network, device, hypernet)
     _check_black(patches[0])
     scale = white_used(patches[0])
@@ -163,9 +163,9 @@ def joined(
         guesses: What the first makes of the first patches without knowing of noise, where it is known.
     """
     model, coarser = models[0], models[1:]
-    model.set_coarse(coarser)
-    with torch.inference_mode():
+    with torch.no_grad():
         model.set_noise(None)
+        model.set_coarse(coarser)
         model.set_noise(*known_noise(patches[0], model(patches[0]) if guesses is None else guesses))
         shares = [[0.0] * model.in_chans] * len(coarser)
         for level in reversed(range(len(shares))):  # those of the sizes below come first
@@ -177,7 +177,7 @@ def joined(
 
 
 def shrunk(patches: Sequence[Tensor]) -> list[Tensor]:
-    """Patches of several sides, as `patches_by_scale` gives them: the second halved, the third halved twice, and so on.
+    """Patches of several sides, as `noisy_patches` gives them: the second halved, the third halved twice, and so on.
 
     As far as they still have 16 pixels in each direction.
     """
@@ -192,23 +192,17 @@ def shrunk(patches: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def noisy_patches(images: Any, channels: int, side: int) -> Tensor:
+def noisy_patches(images: Any, channels: int, side: int, scales: int = SCALES) -> list[Tensor]:
     """Patches `[n, channels, s, s]` spread evenly over the images, in their order, and over each of them; at most 128.
 
     `s` is `side`, or less where half of the images are smaller; those that are smaller still are mirrored at their
     borders, and those of less than 8 pixels left out where there are others. Grey images are repeated for three
     channels; of colour images each channel is an image for one channel. One image is held at a time, whatever their
     number and sizes.
+
+    Returns:
+        These; half as many of twice the side; and a quarter of four times: for `shrunk`.
     """
-    return _patches(images, channels, side, 1)[0]
-
-
-def patches_by_scale(images: Any, channels: int, side: int) -> list[Tensor]:
-    """Patches as of `noisy_patches`; then half as many of twice the side, and a quarter of four times: for `shrunk`."""
-    return _patches(images, channels, side, SCALES)
-
-
-def _patches(images: Any, channels: int, side: int, scales: int) -> list[Tensor]:
     items = _items(images)
     if not len(items):
         raise InputError('no images: a denoiser needs at least one')
@@ -223,8 +217,9 @@ def _patches(images: Any, channels: int, side: int, scales: int) -> list[Tensor]
         for scale in range(scales):
             own = max(LEAST_SIDE, min(side << scale, *image.shape[1:]))
             most = MOST_PATCHES >> scale
-            if number % -(-count // most) == 0:
-                found = _patches_of(_at_least(image, own), own, max(1, most // count), number)
+            turn, other = divmod(number, -(-count // most))
+            if not other:
+                found = _patches_of(_at_least(image, own), own, max(1, most // count), turn)
                 (small if min(image.shape[1:]) < LEAST_SIDE else each)[scale].append(found)
     return [_alike(big or little, channels) for big, little in zip(each, small, strict=True)]
 

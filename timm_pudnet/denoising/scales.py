@@ -23,9 +23,8 @@ ROWS = 256  # of a large image, that are corrected at once; even
 
 
 def halved(images: Tensor) -> Tensor:
-    """Images `[n, c, h, w]` at half their size, rounded up: means of 2x2 pixels, the border repeated where odd."""
-    height, width = images.shape[-2:]
-    return F.avg_pool2d(F.pad(images, (0, width % 2, 0, height % 2), mode='replicate'), 2)
+    """Images `[n, c, h, w]` at half their size, rounded up: means of 2x2 pixels, or of those that there are."""
+    return F.avg_pool2d(images, 2, ceil_mode=True)
 
 
 def enlarged(images: Tensor, height: int, width: int) -> Tensor:

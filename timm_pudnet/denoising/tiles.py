@@ -25,16 +25,16 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1)
 
     A tile begins on the model's pooling grid and is read with a margin that its outermost pixels depend on; only where
     it touches the image's border does the network see a border. Beyond image and result the memory needed is that of
-    one tile, whatever the image's size (where the model has networks for smaller sizes, less than that of another image
-    more; with `turns` of two).
+    one tile, whatever the image's size (where the model has networks for smaller sizes, which are run one by one, that
+    of another image more; where its `scale` is not 1 too, or with `turns`, of one or two besides).
 
-    A grey image goes through a model of three channels as three equal ones, and comes back as their mean; the channels
-    of a colour image go through a model of one channel apart.
+    A grey image goes through a model of three channels as three equal ones, and comes back as their mean (taken before
+    what clipping moved is put back); the channels of a colour image go through a model of one channel apart.
 
     Args:
         model: A denoiser in eval mode, with `in_chans` (1 or 3), `multiple` (pixels, its pooling grid; it pads images
             to that at the right and at the bottom) and `receptive_field` (pixels in each direction that an output
-            depends on at most).
+            depends on at most; of a `BlindSpotUNet` that of its network for full size).
         image: Float `[c, h, w]` in 0-1, noise may go beyond; 1 or 3 channels.
         tile: Height and width of a tile in pixels, without its margin; rounded up to the pooling grid.
         turns: With 2 or 4, the mean of what the model makes of the image and of it turned by a half or by quarter
@@ -80,8 +80,10 @@ def _denoised(model: Any, image: Tensor, tile: int) -> Tensor:
     """What a model makes of one image `[c, h, w]`; each of its sizes, where it has several, in tiles by itself."""
     if getattr(model, 'coarser', None) is None:
         return _in_tiles(model, model, image, tile)
+    like = next(model.parameters())
     with torch.no_grad():
-        return in_strips(_levels(model, model.prepared(image), tile), model.restored, image)
+        result = _levels(model, model.prepared(image), tile)
+        return in_strips(result, lambda part, its: model.restored(part.to(like), its.to(like)).to(part), image)
 
 
 def _levels(model: Any, image: Tensor, tile: int) -> Tensor:

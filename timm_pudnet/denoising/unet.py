@@ -108,7 +108,8 @@ class BlindSpotUNet(nn.Module):
             each row: how much it corrects each colour component of the answer at the size above (`best_shares`). In
             training, and without `noise`, they are not used.
 
-    Before it is trained on against clean images `set_noise(None)`, or what it learns is corrected once more.
+    Before it is trained on against clean images `set_noise(None)`, or what it learns is corrected once more; and
+    `set_coarse([])`, for the networks for smaller sizes do not learn with it.
     """
 
     share: Tensor | None
@@ -148,18 +149,18 @@ class BlindSpotUNet(nn.Module):
         # A guess depends on so many pixels in each direction, at most: convs, and where a pooled pixel came from.
         self.reach = 9 * self.multiple - 7
         self.set_scale(scale)
-        self.register_buffer('share', None, persistent=False)
-        self.coarse: BlindSpotUNet | None = None
-        if shares:
-            self.coarse = BlindSpotUNet(0, in_chans, width, depth, transposed, shares=shares[1:])
-        self.set_shares(shares)
-        self.set_noise(noise, clipped)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_in', nonlinearity='relu')
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.zeros_(self.output.weight)  # so it starts from smoothing
+        self.register_buffer('share', None, persistent=False)
+        self.coarse: BlindSpotUNet | None = None
+        if len(shares):
+            self.coarse = BlindSpotUNet(0, in_chans, width, depth, transposed, shares=shares[1:])
+        self.set_shares(shares)
+        self.set_noise(noise, clipped)
 
     @property
     def receptive_field(self) -> int:
@@ -170,10 +171,11 @@ class BlindSpotUNet(nn.Module):
         """Puts another `noise` and `clipped` in place, or none; they are saved with the model."""
         if noise is not None and len(noise) != self.in_chans:
             raise ValueError(f'noise must be of {self.in_chans} channels, got {len(noise)}')
-        self.noise, self.clipped, device = noise, clipped, self.output.weight.device
+        device = self.output.weight.device
         left = None if clipped is None else clipped_share(clipped)
         self.posterior = None if noise is None else Posterior(noise, left).to(device)
         self.unclip = None if clipped is None else Unclip(clipped).to(device)
+        self.noise, self.clipped = noise, clipped
         self._remember(noise=noise, clipped=clipped)
         coarse, quarters = self.coarse, noise
         while coarse is not None:  # whose pixels are means of four; what clipping moved is put back once, in the end
@@ -200,15 +202,16 @@ class BlindSpotUNet(nn.Module):
 
     def set_shares(self, shares: Sequence[Sequence[float]]) -> None:
         """Puts other `shares` in place, as many as there are; they are saved with the model."""
-        model, left = self, [list(row) for row in shares]
-        while model.coarse is not None and left:
-            if len(left[0]) != self.in_chans:
-                raise ValueError(f'shares must be of {self.in_chans} channels, got {len(left[0])}')
-            model.share = torch.tensor(left.pop(0), dtype=torch.float32, device=self.output.weight.device)
-            model = model.coarse
-        if left or model.coarse is not None:
-            raise ValueError(f'shares must be of the coarser networks that there are, got {len(shares)}')
-        self._remember(shares=[list(row) for row in shares])
+        rows = [[float(value) for value in row] for row in shares]
+        sizes: list[BlindSpotUNet] = [self]
+        while (coarse := sizes[-1].coarse) is not None:
+            sizes.append(coarse)
+        wanted = [len(sizes) - 1, *[self.in_chans] * len(rows)]
+        if [len(rows), *map(len, rows)] != wanted or not all(math.isfinite(sum(row)) for row in rows):
+            raise ValueError(f'shares must be {wanted[0]} rows of {self.in_chans} numbers, got {shares}')
+        for size, row in zip(sizes, rows, strict=False):
+            size.share = torch.tensor(row, dtype=torch.float32, device=self.output.weight.device)
+        self._remember(shares=rows)
 
     def _remember(self, **arguments: Any) -> None:
         made = getattr(self, '_model_args', None)  # where timm saves the arguments of a model from
