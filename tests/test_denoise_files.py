@@ -661,7 +661,7 @@ def test_the_noise_that_was_found_is_said_and_where_it_is_hardly_any(folders, pr
 
 @pytest.mark.skipif(not Path('/proc/self').exists(), reason='no folder where nothing can be made')
 def test_a_place_where_nothing_can_be_made_is_named_before_any_work(folders, predicted):
-    fails(folders / 'noisy', '--out', '/proc/denoised', needles=['--out /proc/denoised: no folder can be made there'])
+    fails(folders / 'noisy', '--out', '/proc/denoised', needles=['/proc/denoised: no folder can be made there'])
     assert not predicted
 
 

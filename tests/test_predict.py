@@ -1218,7 +1218,8 @@ def test_a_folder_in_which_nothing_can_be_made_is_told_before_the_work(tmp_path,
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
 
     monkeypatch.setattr('tempfile.mkdtemp', refuse)
-    with pytest.raises(PermissionError, match=re.escape(str(tmp_path))):
+    message = f'{tmp_path / "model"}: no folder can be made there (Permission denied): choose another'
+    with pytest.raises(InputError, match=re.escape(message)):
         room.check_output(tmp_path / 'model')
 
 

@@ -225,7 +225,8 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     Raises:
         OutputExistsError: The folder exists and is not empty, or is a file.
         NotFoundError: Its parent is not there.
-        InputError: It is no whole timm model, one of `features_only` for instance, or timm could not load it.
+        InputError: Nothing can be written there; or it is no whole timm model, one of `features_only` for instance, or
+            timm could not load it.
     """
     if isinstance(folder, str):
         if folder.startswith(('hf-hub:', 'hf_hub:')):
@@ -285,8 +286,11 @@ def check_output(folder: Path) -> None:
     if not folder.parent.is_dir():
         raise NotFoundError(f'{folder.parent} is not there: make it first, or choose another output folder')
     parent = folder if folder.is_dir() else folder.parent
-    with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=parent):
-        pass  # before any work: an OSError that names it where nothing can be written
+    try:  # before any work
+        with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=parent):
+            pass
+    except OSError as error:  # which names a temporary folder
+        raise InputError(f'{folder}: no folder can be made there ({error.strerror}): choose another') from error
 
 
 def _target_asked_for(network: PudNet, model_name: str, timm_kwargs: dict[str, Any]) -> TargetSpec:

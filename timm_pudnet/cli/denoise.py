@@ -1,4 +1,4 @@
-"""`timm-pudnet denoise`: a folder of noisy images, by one network predicted for all of them."""
+"""`timm-pudnet denoise`: a folder of noisy images, by one denoiser predicted for all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_pudnet.cli.group import FOLDER, check_outside, device_option, main, strict_option
-from timm_pudnet.config import InputError, NotFoundError, PudNetError, PudNetWarning
+from timm_pudnet.config import InputError, NotFoundError, PudNetWarning
 from timm_pudnet.denoising import metrics, pictures, predict_denoiser, tiles
 from timm_pudnet.evaluation import mean_interval
 from timm_pudnet.hub import resolve_hypernet
@@ -49,20 +49,15 @@ def denoise(
     device: str | None,
     strict: bool,
 ) -> None:
-    """Denoise IMAGES, a folder (its subfolders are kept) or a file, by one network predicted for all of them.
+    """Denoise IMAGES, a folder (its subfolders are kept) or a file, by one denoiser predicted for all of them.
 
-    Grey images and those in colour, whose noise is of other kinds, each have a network of their own. Every image is
+    Grey images and those in colour, whose noise is of other kinds, each have a denoiser of their own. Every image is
     written under its name, in its format and bit depth, with its alpha channel as it was.
     """
     check_outside(out, **{'IMAGES': images, '--clean': clean})
     if clean is not None and clean.resolve().is_relative_to(images.resolve()):
         raise InputError(f'--clean {clean} is IMAGES or lies in it ({images}): keep clean images apart')
-    try:
-        check_output(out)
-    except PudNetError:
-        raise
-    except OSError as error:  # which names a temporary file
-        raise InputError(f'--out {out}: no folder can be made there ({error.strerror}): choose another') from error
+    check_output(out)
     where = usable_device(device)
     network = resolve_hypernet('blindspot_unet', hypernet)
     paths = pictures.list_pictures(images)
