@@ -192,7 +192,7 @@ def shrunk(patches: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def noisy_patches(images: Any, channels: int, side: int, scales: int = SCALES) -> list[Tensor]:
+def noisy_patches(images: Any, channels: int, side: int) -> list[Tensor]:
     """Patches `[n, channels, s, s]` spread evenly over the images, in their order, and over each of them; at most 128.
 
     `s` is `side`, or less where half of the images are smaller; those that are smaller still are mirrored at their
@@ -207,14 +207,14 @@ def noisy_patches(images: Any, channels: int, side: int, scales: int = SCALES) -
     if not len(items):
         raise InputError('no images: a denoiser needs at least one')
     count = min(len(items), MOST_PATCHES)
-    each: list[list[list[Tensor]]] = [[] for _ in range(scales)]
-    small: list[list[list[Tensor]]] = [[] for _ in range(scales)]  # mirrored, so their noise is not independent
+    each: list[list[list[Tensor]]] = [[] for _ in range(SCALES)]
+    small: list[list[list[Tensor]]] = [[] for _ in range(SCALES)]  # mirrored, so their noise is not independent
     whites: dict[float, object] = {}  # of float files and images
     for number in range(count):
         place = number * len(items) // count
         image = _pixels(items[place], place, whites)
         check_whites(whites)
-        for scale in range(scales):
+        for scale in range(SCALES):
             own = max(LEAST_SIDE, min(side << scale, *image.shape[1:]))
             most = MOST_PATCHES >> scale
             turn, other = divmod(number, -(-count // most))
