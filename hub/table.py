@@ -98,8 +98,8 @@ of what every denoiser gives, and of the noisy images, clipped to 0-1.
   *over another sigma's denoiser*: over one predicted wholly for that, which takes the noise to be of that strength, too.
 - BM3D, the classical rival that is stronger than both filters here, has [a table of its own](#bm3d).
 - *Scratch*: the same network trained for 100 epochs on these very noisy images, all of their pixels an epoch, by Adam (rate 1e-3) without
-  and with gradient centralisation, with the same use of noisy pixels and smaller sizes (by the same weights, calibrated to them; in
-  brackets at full size alone, and by guesses), and its seconds over those of predicting (both in `scratch.*.json`).
+  and with gradient centralisation, with the same use of noisy pixels and smaller sizes (by the same weights, calibrated to them; not
+  measured on BSDS500; in brackets at full size alone, and by guesses), and its seconds over those of predicting (both in `scratch.*.json`).
 - *Paper*: PudNet at a width that is not stated, trained on ImageNet; the unit of its sigma and the size of its images are not stated
   either, so its numbers stand beside both readings.
 
@@ -219,6 +219,12 @@ def classical(psnr: dict[str, dict[str, float]], name: str) -> str:
     return cell(psnr[name]) + (f' ({unclipped["mean"]:.2f})' if unclipped else '')
 
 
+def by_sizes(end: dict[str, float]) -> str:
+    """PSNR of training from scratch with smaller sizes, where that was measured, and at full size alone."""
+    one = end.get('psnr_one_size')
+    return f'- ({end["psnr"]:.2f}' if one is None else f'{end["psnr"]:.2f} ({one:.2f}'
+
+
 def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, Any]]) -> list[str]:
     """Lines of the denoisers' table, one for each noise; `scratch` are the rivals' conditions."""
     lines = []
@@ -227,10 +233,9 @@ def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, A
         found, gain = one['psnr'], one['gain']
         rivals = [row for row in scratch if (row['sigma'], row['reading']) == (one['sigma'], one['reading'])]
         ends = [
-            f'{row[name][-1]["psnr"]:.2f} ({row[name][-1]["psnr_one_size"]:.2f}; {row[name][-1]["psnr_blind"]:.2f}) in '
-            f'{row[name][-1]["seconds"] / row["predicted_seconds"]:,.0f}x'
+            f'{by_sizes(end)}; {end["psnr_blind"]:.2f}) in {end["seconds"] / row["predicted_seconds"]:,.0f}x'
             for row in rivals
-            for name in ('adam', 'adam_centralised')
+            for end in (row[name][-1] for name in ('adam', 'adam_centralised'))
         ]
         cells = [
             f'[{folder}]({folder}/README.md)',

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ from timm_pudnet.config import (
     PudNetWarning,
     UnsupportedTargetError,
 )
-from timm_pudnet.hypernet import CONFIG_NAME, WEIGHTS_NAME, PudNet, plan_hypernet
+from timm_pudnet.hypernet import CONFIG_NAME, WEIGHTS_NAME, PudNet, folder_written_whole, plan_hypernet, written_whole
+from timm_pudnet.predict import check_output
 
 SMALL = InputConfig(input_size=(3, 32, 32))
 
@@ -687,3 +689,37 @@ def test_a_mean_of_no_pixels_in_0_to_1_is_refused(mean, one_line):
     with pytest.raises(InputError) as error:
         InputConfig(mean=mean)
     one_line(error, 'mean')
+
+
+def test_a_file_that_windows_holds_for_a_moment_is_renamed_a_little_later(tmp_path, monkeypatch):
+    class Held(OSError):
+        winerror = 32
+
+    replace, waits, fails = os.replace, [], [Held(), Held()]
+
+    def sometimes(source, target):
+        if fails:
+            raise fails.pop()
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'replace', sometimes)
+    monkeypatch.setattr(time, 'sleep', waits.append)
+    with written_whole(tmp_path / 'file') as beside:
+        beside.write_text('whole')
+    assert (tmp_path / 'file').read_text() == 'whole'
+    assert waits == [0.1, 0.3]
+    fails.append(OSError(28, 'No space left on device'))
+    with pytest.raises(OSError, match='No space'), written_whole(tmp_path / 'other'):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_what_the_system_leaves_in_a_folder_is_nobodys(tmp_path):
+    (tmp_path / 'seen').mkdir()
+    (tmp_path / 'seen' / '.DS_Store').touch()
+    check_output(tmp_path / 'seen')
+    with folder_written_whole(tmp_path / 'seen') as beside:
+        (beside / 'file').touch()
+    assert sorted(path.name for path in (tmp_path / 'seen').iterdir()) == ['.DS_Store', 'file']
+    with pytest.raises(OutputExistsError):
+        check_output(tmp_path / 'seen')

@@ -137,9 +137,9 @@ class PaperGenerator(nn.Module):
         By least squares over the basis kernels, of which there are at least as many as taps: so it is met exactly.
         """
         self.embed.weight.zero_()
-        basis = self.basis(torch.zeros_like(self.embed.weight[0])).double()
-        rows = value.reshape(-1, basis.shape[1]).double()
-        solved = torch.linalg.lstsq(basis.t().cpu(), rows.t().cpu()).solution.t()
+        basis = self.basis(torch.zeros_like(self.embed.weight[0])).cpu().double()
+        rows = value.reshape(-1, basis.shape[1]).cpu().double()
+        solved = torch.linalg.lstsq(basis.t(), rows.t()).solution.t()
         self.expand.copy_(solved.reshape(self.expand.shape))
 
 

@@ -320,7 +320,7 @@ def _folder(name: str | os.PathLike[str]) -> Path:
                 return remote.local_folder(text)
             except (NotFoundError, HubError) as error:
                 raise type(error)(f'{error}. {_known()}') from error
-        if os.sep not in text:
+        if not {'/', os.sep} & {*text}:
             return _without_org(text)
     raise NotFoundError(f'{shown(text, 200)}: no such folder of a hypernetwork. {_known()}')
 

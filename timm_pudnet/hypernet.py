@@ -82,6 +82,7 @@ RESIDUAL_SIZES = ((128, 4), (64, 4), (32, 4), (16, 4), (16, 2), (16, 1), (8, 1))
 MOST_OF_TARGET = 1.1
 _EXACT = ('norm_statistics.', 'whitening', 'gate.')  # what half precision leaves alone
 MOST_UNSAVED = 8192  # features whose whitening is not saved where it is the identity
+OF_THE_SYSTEM = ('.DS_Store', 'desktop.ini', 'Thumbs.db')  # that macOS and Windows leave in folders
 
 
 def on_device(network: PudNet, device: torch.device, given: Any) -> PudNet:
@@ -815,7 +816,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         yield beside
         with suppress(OSError):  # some file systems have no modes
             beside.chmod(0o666 & ~_umask())
-        os.replace(beside, path)
+        _replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -836,25 +837,38 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
                 path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         if not there:
             try:
-                os.replace(beside, folder)
+                _replace(beside, folder)
             except OSError as error:
                 if not os.path.lexists(folder):
                     raise
                 raise OutputExistsError(f'{folder} was made meanwhile: choose another output folder') from error
             return
-        if others := [path.name for path in folder.iterdir() if path.name != beside.name]:
+        if others := [path.name for path in folder.iterdir() if path.name not in (beside.name, *OF_THE_SYSTEM)]:
             raise OutputExistsError(f'{folder} has got {others[0]} meanwhile: choose another output folder')
         names = [path.name for path in beside.iterdir()]
         try:
             for name in names:
-                os.replace(beside / name, folder / name)
+                _replace(beside / name, folder / name)
         except OSError:
             for name in names:
                 if (folder / name).exists():
-                    os.replace(folder / name, beside / name)
+                    _replace(folder / name, beside / name)
             raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """`os.replace`; on Windows again and again for some seconds, where a virus scanner or an indexer holds a file."""
+    for wait in (0.1, 0.3, 1.0, 3.0):
+        try:
+            os.replace(source, target)
+            return
+        except OSError as error:
+            if getattr(error, 'winerror', None) not in (5, 32, 33):
+                raise
+            time.sleep(wait)
+    os.replace(source, target)
 
 
 def _umask() -> int:

@@ -45,7 +45,15 @@ from timm_pudnet.config import (
 )
 from timm_pudnet.files import local_path
 from timm_pudnet.hub import Pushed, push, resolve_hypernet
-from timm_pudnet.hypernet import PudNet, folder_written_whole, on_device, own_defaults, target_of, usable_device
+from timm_pudnet.hypernet import (
+    OF_THE_SYSTEM,
+    PudNet,
+    folder_written_whole,
+    on_device,
+    own_defaults,
+    target_of,
+    usable_device,
+)
 from timm_pudnet.images import ImageSource, check_root, open_images
 from timm_pudnet.sketch import Balance, ImageSample, content_keys
 from timm_pudnet.target import TargetSpec, check_loadable, keep_arguments, of_one_size, pretrained_cfg_of
@@ -281,7 +289,8 @@ def push_model(model: nn.Module, repo: str, *, license: str | None = None, priva
 def check_output(folder: Path) -> None:
     """Raises unless a new folder can be made at this path."""
     # A link that leads nowhere and a device too.
-    if any(folder.iterdir()) if folder.is_dir() else os.path.lexists(folder):
+    there = {path.name for path in folder.iterdir()} - {*OF_THE_SYSTEM} if folder.is_dir() else os.path.lexists(folder)
+    if there:
         raise OutputExistsError(f'{folder} exists: choose another output folder, or remove it first')
     if not folder.parent.is_dir():
         raise NotFoundError(f'{folder.parent} is not there: make it first, or choose another output folder')

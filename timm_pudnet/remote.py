@@ -70,7 +70,11 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
     if not folder.is_dir():
         raise NotFoundError(
             f'{shown(str(folder), 200)}: no such folder of a hypernetwork'
-            + ('' if os.sep in text else '; timm_pudnet.load_hypernet takes the names of those that ship with it')
+            + (
+                ''
+                if {'/', os.sep} & {*text}
+                else '; timm_pudnet.load_hypernet takes the names of those that ship with it'
+            )
         )
     return folder
 

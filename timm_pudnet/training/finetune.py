@@ -537,7 +537,7 @@ def _opened(model: nn.Module | str | os.PathLike[str]) -> nn.Module | str:
         raise InputError(f'model must be a timm model, its folder or an architecture, not a {type(model).__name__}')
     named = isinstance(model, str) and model.startswith('local-dir:')
     path = local_path(str(model).removeprefix('local-dir:') if named else model)
-    if isinstance(model, str) and not named and os.sep not in model and not path.is_dir():
+    if isinstance(model, str) and not named and not {'/', os.sep} & {*model} and not path.is_dir():
         return model
     with torch.random.fork_rng(devices=[]):
         return pretrained_model(path, {})
