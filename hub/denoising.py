@@ -13,8 +13,8 @@ install -e '.[test]'`).
 
 Denoisers by the network measure the noise of the images against their guesses, take each noisy pixel itself into
 account, and correct what is coarse by the images at half and at a quarter of their size, each by weights for that size
-(the control and training from scratch by the same ones, calibrated). Beside the predicted one (`predicted`) stand: its
-guesses at full size alone (`predicted, blind`) and that without smaller sizes (`predicted, one size`); the noisy images; a
+(the control and training from scratch by the same ones, calibrated). Beside the predicted one (`predicted`) stand: that
+without smaller sizes (`predicted, one size`), and its guesses at full size alone (`predicted, blind`); the noisy images; a
 Gaussian filter and non-local means that are told sigma, with that strength of some that is best for the first four
 images, known from their clean ones (of photons, behind Anscombe's transform, which makes the noise of all brightnesses
 alike, and before its exact unbiased inverse, Makitalo and Foi 2011; with --clipped told what sigma is left, and besides with the mean that clipping
@@ -23,10 +23,10 @@ another set, calibrated on the images (`sketch of ...`); all of the denoiser, no
 images with another sigma (`predicted for ...`); the control *plain*, one denoiser of the same training images for all
 noise, with its own statistics, calibrated, and calibrated on the images with another sigma. With --scratch the rival
 alone that trains on these very noisy images: the same UNet from random weights by the same loss, Adam with and without
-centralised gradients, written to scratch.NAME.json; by its guesses alone (`psnr_blind`), with the noisy
-pixels (`psnr_one_size`) and with smaller sizes too (`psnr`). One epoch of it sees as many pixels as the images have, in crops of at most 128. With --bm3d the rival alone that
-is the standard one of classical denoising, told sigma, written to bm3d.NAME.json (`pip install bm3d`, whose licence
-forbids commercial use).
+centralised gradients, written to scratch.NAME.json; by its guesses alone (`psnr_blind`), with the noisy pixels
+(`psnr_one_size`) and with smaller sizes too (`psnr`). One epoch of it sees as many pixels as the images have, in crops of
+at most 128. With --bm3d the rival alone that is the standard one of classical denoising, told sigma, written to
+bm3d.NAME.json (`pip install bm3d`, whose licence forbids commercial use).
 """
 
 import copy
@@ -399,7 +399,7 @@ def from_scratch(
         if epoch in (*EPOCHS, epochs):
             model.eval()
             point = {'epoch': epoch, 'seconds': seconds, 'psnr_blind': mean_psnr(model, noisy, clean)}
-            own = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+            own = copy.deepcopy(model)
             point['psnr_one_size'] = mean_psnr(joined([own], patches[:1]), noisy, clean)
             coarser = [
                 calibrated_denoiser(network, [model.state_dict()], [shown]) for shown in patches[1:]

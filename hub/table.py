@@ -228,7 +228,7 @@ def by_sizes(end: dict[str, float]) -> str:
 def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, Any]]) -> list[str]:
     """Lines of the denoisers' table, one for each noise; `scratch` are the rivals' conditions."""
     lines = []
-    protocol = result['protocol'].removesuffix('-clipped').removesuffix('-photons')
+    protocol = result['protocol'].removesuffix('-turned').removesuffix('-clipped').removesuffix('-photons')
     for one in result['noises']:
         found, gain = one['psnr'], one['gain']
         rivals = [row for row in scratch if (row['sigma'], row['reading']) == (one['sigma'], one['reading'])]
@@ -239,7 +239,7 @@ def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, A
         ]
         cells = [
             f'[{folder}]({folder}/README.md)',
-            f'{protocol}, {result["images"]}'
+            f'{protocol}, {result["images"]}{", 4 turned copies" * (result.get("turns") == 4)}'
             f'{", photons" * (result.get("kind") == "poisson")}{", clipped" * result.get("clipped", False)}',
             f'{one["sigma"]:.3g} {one["reading"]} ({one["absolute"]:.3f})',
             cell(found['noisy']),

@@ -286,7 +286,7 @@ class TestPredicted:
         with torch.no_grad():
             assert torch.equal(again(noisy[:1]), model(noisy[:1]))
 
-    def test_noise_of_one_value_is_none_to_add(self):
+    def test_images_with_hardly_any_noise_come_back_nearly_as_they_are(self):
         clean = slopes(2, 96)
         model = predict_denoiser(add_noise(clean, 'gaussian', 1e-4, generator()), device='cpu')
         found = torch.stack([denoise(model, image) for image in clean])

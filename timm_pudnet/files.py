@@ -68,6 +68,11 @@ def local_path(text: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(os.fspath(text)))
 
 
+def has_separator(text: str) -> bool:
+    """Whether a text can only be a path, and no plain name: `/` separates on Windows too."""
+    return '/' in text or os.sep in text
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """What a JSON file holds.
 

@@ -35,6 +35,7 @@ from timm_pudnet.files import (
     SHARD,
     WEIGHTS_NAME,
     config_sha256,
+    has_separator,
     local_path,
     read_header,
     read_json,
@@ -320,7 +321,7 @@ def _folder(name: str | os.PathLike[str]) -> Path:
                 return remote.local_folder(text)
             except (NotFoundError, HubError) as error:
                 raise type(error)(f'{error}. {_known()}') from error
-        if not {'/', os.sep} & {*text}:
+        if not has_separator(text):
             return _without_org(text)
     raise NotFoundError(f'{shown(text, 200)}: no such folder of a hypernetwork. {_known()}')
 

@@ -821,6 +821,11 @@ def written_whole(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def names_in(folder: Path) -> set[str]:
+    """Names of what lies in a folder, but for what an operating system leaves there."""
+    return {path.name for path in folder.iterdir()} - {*OF_THE_SYSTEM}
+
+
 @contextmanager
 def folder_written_whole(folder: Path) -> Iterator[Path]:
     """Gives a folder to fill, beside `folder` and renamed when the block ends well; nothing is left when it fails.
@@ -843,8 +848,8 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
                     raise
                 raise OutputExistsError(f'{folder} was made meanwhile: choose another output folder') from error
             return
-        if others := [path.name for path in folder.iterdir() if path.name not in (beside.name, *OF_THE_SYSTEM)]:
-            raise OutputExistsError(f'{folder} has got {others[0]} meanwhile: choose another output folder')
+        if others := names_in(folder) - {beside.name}:
+            raise OutputExistsError(f'{folder} has got {min(others)} meanwhile: choose another output folder')
         names = [path.name for path in beside.iterdir()]
         try:
             for name in names:

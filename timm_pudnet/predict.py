@@ -46,9 +46,9 @@ from timm_pudnet.config import (
 from timm_pudnet.files import local_path
 from timm_pudnet.hub import Pushed, push, resolve_hypernet
 from timm_pudnet.hypernet import (
-    OF_THE_SYSTEM,
     PudNet,
     folder_written_whole,
+    names_in,
     on_device,
     own_defaults,
     target_of,
@@ -289,8 +289,7 @@ def push_model(model: nn.Module, repo: str, *, license: str | None = None, priva
 def check_output(folder: Path) -> None:
     """Raises unless a new folder can be made at this path."""
     # A link that leads nowhere and a device too.
-    there = {path.name for path in folder.iterdir()} - {*OF_THE_SYSTEM} if folder.is_dir() else os.path.lexists(folder)
-    if there:
+    if names_in(folder) if folder.is_dir() else os.path.lexists(folder):
         raise OutputExistsError(f'{folder} exists: choose another output folder, or remove it first')
     if not folder.parent.is_dir():
         raise NotFoundError(f'{folder.parent} is not there: make it first, or choose another output folder')

@@ -26,6 +26,7 @@ from timm_pudnet.files import (
     SHARD,
     WEIGHTS_NAME,
     has_all_bytes,
+    has_separator,
     local_path,
     read_json,
     sha256,
@@ -70,11 +71,7 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
     if not folder.is_dir():
         raise NotFoundError(
             f'{shown(str(folder), 200)}: no such folder of a hypernetwork'
-            + (
-                ''
-                if {'/', os.sep} & {*text}
-                else '; timm_pudnet.load_hypernet takes the names of those that ship with it'
-            )
+            + ('' if has_separator(text) else '; timm_pudnet.load_hypernet takes the names of those that ship with it')
         )
     return folder
 

@@ -82,16 +82,17 @@ def _denoised(model: Any, image: Tensor, tile: int) -> Tensor:
         return _in_tiles(model, model, image, tile)
     like = next(model.parameters())
     with torch.no_grad():
-        result = _levels(model, model.prepared(image), tile)
+        result = _by_sizes(model, model.prepared(image), tile)
         return in_strips(result, lambda part, its: model.restored(part.to(like), its.to(like)).to(part), image)
 
 
-def _levels(model: Any, image: Tensor, tile: int) -> Tensor:
+def _by_sizes(model: Any, image: Tensor, tile: int) -> Tensor:
+    """`BlindSpotUNet.by_sizes` of one image `[c, h, w]`, each size in tiles; of a grey one the mean of the channels."""
     result = _in_tiles(model, model.fine, image, tile)
     if model.coarser is not None:
-        coarse = _levels(model.coarser, halved(image[None])[0], tile)
-        grey = len(image) < model.in_chans  # through three channels: of their mean brightness is all there is
-        matrix = model.share[:1, None] if grey or model.in_chans == 1 else model.matrix
+        coarse = _by_sizes(model.coarser, halved(image[None])[0], tile)
+        # Of the mean of three channels brightness is all there is.
+        matrix = model.share[:1, None] if len(image) < model.in_chans else model.matrix
         planes = (result[:, None], coarse[:, None]) if len(matrix) == 1 else (result[None], coarse[None])
         add_difference(*planes, matrix)
     return result
