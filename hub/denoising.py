@@ -6,7 +6,9 @@
 
 Gaussian noise is added to the images, or that of counted photons (--kind poisson; sigma is then that of a grey of 0.5);
 denoisers get the noisy ones alone, as floats that noise takes beyond 0-1, or with --clipped as a file of 8 bits holds
-them. The paper's sigma can be read in two ways: `standard`, in units of the
+them, with --jpeg as one of that quality. With --kind camera noise is Gaussian on a sensor behind a Bayer mosaic, whose
+missing colours are then interpolated (bilinear, by OpenCV, in 16 bits), so that neighbouring pixels share it; clean
+images go through the same mosaic. The paper's sigma can be read in two ways: `standard`, in units of the
 set's own standard deviation, as where images are standardised first, and `unit`, of pixels in 0-1. PSNR and SSIM are of
 results clipped to 0-1, means over images, with 95 % intervals; gains are paired by image. Needs scikit-image (`pip
 install -e '.[test]'`).
@@ -20,7 +22,8 @@ images, known from their clean ones (of photons, behind Anscombe's transform, wh
 alike, and before its exact unbiased inverse, Makitalo and Foi 2011; with --clipped told what sigma is left, and besides with the mean that clipping
 moves put back by the true sigma, `..., unclipped`); weights of the sketch of the same images with another sigma and of
 another set, calibrated on the images (`sketch of ...`); all of the denoiser, norm statistics and noise too, from the
-images with another sigma (`predicted for ...`); the control *plain*, one denoiser of the same training images for all
+images with another sigma (`predicted for ...`); of noise that pixels share what is predicted as if they did not
+(`predicted, as if white`); the control *plain*, one denoiser of the same training images for all
 noise, with its own statistics, calibrated, and calibrated on the images with another sigma. With --scratch the rival
 alone that trains on these very noisy images: the same UNet from random weights by the same loss, Adam with and without
 centralised gradients, written to scratch.NAME.json; by its guesses alone (`psnr_blind`), with the noisy pixels
@@ -30,6 +33,7 @@ bm3d.NAME.json (`pip install bm3d`, whose licence forbids commercial use).
 """
 
 import copy
+import io
 import json
 import math
 import time
@@ -38,12 +42,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import cv2
 import numpy as np
 import timm
 import torch
+from PIL import Image
 from skimage.restoration import denoise_nl_means
 from torch import Tensor, nn
-from torchvision.transforms.functional import gaussian_blur
+from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from timm_pudnet import PudNet, denoise, load_hypernet
@@ -59,6 +65,7 @@ from timm_pudnet.denoising import (
     shrunk,
     sketch_of,
     ssim,
+    whitened,
 )
 from timm_pudnet.denoising.clipping import Unclip
 from timm_pudnet.denoising.pictures import list_pictures, read_picture
@@ -99,7 +106,7 @@ STRENGTHS = {
     show_default=True,
 )
 @click.option('--reading', type=click.Choice(['standard', 'unit']), default='standard', show_default=True)
-@click.option('--kind', type=click.Choice(['gaussian', 'poisson']), default='gaussian', show_default=True)
+@click.option('--kind', type=click.Choice(['gaussian', 'poisson', 'camera']), default='gaussian', show_default=True)
 @click.option(
     '--turns',
     type=click.Choice(['1', '2', '4']),
@@ -108,6 +115,7 @@ STRENGTHS = {
     help='Turned copies whose mean every denoiser by a network gives.',
 )
 @click.option('--clipped', is_flag=True, help='Noisy images as files hold them: clipped to 0-1, of 8 bits.')
+@click.option('--jpeg', type=click.IntRange(1, 100), help='Noisy images as JPEG files of this quality hold them.')
 @click.option('--scratch', default=0, show_default=True, help='Epochs of training from scratch; measures that alone.')
 @click.option('--bm3d', is_flag=True, help='Measures BM3D beside the predicted denoiser, and these alone.')
 @click.option('--out', type=click.Path(path_type=Path), help='Where the results go, in place of the folder.')
@@ -123,6 +131,7 @@ def main(
     kind: str,
     turns: str,
     clipped: bool,
+    jpeg: int | None,
     scratch: int,
     bm3d: bool,
     out: Path | None,
@@ -130,13 +139,17 @@ def main(
     """What the module's docstring says."""
     if scratch and (turns != '1' or plain or other):
         raise click.UsageError('--turns, --plain and --other are not for --scratch: leave them out')
-    if bm3d and (scratch or turns != '1' or plain or other or clipped or kind != 'gaussian'):
+    if scratch and (jpeg or kind == 'camera'):
+        raise click.UsageError('--scratch is of noise that pixels do not share: leave --jpeg and --kind camera out')
+    if bm3d and (scratch or turns != '1' or plain or other or clipped or jpeg or kind != 'gaussian'):
         raise click.UsageError('--bm3d is of Gaussian noise of floats, and measured alone: leave the others out')
     if not (out or hypernet).is_dir():
         raise click.UsageError(f'{out or hypernet}: no such folder')
     network = load_hypernet(hypernet).eval()
     control = None if plain is None else timm.create_model(f'local-dir:{plain}', pretrained=True).eval()
     clean, elsewhere = pictures(folder, count), pictures(other, count) if other else []
+    if kind == 'camera':
+        clean, elsewhere = ([demosaiced(image) for image in images] for images in (clean, elsewhere))
     spread = float(torch.cat([image.flatten() for image in clean]).std())
     result: dict[str, Any] = {
         'protocol': protocol,
@@ -149,6 +162,7 @@ def main(
         **({} if scratch else {'turns': int(turns)}),
         **({'kind': kind} if kind != 'gaussian' else {}),
         **({'clipped': True} if clipped else {}),
+        **({'jpeg': jpeg} if jpeg else {}),
         'training': network.config.training,
         'library_versions': library_versions(),
         'threads': torch.get_num_threads(),
@@ -158,8 +172,10 @@ def main(
     for sigma in sigmas:
         absolute = sigma * (spread if reading == 'standard' else 1)
         away = 0.75 if sigma < 0.5 else 0.25
-        noisy = made_noisy(clean, kind, absolute, clipped)
-        noisier = made_noisy(clean, kind, absolute * away / sigma, clipped)
+        if jpeg or kind == 'camera':
+            away = 4 * sigma if sigma < 0.1 else sigma / 4
+        noisy = made_noisy(clean, kind, absolute, clipped, jpeg)
+        noisier = made_noisy(clean, kind, absolute * away / sigma, clipped, jpeg)
         condition: dict[str, Any] = {'reading': reading, 'sigma': sigma, 'absolute': absolute, 'other_sigma': away}
         click.echo(f'{kind}, {reading} sigma {sigma} ({absolute:.3f} of 0-1)')
         if scratch:
@@ -175,8 +191,10 @@ def main(
             condition |= beside_bm3d(network, clean, noisy, absolute)
             click.echo('  ' + ', '.join(f'{name} {row["mean"]:.2f} dB' for name, row in condition['psnr'].items()))
         else:
-            third = made_noisy(elsewhere, kind, absolute, clipped)
-            condition |= measure(network, control, clean, noisy, noisier, third, kind, absolute, int(turns), clipped)
+            third = made_noisy(elsewhere, kind, absolute, clipped, jpeg)
+            condition |= measure(
+                network, control, clean, noisy, noisier, third, kind, absolute, int(turns), clipped, bool(jpeg)
+            )
             click.echo(f'  predicted in {condition["seconds"]:.2f} s')
             for name, row in condition['psnr'].items():
                 gain = condition['gain'].get(name)
@@ -194,11 +212,34 @@ def pictures(folder: str, count: int) -> list[Tensor]:
     return [read_picture(paths[number * len(paths) // count]).pixels for number in range(count)]
 
 
-def made_noisy(images: Sequence[Tensor], kind: str, sigma: float, clipped: bool) -> list[Tensor]:
-    """The images with noise, each with a seed of its own; as floats, or as a file of 8 bits holds them."""
+def demosaiced(image: Tensor) -> Tensor:
+    """An image `[3, h, w]` of which each pixel has kept one colour (RGGB), the others interpolated; in 0-1."""
+    sensor = image.clamp(0, 1).mul(65535).round().numpy().astype(np.uint16)
+    mosaic = sensor[1].copy()
+    mosaic[::2, ::2], mosaic[1::2, 1::2] = sensor[0, ::2, ::2], sensor[2, 1::2, 1::2]
+    colours = cv2.demosaicing(mosaic, cv2.COLOR_BayerRGGB2RGB)
+    return torch.from_numpy(colours.astype(np.float32) / 65535).permute(2, 0, 1).contiguous()
+
+
+def compressed(image: Tensor, quality: int) -> Tensor:
+    """An image `[c, h, w]` as a JPEG file of that quality holds it."""
+    file = io.BytesIO()
+    to_pil_image(image.clamp(0, 1)).save(file, 'JPEG', quality=quality)
+    return pil_to_tensor(Image.open(file)) / 255
+
+
+def made_noisy(
+    images: Sequence[Tensor], kind: str, sigma: float, clipped: bool, jpeg: int | None = None
+) -> list[Tensor]:
+    """The images with noise, each with a seed of its own; as floats, or as a file of 8 bits or JPEG holds them."""
+    of_pixels = 'gaussian' if kind == 'camera' else kind
     noisy = [
-        add_noise(image, kind, sigma, torch.Generator().manual_seed(number)) for number, image in enumerate(images)
+        add_noise(image, of_pixels, sigma, torch.Generator().manual_seed(number)) for number, image in enumerate(images)
     ]
+    if kind == 'camera':
+        noisy = [demosaiced(image) for image in noisy]
+    if jpeg:
+        return [compressed(image, jpeg) for image in noisy]
     return [image.clamp(0, 1).mul(255).round().div(255) for image in noisy] if clipped else noisy
 
 
@@ -213,10 +254,11 @@ def measure(
     sigma: float,
     turns: int,
     clipped: bool,
+    jpeg: bool,
 ) -> dict[str, Any]:
     """PSNR and SSIM of every arm, means over images, and gains of the predicted denoiser over the others."""
-    seconds, predicted, patches = timed_prediction(network, noisy)
-    other_patches = patches_of(network, noisier)
+    seconds, predicted, patches, covariance = timed_prediction(network, noisy)
+    other_patches, other_covariance = patches_of(network, noisier)
     other_sketches = sketches_of(network, other_patches, len(patches))
     blind, one_size = copy.deepcopy(predicted), copy.deepcopy(predicted)
     blind.posterior = None
@@ -225,22 +267,28 @@ def measure(
         'predicted': predicted,
         'predicted, blind': blind,
         'predicted, one size': one_size,
-        'sketch of another sigma': denoiser_of(network, other_sketches, patches),
-        'predicted for another sigma': denoiser_of(network, other_sketches, other_patches),
+        'sketch of another sigma': denoiser_of(network, other_sketches, patches, covariance=covariance),
+        'predicted for another sigma': denoiser_of(network, other_sketches, other_patches, covariance=other_covariance),
     }
+    if covariance is not None:
+        as_they_are = plain_patches_of(network, noisy)
+        sketches = sketches_of(network, as_they_are, len(as_they_are))
+        models['predicted, as if white'] = denoiser_of(network, sketches, as_they_are)
     if elsewhere:
-        sketches = sketches_of(network, patches_of(network, elsewhere), len(patches))
-        models['sketch of another set'] = denoiser_of(network, sketches, patches)
+        sketches = sketches_of(network, patches_of(network, elsewhere)[0], len(patches))
+        models['sketch of another set'] = denoiser_of(network, sketches, patches, covariance=covariance)
     arms: dict[str, Callable[[Tensor], Tensor]] = {'noisy': lambda image: image}
     # By the true strength; that of photons grows with their number.
     strengths, unclip = {}, Unclip([0.0, 2 * sigma**2] if kind == 'poisson' else [sigma**2, sigma**2])
     photons = 0.5 / sigma**2
-    if kind == 'gaussian' and clipped:  # the filters are told how strong the noise is that is left
+    if (
+        kind == 'camera' or jpeg or (kind == 'gaussian' and clipped)
+    ):  # the filters are told how strong the noise is that is left
         sigma = float(torch.cat([(n - c).flatten() for n, c in zip(noisy, clean, strict=True)]).std())
     for name, of_gaussian in (('gaussian filter', blurred), ('non-local means', non_local_means)):
         how = stabilised(of_gaussian, photons) if kind == 'poisson' else of_gaussian
         ways = {name: how}
-        if clipped:
+        if clipped and not jpeg and kind != 'camera':
             ways[f'{name}, unclipped'] = lambda *args, how=how: unclip(how(*args))
         for way, what in ways.items():
             chosen = strengths[way] = best_strength(STRENGTHS[name], what, clean, noisy, sigma)
@@ -258,11 +306,14 @@ def measure(
     for name, arm in arms.items():
         add(name, arm)
     if control is not None:
-        as_it_is = joined([copy.deepcopy(control) for _ in patches], patches)
+        as_it_is = joined([copy.deepcopy(control) for _ in patches], patches, covariance=covariance)
         add('plain, its own statistics', lambda image: denoise(as_it_is, image, turns=turns))
         weights = [control.state_dict()] * len(patches)
-        for name, shown in (('plain, calibrated', patches), ('plain, calibrated for another sigma', other_patches)):
-            calibrated = calibrated_denoiser(network, weights, shown)
+        for name, shown, shared in (
+            ('plain, calibrated', patches, covariance),
+            ('plain, calibrated for another sigma', other_patches, other_covariance),
+        ):
+            calibrated = calibrated_denoiser(network, weights, shown, covariance=shared)
             add(name, lambda image, model=calibrated: denoise(model, image, turns=turns))
     gains = {
         name: mean_interval([a - b for a, b in zip(table['psnr']['predicted'], values, strict=True)])
@@ -273,8 +324,14 @@ def measure(
     return {**means, 'gain': gains, 'strengths': strengths, 'seconds': seconds}
 
 
-def patches_of(network: PudNet, images: Sequence[Tensor]) -> list[Tensor]:
-    """Patches of noisy images in memory, of every size."""
+def patches_of(network: PudNet, images: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+    """Patches of noisy images in memory, of every size, their noise made white; how pixels shared it."""
+    patches, covariance = whitened(noisy_patches(images, *network.config.input.input_size[:2]))
+    return shrunk(patches), covariance
+
+
+def plain_patches_of(network: PudNet, images: Sequence[Tensor]) -> list[Tensor]:
+    """The same as they are."""
     return shrunk(noisy_patches(images, *network.config.input.input_size[:2]))
 
 
@@ -284,14 +341,15 @@ def sketches_of(network: PudNet, patches: Sequence[Tensor], sizes: int) -> list[
     return [found[min(size, len(found) - 1)] for size in range(sizes)]
 
 
-def timed_prediction(network: PudNet, noisy: list[Tensor]) -> tuple[float, nn.Module, list[Tensor]]:
-    """Seconds of predicting a denoiser for images in memory, the second time; the denoiser; the patches it is from."""
+def timed_prediction(network: PudNet, noisy: list[Tensor]) -> tuple[float, nn.Module, list[Tensor], Any]:
+    """Seconds of predicting a denoiser for images in memory, the second time; it; patches and covariance it is from."""
     for _ in range(2):
         started = time.perf_counter()
-        patches = patches_of(network, noisy)
-        predicted = denoiser_of(network, sketches_of(network, patches, len(patches)), patches)
+        patches, covariance = patches_of(network, noisy)
+        sketches = sketches_of(network, patches, len(patches))
+        predicted = denoiser_of(network, sketches, patches, covariance=covariance)
         seconds = time.perf_counter() - started
-    return seconds, predicted, patches
+    return seconds, predicted, patches, covariance
 
 
 def blurred(image: Tensor, sigma: float, strength: float) -> Tensor:
@@ -319,7 +377,7 @@ def beside_bm3d(network: PudNet, clean: list[Tensor], noisy: list[Tensor], sigma
     """PSNR of the predicted denoiser and of BM3D (Dabov et al. 2007, in colour), told sigma, and what is between them."""
     from bm3d import bm3d_rgb
 
-    _, predicted, _ = timed_prediction(network, noisy)
+    predicted = timed_prediction(network, noisy)[1]
 
     def classical(image: Tensor) -> Tensor:
         return (
@@ -375,7 +433,7 @@ def from_scratch(
     side = min(CROP, *(min(image.shape[1:]) for image in noisy))
     crops_of = torch.tensor([max(1, round(image[0].numel() / side**2)) for image in noisy])
     turns = torch.arange(len(noisy)).repeat_interleave(crops_of)
-    patches = patches_of(network, noisy)
+    patches = plain_patches_of(network, noisy)
     seconds, points = 0.0, []
     for epoch in range(1, epochs + 1):
         started = time.perf_counter()

@@ -240,7 +240,8 @@ def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, A
         cells = [
             f'[{folder}]({folder}/README.md)',
             f'{protocol}, {result["images"]}{", 4 turned copies" * (result.get("turns") == 4)}'
-            f'{", photons" * (result.get("kind") == "poisson")}{", clipped" * result.get("clipped", False)}',
+            f'{", photons" * (result.get("kind") == "poisson")}{", clipped" * result.get("clipped", False)}'
+            f'{", JPEG" * ("jpeg" in result)}',
             f'{one["sigma"]:.3g} {one["reading"]} ({one["absolute"]:.3f})',
             cell(found['noisy']),
             *(classical(found, name) for name in ('gaussian filter', 'non-local means')),
@@ -255,7 +256,9 @@ def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, A
             cell(gain['predicted for another sigma'], signed=True),
             cell(gain.get('plain, calibrated'), signed=True),
             ' / '.join(ends) or '-',
-            PAPER_DENOISING.get((protocol.removesuffix('-unit'), one['sigma']), '-') if 'kind' not in result else '-',
+            PAPER_DENOISING.get((protocol.removesuffix('-unit'), one['sigma']), '-')
+            if not {'kind', 'jpeg'} & set(result)
+            else '-',
         ]
         lines.append(f'| {" | ".join(cells)} |')
     return lines

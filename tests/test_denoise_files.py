@@ -497,7 +497,7 @@ class Average(nn.Module):
     def __init__(self):
         super().__init__()
         self.strength = nn.Parameter(torch.ones(1))
-        self.posterior, self.scale = Posterior([[0.0025, 0.01]] * 3), 1.0
+        self.posterior, self.scale, self.whitening = Posterior([[0.0025, 0.01]] * 3), 1.0, None
 
     def forward(self, x):
         return self.strength * nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
@@ -820,6 +820,17 @@ def test_a_resolution_of_zero_is_left_out_and_its_unit_with_it(tmp_path):
     write_picture(picture, picture.pixels, tmp_path / 'b.tif')
     with tifffile.TiffFile(tmp_path / 'b.tif') as file:
         np.testing.assert_array_equal(file.pages[0].asarray(), BYTES[..., 0])
+
+
+def test_it_is_said_where_neighbouring_pixels_share_noise(tmp_path):
+    noise = np.random.default_rng(3).normal(0, 0.15, (162, 162, 3))
+    noise = sum(noise[row : row + 160, column : column + 160] for row in range(3) for column in range(3)) / 9
+    pixels = ((smooth(160, 160) * 0.6 + 0.2 + noise).clip(0, 1) * 255).round().astype(np.uint8)
+    (tmp_path / 'noisy').mkdir()
+    Image.fromarray(pixels).save(tmp_path / 'noisy' / 'a.png')
+    out = succeeds(tmp_path / 'noisy', '--out', tmp_path / 'out').output
+    assert 'neighbouring pixels share it' in out
+    assert float(re.search(r'Noise      ([\d.]+) of white', out)[1]) == pytest.approx(0.05, rel=0.25)
 
 
 def test_noise_of_what_is_bright_alone_is_noise(folders, predicted, monkeypatch):

@@ -161,6 +161,24 @@ def test_denoisers_are_measured_on_the_images_as_they_were(run, pictures, write_
         assert [point['epoch'] for point in found[name]] == [1, 2]
 
 
+def test_denoisers_are_measured_on_noise_that_pixels_share(run, write_folder, tmp_path):
+    pytest.importorskip('skimage')
+    places = torch.linspace(0.3, 0.7, 96)
+    clean = torch.stack([places.outer(places.roll(turn)).expand(3, -1, -1) + 0.1 for turn in range(0, 60, 20)])
+    write_folder(tmp_path / 'photos', (clean.permute(0, 2, 3, 1) * 255).byte().numpy(), ['a'] * 3)
+    line = ('hub/denoising.py', timm_pudnet.load_hypernet('blindspot_unet').folder, tmp_path / 'photos')
+    line += ('--reading', 'unit', '--sigma', 0.1, '--protocol', 'own', '--out', tmp_path)
+    found = {}
+    for name, options in (('camera', ('--kind', 'camera')), ('jpeg', ('--kind', 'camera', '--jpeg', 90))):
+        run(*line, *options)
+        result = json.loads((tmp_path / 'results.own.json').read_text())
+        assert (result['kind'], result.get('jpeg')) == ('camera', 90 if name == 'jpeg' else None)
+        (found[name],) = (row['psnr'] for row in result['noises'])
+        assert found[name]['predicted']['mean'] > found[name]['predicted, as if white']['mean'] + 3
+    # Interpolating colours is a mean of the noise of neighbours, compression takes more of it away.
+    assert 20 + 2 < found['camera']['noisy']['mean'] < found['jpeg']['noisy']['mean'] - 0.2
+
+
 @pytest.mark.filterwarnings('default::timm_pudnet.PudNetWarning')  # where the processor has no bfloat16
 def test_a_choice_of_classes_is_trained_on_and_tested_once(monkeypatch, pictures, write_folder, tmp_path):
     names = [f'class {number:02}' for number in range(70)]
@@ -224,6 +242,7 @@ def test_the_benchmark_of_fine_tuning_sums_up_its_seeds_and_goes_on(run, photos,
     [
         ('hub/denoising.py', 'net', 'photos', '--protocol', 'own', '--scratch', 1, '--plain', 'plain'),
         ('hub/denoising.py', 'net', 'photos', '--protocol', 'own', '--out', 'nowhere'),
+        ('hub/denoising.py', 'net', 'photos', '--protocol', 'own', '--scratch', 1, '--kind', 'camera'),
         ('examples/label_budget.py', 'photos', '--out', 'nowhere/found.json'),
         ('hub/gate.py', 'nowhere', 'out'),
     ],
@@ -235,4 +254,4 @@ def test_what_cannot_be_written_or_used_is_told_before_the_work(line, monkeypatc
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / line[0]), run_name='__main__')
     assert ended.value.code == 2
-    assert re.search('--scratch: leave them out|nowhere', capsys.readouterr().err)
+    assert re.search('--scratch: leave them out|camera out|nowhere', capsys.readouterr().err)

@@ -314,3 +314,6 @@ def test_levels_that_are_nearly_one_say_nothing_about_the_slope():
 def test_the_noise_that_is_told_has_the_mean_power_of_that_of_the_colours():
     black, white = Posterior([[0.01, 0.04], [0.0, 0.04], [0.05, 0.04]]).deviations()
     assert (black, white) == (pytest.approx(0.02**0.5), pytest.approx(0.2))
+    shares = torch.tensor([0.5, 1.0, 0.1]).view(3, 1, 1)
+    black, white = Posterior([[0.01, 0.04], [0.0, 0.04], [0.05, 0.04]]).deviations(shares)
+    assert (black, white) == (pytest.approx((0.01 / 3) ** 0.5), pytest.approx((0.064 / 3) ** 0.5))

@@ -77,8 +77,8 @@ def denoise(
     click.echo(f'Found      {_of_kinds(found)} in {images}{"" if clean is None else f", clean ones in {clean}"}')
     if compressed := sum(facts['format'] == 'JPEG' for facts in found.values()):
         warnings.warn(
-            f'{compressed:,} of {len(found):,} images are JPEG, whose compression has smeared the noise: less of it is '
-            'recognised and removed than in PNG or TIFF files of the camera',
+            f'{compressed:,} of {len(found):,} images are JPEG, whose compression has changed the noise, and taken '
+            'detail with it: PNG or TIFF files of the camera come out better',
             PudNetWarning,
             stacklevel=2,
         )
@@ -98,12 +98,18 @@ def denoise(
     click.echo(f'Predicted  {count / 1e6:.2f}M weights for {whom} on {where} in {seconds:.2f} s')
     for channels, model in models.items():
         whose = '' if len(models) == 1 else 'grey images: ' if channels == 1 else 'images in colour: '
-        black, white = noise = model.posterior.deviations()
+        shares = 1.0 if model.whitening is None else model.whitening.shares
+        black, white = noise = model.posterior.deviations(shares)
         click.echo(f'Noise      {whose}{_noise_in_words(black, white, model.scale)}')
+        if model.whitening is not None:
+            click.echo(
+                f'           {whose}neighbouring pixels share it, as where a camera interpolates colours, or a file is '
+                'resized or compressed: that is undone first'
+            )
         if max(noise) < HARDLY_ANY:
             warnings.warn(
-                f'{whose}hardly any noise was found, so hardly any is removed: take images that were not resized, '
-                'demosaiced or compressed',
+                f'{whose}hardly any noise was found, so hardly any is removed: take images that were not resized or '
+                'compressed',
                 PudNetWarning,
                 stacklevel=2,
             )

@@ -11,6 +11,7 @@ from timm_pudnet.denoising.predict import (
     predict_denoiser,
     shrunk,
     sketch_of,
+    whitened,
 )
 from timm_pudnet.denoising.tiles import denoise
 from timm_pudnet.denoising.training import PatchBank, load_patches, meta_train_denoiser, train_plain_denoiser
@@ -36,4 +37,5 @@ __all__ = [
     'sketch_of',
     'ssim',
     'train_plain_denoiser',
+    'whitened',
 ]

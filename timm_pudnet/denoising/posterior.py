@@ -68,9 +68,12 @@ class Posterior(nn.Module):
         self.register_buffer('components', colour_components(len(variances)), persistent=False)
         self.register_buffer('left', left, persistent=False)
 
-    def deviations(self) -> list[float]:
-        """Standard deviation of the noise of a channel in black and in white, in the mean over the channels."""
-        return [float(variances.mean().sqrt()) for variances in (self.black, self.white)]
+    def deviations(self, shares: Tensor | float = 1.0) -> list[float]:
+        """Standard deviation of the noise of a channel in black and in white, in the mean over the channels.
+
+        Where it was made white first, `shares` of each component's variance are what it had before (`Whitening`).
+        """
+        return [float((variances * shares).mean().sqrt()) for variances in (self.black, self.white)]
 
     def forward(self, noisy: Tensor, guess: Tensor) -> Tensor:
         """Images `[n, c, h, w]` of such, both with black 0 and white 1; of the guess's type, weighed in float32."""

@@ -23,6 +23,7 @@ from timm_pudnet.denoising.clipping import known_noise
 from timm_pudnet.denoising.pictures import check_range, check_whites, list_pictures, read_picture, white_of
 from timm_pudnet.denoising.scales import best_shares, halved
 from timm_pudnet.denoising.unet import MOST_WHITES, BlindSpotUNet
+from timm_pudnet.denoising.whitening import Covariance, Whitening, noise_covariance, noise_of_whitened
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, on_device, own_defaults, usable_device
 from timm_pudnet.images import to_bchw
@@ -48,11 +49,12 @@ def predict_denoiser(
 ) -> nn.Module:
     """Predicts a denoiser for noisy images that come without clean ones (paper section IV-D).
 
-    All images should be in colour, or all grey, and have the same kind and level of noise, independent from pixel to
-    pixel; one image is enough. They are not resized: patches of at most 128 of them, spread over their order, give the
-    sketch, calibrate the norm statistics and tell how strong the noise is. Where they are large enough the same is done
-    for the images at half and at a quarter of their size: three networks in one model, of which those for smaller
-    images correct the coarse part of what the others give, by so much as the patches tell (`denoising.scales`).
+    All images should be in colour, or all grey, and have the same kind and level of noise; one image is enough. They
+    are not resized: patches of at most 128 of them, spread over their order, give the sketch, calibrate the norm
+    statistics and tell how strong the noise is, and how far neighbouring pixels share it, which is undone first
+    (`denoising.whitening`). Where they are large enough the same is done for the images at half and at a quarter of
+    their size: three networks in one model, of which those for smaller images correct the coarse part of what the
+    others give, by so much as the patches tell (`denoising.scales`).
 
     Args:
         images: A folder (with all its subfolders), a file, a list of paths, PIL images, arrays `[h, w, c]` or tensors
@@ -84,8 +86,10 @@ def predict_denoiser(
     network = on_device(network, device, hypernet)
     _check_black(patches[0])
     scale = white_used(patches[0])
-    patches = shrunk([shown / scale if scale >= 1 else (shown / scale).clamp(max=MOST_WHITES) for shown in patches])
-    return denoiser_of(network, [sketch_of(network, shown) for shown in patches], patches, scale)
+    patches = [shown / scale if scale >= 1 else (shown / scale).clamp(max=MOST_WHITES) for shown in patches]
+    patches, covariance = whitened(patches)
+    patches = shrunk(patches)
+    return denoiser_of(network, [sketch_of(network, shown) for shown in patches], patches, scale, covariance)
 
 
 def white_used(pixels: Tensor) -> float:
@@ -122,23 +126,32 @@ def sketch_of(network: PudNet, patches: Tensor) -> Tensor:
 
 
 def denoiser_of(
-    network: PudNet, sketches: Sequence[Tensor], patches: Sequence[Tensor], scale: float = 1.0
+    network: PudNet,
+    sketches: Sequence[Tensor],
+    patches: Sequence[Tensor],
+    scale: float = 1.0,
+    covariance: Covariance | None = None,
 ) -> BlindSpotUNet:
     """The denoiser that sketches `[m]` give, calibrated on noisy patches `[n, c, h, w]`; in eval mode.
 
     One of each for every size of the images, each half of the last: the patches as `shrunk` gives them, and what
-    `sketch_of` makes of them. It is one for images `scale` times as bright as these patches.
+    `sketch_of` makes of them. It is one for images `scale` times as bright as these patches, whose pixels share noise
+    by `covariance`, where these are `whitened`.
 
     The noise that it takes the pixels themselves into account by is what the patches have beside its blind guesses;
     whether it was clipped, their black and white pixels tell.
     """
     with torch.inference_mode():
         weights = [network(sketch) for sketch in sketches]
-    return calibrated_denoiser(network, weights, patches, scale)
+    return calibrated_denoiser(network, weights, patches, scale, covariance)
 
 
 def calibrated_denoiser(
-    network: PudNet, weights: Sequence[dict[str, Tensor]], patches: Sequence[Tensor], scale: float = 1.0
+    network: PudNet,
+    weights: Sequence[dict[str, Tensor]],
+    patches: Sequence[Tensor],
+    scale: float = 1.0,
+    covariance: Covariance | None = None,
 ) -> BlindSpotUNet:
     """The same of weights for every size that may come from elsewhere; of `network` how its target is made."""
     models: list[BlindSpotUNet] = []
@@ -148,11 +161,15 @@ def calibrated_denoiser(
         assert isinstance(model, BlindSpotUNet)
         guesses.append(calibrate(model, shown, own, **network.config.calibration))
         models.append(model.eval())
-    return joined(models, patches, scale, guesses[0])
+    return joined(models, patches, scale, covariance, guesses[0])
 
 
 def joined(
-    models: Sequence[BlindSpotUNet], patches: Sequence[Tensor], scale: float = 1.0, guesses: Tensor | None = None
+    models: Sequence[BlindSpotUNet],
+    patches: Sequence[Tensor],
+    scale: float = 1.0,
+    covariance: Covariance | None = None,
+    guesses: Tensor | None = None,
 ) -> BlindSpotUNet:
     """Makes one denoiser of those for every size, in the first: it learns of the noise, and gets the others as coarser.
 
@@ -160,20 +177,36 @@ def joined(
         models: In eval mode, with norm statistics that are right for the patches.
         patches: Of every size, as `shrunk` gives them.
         scale: How much brighter than these the images are.
+        covariance: How their pixels share noise, where the patches are `whitened`.
         guesses: What the first makes of the first patches without knowing of noise, where it is known.
     """
     model, coarser = models[0], models[1:]
     with torch.no_grad():
         model.set_noise(None)
+        model.set_covariance(None)
         model.set_coarse(coarser)
-        model.set_noise(*known_noise(patches[0], model(patches[0]) if guesses is None else guesses))
+        blind = model(patches[0]) if guesses is None else guesses
+        if covariance is None:
+            model.set_noise(*known_noise(patches[0], blind))
+        else:
+            model.set_noise(noise_of_whitened(patches[0], blind, covariance))
         shares = [[0.0] * model.in_chans] * len(coarser)
         for level in reversed(range(len(shares))):  # those of the sizes below come first
             shown = patches[level][:: -(-len(patches[level]) // SHARE_PATCHES)]
             shares[level] = best_shares(models[level], shown)
             model.set_shares(shares)
+    model.set_covariance(covariance)
     model.set_scale(scale)
     return model
+
+
+def whitened(patches: Sequence[Tensor]) -> tuple[list[Tensor], Covariance | None]:
+    """Patches, as `noisy_patches` gives them, with white noise; how they shared it, None where they did not."""
+    covariance = noise_covariance(patches[0])
+    if covariance is None:
+        return list(patches), None
+    whitening = Whitening(covariance).to(patches[0].device)
+    return [whitening(shown) for shown in patches], covariance
 
 
 def shrunk(patches: Sequence[Tensor]) -> list[Tensor]:

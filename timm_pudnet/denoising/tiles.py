@@ -26,7 +26,7 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1)
     A tile begins on the model's pooling grid and is read with a margin that its outermost pixels depend on; only where
     it touches the image's border does the network see a border. Beyond image and result the memory needed is that of
     one tile, whatever the image's size (where the model has networks for smaller sizes, which are run one by one, that
-    of another image more; where its `scale` is not 1 too, or with `turns`, of one or two besides).
+    of another image more; where its `scale` is not 1, it has `covariance`, or with `turns`, of one or two besides).
 
     A grey image goes through a model of three channels as three equal ones, and comes back as their mean (taken before
     what clipping moved is put back); the channels of a colour image go through a model of one channel apart.
@@ -78,7 +78,7 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1)
 
 def _denoised(model: Any, image: Tensor, tile: int) -> Tensor:
     """What a model makes of one image `[c, h, w]`; each of its sizes, where it has several, in tiles by itself."""
-    if getattr(model, 'coarser', None) is None:
+    if getattr(model, 'coarser', None) is None and getattr(model, 'whitening', None) is None:
         return _in_tiles(model, model, image, tile)
     like = next(model.parameters())
     with torch.no_grad():
@@ -88,14 +88,16 @@ def _denoised(model: Any, image: Tensor, tile: int) -> Tensor:
 
 def _by_sizes(model: Any, image: Tensor, tile: int) -> Tensor:
     """`BlindSpotUNet.by_sizes` of one image `[c, h, w]`, each size in tiles; of a grey one the mean of the channels."""
-    result = _in_tiles(model, model.fine, image, tile)
+    whitening = model.whitening
+    seen = image if whitening is None else whitening(image[None])[0]
+    result = _in_tiles(model, model.fine, seen, tile)
     if model.coarser is not None:
-        coarse = _by_sizes(model.coarser, halved(image[None])[0], tile)
+        coarse = _by_sizes(model.coarser, halved(seen[None])[0], tile)
         # Of the mean of three channels brightness is all there is.
         matrix = model.share[:1, None] if len(image) < model.in_chans else model.matrix
         planes = (result[:, None], coarse[:, None]) if len(matrix) == 1 else (result[None], coarse[None])
         add_difference(*planes, matrix)
-    return result
+    return result if whitening is None else whitening.undo(result[None], seen[None], image[None])[0]
 
 
 def _in_tiles(model: nn.Module, network: Callable[[Tensor], Tensor], image: Tensor, tile: int) -> Tensor:

@@ -10,9 +10,9 @@ upsampling (or a transposed conv in place of both), the maps of the same size be
 channels of the image. Four things are ours: images are standardised by their set, within the network; what it gives
 is added to a small blur of them, whose bands (the differences of ever stronger blurs) the last conv sees too: so it
 starts from smoothing, and can learn at once how strong that should be; and where the noise is known, the answer takes
-the noisy pixel itself into account (`denoising.posterior`), that a file has clipped it (`denoising.clipping`), and what
-networks like it make of the image at half its size and less (`denoising.scales`). The blind spot is in the training
-(`denoising.noise`), not in the network.
+the noisy pixel itself into account (`denoising.posterior`), that a file has clipped it (`denoising.clipping`), that
+neighbouring pixels share noise (`denoising.whitening`), and what networks like it make of the image at half its size
+and less (`denoising.scales`). The blind spot is in the training (`denoising.noise`), not in the network.
 
 Dimension letters: `n` images, `c` channels, `h w` height and width.
 """
@@ -34,6 +34,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from timm_pudnet.denoising.clipping import Unclip, clipped_share
 from timm_pudnet.denoising.posterior import WINDOW, Posterior
 from timm_pudnet.denoising.scales import difference_of, halved, mixed, mixing
+from timm_pudnet.denoising.whitening import Covariance, Whitening
 from timm_pudnet.target import register_architecture
 
 MOST_WHITES = 2.0  # of dark images: what is brighter (hot pixels, lamps) is cut for the network, and put back
@@ -107,9 +108,12 @@ class BlindSpotUNet(nn.Module):
         shares: Where given, there is a network like this one for images of half the size, `coarse`, and so on, one for
             each row: how much it corrects each colour component of the answer at the size above (`best_shares`). In
             training, and without `noise`, they are not used.
+        covariance: Where neighbouring pixels share noise, how (`noise_covariance`): the networks then see images in
+            which they do not, whose noise is `noise`.
 
     Before it is trained on against clean images `set_noise(None)`, or what it learns is corrected once more; and
-    `set_coarse([])`, for the networks for smaller sizes do not learn with it.
+    `set_coarse([])`, for the networks for smaller sizes do not learn with it. Without clean ones `set_covariance(None)`
+    too, since the pixels that are hidden from it would be in those around.
     """
 
     share: Tensor | None
@@ -125,6 +129,7 @@ class BlindSpotUNet(nn.Module):
         clipped: Sequence[float] | None = None,
         scale: float = 1.0,
         shares: Sequence[Sequence[float]] = (),
+        covariance: Covariance | None = None,
     ) -> None:
         super().__init__()
         if min(in_chans, width, depth) < 1:
@@ -160,6 +165,7 @@ class BlindSpotUNet(nn.Module):
         if len(shares):
             self.coarse = BlindSpotUNet(0, in_chans, width, depth, transposed, shares=shares[1:])
         self.set_shares(shares)
+        self.set_covariance(covariance)
         self.set_noise(noise, clipped)
 
     @property
@@ -182,6 +188,13 @@ class BlindSpotUNet(nn.Module):
             quarters = None if quarters is None else [[value / 4 for value in line] for line in quarters]
             coarse.posterior = None if quarters is None else Posterior(quarters, left).to(device)
             coarse = coarse.coarse
+
+    def set_covariance(self, covariance: Covariance | None) -> None:
+        """Puts another `covariance` in place, or none; it is saved with the model."""
+        if covariance is not None and len(covariance) != self.in_chans:
+            raise ValueError(f'covariance must be of {self.in_chans} channels, got {len(covariance)}')
+        self.whitening = None if covariance is None else Whitening(covariance).to(self.output.weight.device)
+        self._remember(covariance=covariance)
 
     def set_scale(self, scale: float) -> None:
         """Puts another `scale` in place; it is saved with the model."""
@@ -271,10 +284,11 @@ class BlindSpotUNet(nn.Module):
 
     def by_sizes(self, x: Tensor) -> Tensor:
         """Denoised images of noisy ones whose white is 1, by all sizes together."""
-        answers = self.fine(x)
+        seen = x if self.whitening is None else self.whitening(x)
+        answers = self.fine(seen)
         if (coarser := self.coarser) is not None:
-            answers = answers + mixed(difference_of(answers, coarser.by_sizes(halved(x))), self.matrix)
-        return answers
+            answers = answers + mixed(difference_of(answers, coarser.by_sizes(halved(seen))), self.matrix)
+        return answers if self.whitening is None else self.whitening.undo(answers, seen, x)
 
     @property
     def coarser(self) -> BlindSpotUNet | None:

@@ -1,0 +1,233 @@
+"""Noise that neighbouring pixels share is made independent before an image is denoised, and shared again after.
+
+A blind-spot network guesses a pixel's noise too where the neighbours tell it: cameras interpolate colours, JPEG drops
+fine patterns, resizing blurs. Of smooth places the spectrum of such noise can be measured. A filter with the inverse of
+its root makes the noise white, as that of training; what the network takes for noise then goes through a filter with
+the root itself, and is taken from the image. Where noise has next to nothing of a frequency, no filter can make it
+white, and the neighbours would tell all of it; so a little white noise is added first, which is removed with the rest.
+
+Dimension letters: `n` images, `c` channels or colour components, `h w` height and width, `q` squares, `l` lags.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timm_pudnet.denoising.posterior import CONSTANT, colour_components, estimate_noise
+
+Covariance = Sequence[Sequence[Sequence[float]]]
+
+SIDE = 12  # pixels of a square whose spectrum is looked at
+STRIDE = 4  # pixels from one to the next
+LOWEST = 3  # half waves in a square: what is coarser is told by what is not
+CUT = 0.1  # share of black and white pixels, whose noise was cut off, from which on a square is not looked at
+SMOOTHEST = 0.02, 2.42  # share of the squares of one brightness that are taken to hold noise alone; how many standard
+SMOOTH = 0.1, 1.755  # deviations their mean is below that of all squares of noise; more of them, where they are alike
+LEAST = 16  # squares of such
+FEWEST = 400  # squares, of which some are smooth
+MOST_PARTS = 8  # brightnesses apart
+ROUNDS = 4
+FLAT = 0.82  # flatness of a spectrum from which on noise is white as it is
+UNLIKE = 2.0  # ratio of energies of the smoothest squares: from there on they hold texture
+MOST_COARSER = 1.5  # times the variance of what is told, that coarser noise may have
+LAGS = 7  # pixels, own one included, over which noise is shared
+REACH = 5  # pixels of the filters, in each direction
+FLOOR = 0.02  # variance of the white noise that is added, of that of the coarsest noise
+PERIOD = 128  # pixels after which the noise that is added comes again
+ROWS = 256  # of an image, that are filtered at once
+STRONGER = 1.25  # than the finest patterns of whitened images tell, whose noise is half what was added; set by hand
+
+
+class Whitening(nn.Module):
+    """Filters that make noise white, and undo that.
+
+    Args:
+        covariance: For each colour component that of the noise of two pixels, `[l, l]`, by how many rows and columns
+            they are apart (`noise_covariance`); all zero where its noise is white as it is.
+    """
+
+    before: Tensor
+    after: Tensor
+    added: Tensor
+    components: Tensor
+    shares: Tensor
+
+    def __init__(self, covariance: Covariance) -> None:
+        super().__init__()
+        lags = torch.tensor(covariance, dtype=torch.float64, device='cpu')
+        if lags.ndim != 3 or lags.shape[1] != lags.shape[2] or not lags.isfinite().all():
+            shape = list(lags.shape)
+            raise ValueError(f'covariance must be a square of finite numbers for each channel, got shape {shape}')
+        spectrum = _spectrum(lags)
+        coarsest = spectrum[:, :1, :1].clamp_min(0)
+        spectrum = spectrum.clamp_min(0) + FLOOR * coarsest
+        root = torch.where(coarsest > 0, (spectrum / spectrum[:, :1, :1].clamp_min(1e-30)).sqrt(), 1.0)
+        for name, response in (('before', 1 / root), ('after', root)):
+            self.register_buffer(name, _kernels(response).float(), persistent=False)
+        # Of what noise has in the end, by what it has when white.
+        shares = torch.where(coarsest > 0, lags[:, :1, :1] / spectrum[:, :1, :1].clamp_min(1e-30), 1.0)
+        self.register_buffer('shares', shares.float(), persistent=False)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(len(lags), PERIOD, PERIOD, generator=generator, dtype=torch.float64, device='cpu')
+        self.register_buffer('components', colour_components(len(lags)), persistent=False)
+        self.register_buffer('added', (noise * (FLOOR * coarsest).sqrt()).float(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `[n, c, h, w]` whose noise is white; of one channel for several components brightness alone."""
+        result = torch.empty_like(images)
+        for rows, strip in self._filtered(lambda rows: self._noisier(images, rows), images, self.before):
+            result[..., rows, :] = strip
+        return result
+
+    def undo(self, answers: Tensor, whitened: Tensor, images: Tensor) -> Tensor:
+        """`images` without the noise that `answers` lack beside `whitened`, which is what `forward` made of them."""
+        result = torch.empty_like(images)
+        noise = self._filtered(lambda rows: whitened[..., rows, :] - answers[..., rows, :], images, self.after)
+        for rows, strip in noise:
+            result[..., rows, :] = self._noisier(images, rows) - strip
+        return result
+
+    def _noisier(self, images: Tensor, rows: slice) -> Tensor:
+        """Rows of images `[n, c, h, w]` and of the noise that is added to them, the same for all."""
+        count, width = len(self.added), images.shape[3]
+        places = torch.arange(rows.start, rows.stop, device=self.added.device) % PERIOD
+        noise = self.added[:, places].repeat(1, 1, -(-width // PERIOD))[..., :width].to(images)
+        if images.shape[1] == count:
+            noise = torch.einsum('kc,khw->chw', self.components.to(images), noise)
+        else:
+            noise = noise[:1] / math.sqrt(count)
+        return images[..., rows, :] + noise
+
+    def _filtered(
+        self, part: Callable[[slice], Tensor], like: Tensor, kernels: Tensor
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Strip by strip what `part` gives of images, filtered; beyond the border are the pixels at it."""
+        height = like.shape[2]
+        alone = like.shape[1] != len(kernels)
+        weight = kernels[:1, None]
+        if not alone:
+            weight = torch.einsum('kd,kij,kc->dcij', self.components, kernels, self.components)
+        weight = weight.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
+        for top in range(0, height, ROWS):
+            bottom = min(top + ROWS, height)
+            rows = slice(max(top - REACH, 0), min(bottom + REACH, height))
+            with torch.autocast(like.device.type, enabled=False):
+                strip = part(rows).to(weight.dtype)
+                strip = strip.flatten(0, 1)[:, None] if alone else strip
+                missing = (REACH, REACH, REACH - (top - rows.start), REACH - (rows.stop - bottom))
+                strip = F.conv2d(F.pad(strip, missing, mode='replicate'), weight)
+            yield slice(top, bottom), strip.view(*like.shape[:2], bottom - top, like.shape[3]).to(like.dtype)
+
+
+def noise_covariance(noisy: Tensor) -> list[list[list[float]]] | None:
+    """How neighbouring pixels share noise, for `Whitening`; None where that cannot be told from white noise.
+
+    The cosine transform of squares of 12x12 pixels is looked at. Squares are sorted by how bright they are; among those
+    of one brightness the fiftieth of least energy is taken to be smooth, so that it holds noise alone. Energy is
+    relative to the spectrum of what is taken, which is found so in some rounds. Where even the energies of these differ
+    by more than those of noise can, they hold texture (small images without noise, for instance), and nothing is told.
+    Where noise turns out not to be white, and a tenth is as smooth, that tells more exactly how it is shared.
+
+    Args:
+        noisy: `[n, c, h, w]`, black 0 and white 1.
+    """
+    if min(noisy.shape[2:]) < SIDE:
+        return None
+    place = torch.arange(SIDE)
+    waves = torch.cos((2 * place + 1) * place[:, None] * math.pi / (2 * SIDE)) * math.sqrt(2 / SIDE)
+    waves[0] /= math.sqrt(2)
+    waves = waves.to(noisy)
+    cut = ((noisy == 0) | (noisy == 1)).to(noisy).mean(1)
+    lit = cut.unfold(1, SIDE, STRIDE).unfold(2, SIDE, STRIDE).flatten(0, 2).mean((1, 2)) <= CUT
+    seen: list[tuple[Tensor, Tensor]] = []
+    for component in colour_components(noisy.shape[1]).to(noisy):
+        plane = torch.einsum('c,nchw->nhw', component, noisy)
+        squares = plane.unfold(1, SIDE, STRIDE).unfold(2, SIDE, STRIDE).flatten(0, 2)
+        squares = squares[lit & (squares.amax((1, 2)) - squares.amin((1, 2)) > CONSTANT)]
+        seen.append(((waves @ squares @ waves.t()).square(), squares.mean((1, 2))))
+    spectra = [_smoothest(energies, levels, *SMOOTHEST) for energies, levels in seen]
+    if spectra[0] is None or not any(spectrum is not None and _flatness(spectrum) < FLAT for spectrum in spectra):
+        return None  # where brightness tells nothing, what colours seem to tell is texture too
+    none = torch.zeros(LAGS, LAGS)
+    for number, (energies, levels) in enumerate(seen):
+        if spectra[number] is not None and (wider := _smoothest(energies, levels, *SMOOTH)) is not None:
+            spectra[number] = wider
+    return [(none if spectrum is None else _covariance(spectrum)).tolist() for spectrum in spectra]
+
+
+def noise_of_whitened(whitened: Tensor, guesses: Tensor, covariance: Covariance) -> list[list[float]]:
+    """`noise` of a `BlindSpotUNet`, from images `[n, c, h, w]` that were made white, and blind guesses of them."""
+    spectra = _spectrum(torch.tensor(covariance)).clamp_min(1e-12)
+    stronger = [STRONGER if _flatness(spectrum) < FLAT else 1.0 for spectrum in spectra]
+    noise = estimate_noise(whitened, guesses)
+    return [[value * factor for value in line] for line, factor in zip(noise, stronger, strict=True)]
+
+
+def _smoothest(energies: Tensor, levels: Tensor, share: float, below: float) -> Tensor | None:
+    """The spectrum `[SIDE, SIDE]` of noise, from energies of squares' patterns `[q, SIDE, SIDE]` and their brightness.
+
+    None where nothing is told of it.
+    """
+    if len(energies) < FEWEST:
+        return None
+    parts = max(1, min(MOST_PARTS, int(len(energies) * share) // LEAST))
+    by_level = [energies[part] for part in levels.argsort().tensor_split(parts)]
+    waves = torch.arange(SIDE, device=levels.device)
+    height = (waves[:, None] ** 2 + waves**2).sqrt()
+    told, lowest = height >= LOWEST, (height >= LOWEST) & (height < LOWEST + 1.5)
+    next_lowest = (height >= LOWEST + 1.5) & (height < LOWEST + 3.5)
+    spectrum = torch.ones_like(energies[0])
+    for _ in range(ROUNDS):
+        shapes, sizes, unlike = [], [], []
+        for own in by_level:
+            size, order = (own / spectrum)[:, told].mean(1).sort()
+            few = max(LEAST, int(share * len(own)))
+            unlike.append(size[min(2 * few, len(size) - 1)] / size[few // 4])
+            sizes.append(size[:few].mean())
+            shapes.append(own[order[:few]].mean(0) / sizes[-1])
+        spectrum = torch.stack(shapes).mean(0).clamp_min(1e-6)
+        # Slopes and texture are coarse: how much of the noise is, is told by how it grows towards that.
+        here, there = (spectrum[ring].mean().log() for ring in (lowest, next_lowest))
+        slope = (here - there) / (height[next_lowest].square().mean() - height[lowest].square().mean())
+        more = (slope * (height[lowest].square().mean() - height.square())).clamp(0, math.log(MOST_COARSER))
+        spectrum = torch.where(told, spectrum, (here + more).exp())
+    if not float(torch.stack(unlike).mean()) < UNLIKE:
+        return None
+    return spectrum * torch.stack(sizes).mean() / (1 - below * math.sqrt(2 / int(told.sum())))
+
+
+def _flatness(spectrum: Tensor) -> float:
+    """Its geometric over its arithmetic mean: the share of a pixel's noise that neighbours do not tell (Kolmogorov)."""
+    return float(spectrum.log().mean().exp() / spectrum.mean())
+
+
+def _covariance(spectrum: Tensor) -> Tensor:
+    """Of a spectrum `[SIDE, SIDE]` the covariances at `[l, l]` lags, which fade out where nothing is told any more."""
+    places = torch.arange(2 * SIDE, device=spectrum.device)
+    places = torch.minimum(places, 2 * SIDE - places).clamp(max=SIDE - 1)
+    lags = torch.fft.ifft2(spectrum[places][:, places]).real[:LAGS, :LAGS]
+    fade = 0.5 + 0.5 * torch.cos(math.pi * torch.arange(LAGS, device=spectrum.device) / LAGS)
+    return lags * fade[:, None] * fade
+
+
+def _spectrum(lags: Tensor) -> Tensor:
+    """The spectrum `[c, 2 SIDE, 2 SIDE]` of covariances `[c, l, l]`, which are the same in all four directions."""
+    size, count = 2 * SIDE, lags.shape[1]
+    whole = lags.new_zeros(len(lags), size, size)
+    whole[:, :count, :count] = lags
+    whole[:, -count + 1 :, :] = whole[:, 1:count, :].flip(1)
+    whole[:, :, -count + 1 :] = whole[:, :, 1:count].flip(2)
+    return torch.fft.fft2(whole).real
+
+
+def _kernels(response: Tensor) -> Tensor:
+    """Filters `[c, 2 REACH + 1, 2 REACH + 1]` with about these responses, that leave constant images as they are."""
+    middle = response.shape[1] // 2
+    rows = slice(middle - REACH, middle + REACH + 1)
+    kernels = torch.fft.fftshift(torch.fft.ifft2(response).real, dim=(1, 2))[:, rows, rows]
+    return kernels / kernels.sum((1, 2), keepdim=True)
