@@ -149,6 +149,8 @@ def main(
     control = None if plain is None else timm.create_model(f'local-dir:{plain}', pretrained=True).eval()
     clean, elsewhere = pictures(folder, count), pictures(other, count) if other else []
     if kind == 'camera':
+        if len(clean[0]) != 3:
+            raise click.UsageError('--kind camera is of images in colour')
         clean, elsewhere = ([demosaiced(image) for image in images] for images in (clean, elsewhere))
     spread = float(torch.cat([image.flatten() for image in clean]).std())
     result: dict[str, Any] = {
@@ -257,8 +259,8 @@ def measure(
     jpeg: bool,
 ) -> dict[str, Any]:
     """PSNR and SSIM of every arm, means over images, and gains of the predicted denoiser over the others."""
-    seconds, predicted, patches, covariance = timed_prediction(network, noisy)
-    other_patches, other_covariance = patches_of(network, noisier)
+    seconds, predicted, patches, shared = timed_prediction(network, noisy)
+    other_patches, other_shared = patches_of(network, noisier)
     other_sketches = sketches_of(network, other_patches, len(patches))
     blind, one_size = copy.deepcopy(predicted), copy.deepcopy(predicted)
     blind.posterior = None
@@ -267,16 +269,16 @@ def measure(
         'predicted': predicted,
         'predicted, blind': blind,
         'predicted, one size': one_size,
-        'sketch of another sigma': denoiser_of(network, other_sketches, patches, covariance=covariance),
-        'predicted for another sigma': denoiser_of(network, other_sketches, other_patches, covariance=other_covariance),
+        'sketch of another sigma': denoiser_of(network, other_sketches, patches, shared=shared),
+        'predicted for another sigma': denoiser_of(network, other_sketches, other_patches, shared=other_shared),
     }
-    if covariance is not None:
+    if shared is not None:
         as_they_are = plain_patches_of(network, noisy)
         sketches = sketches_of(network, as_they_are, len(as_they_are))
         models['predicted, as if white'] = denoiser_of(network, sketches, as_they_are)
     if elsewhere:
         sketches = sketches_of(network, patches_of(network, elsewhere)[0], len(patches))
-        models['sketch of another set'] = denoiser_of(network, sketches, patches, covariance=covariance)
+        models['sketch of another set'] = denoiser_of(network, sketches, patches, shared=shared)
     arms: dict[str, Callable[[Tensor], Tensor]] = {'noisy': lambda image: image}
     # By the true strength; that of photons grows with their number.
     strengths, unclip = {}, Unclip([0.0, 2 * sigma**2] if kind == 'poisson' else [sigma**2, sigma**2])
@@ -306,14 +308,14 @@ def measure(
     for name, arm in arms.items():
         add(name, arm)
     if control is not None:
-        as_it_is = joined([copy.deepcopy(control) for _ in patches], patches, covariance=covariance)
+        as_it_is = joined([copy.deepcopy(control) for _ in patches], patches, shared=shared)
         add('plain, its own statistics', lambda image: denoise(as_it_is, image, turns=turns))
         weights = [control.state_dict()] * len(patches)
-        for name, shown, shared in (
-            ('plain, calibrated', patches, covariance),
-            ('plain, calibrated for another sigma', other_patches, other_covariance),
+        for name, shown, its in (
+            ('plain, calibrated', patches, shared),
+            ('plain, calibrated for another sigma', other_patches, other_shared),
         ):
-            calibrated = calibrated_denoiser(network, weights, shown, covariance=shared)
+            calibrated = calibrated_denoiser(network, weights, shown, shared=its)
             add(name, lambda image, model=calibrated: denoise(model, image, turns=turns))
     gains = {
         name: mean_interval([a - b for a, b in zip(table['psnr']['predicted'], values, strict=True)])
@@ -326,8 +328,8 @@ def measure(
 
 def patches_of(network: PudNet, images: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
     """Patches of noisy images in memory, of every size, their noise made white; how pixels shared it."""
-    patches, covariance = whitened(noisy_patches(images, *network.config.input.input_size[:2]))
-    return shrunk(patches), covariance
+    patches, shared = whitened(noisy_patches(images, *network.config.input.input_size[:2]))
+    return shrunk(patches), shared
 
 
 def plain_patches_of(network: PudNet, images: Sequence[Tensor]) -> list[Tensor]:
@@ -342,14 +344,14 @@ def sketches_of(network: PudNet, patches: Sequence[Tensor], sizes: int) -> list[
 
 
 def timed_prediction(network: PudNet, noisy: list[Tensor]) -> tuple[float, nn.Module, list[Tensor], Any]:
-    """Seconds of predicting a denoiser for images in memory, the second time; it; patches and covariance it is from."""
+    """Seconds of predicting a denoiser for images in memory, the second time; it; patches and shared noise it is from."""
     for _ in range(2):
         started = time.perf_counter()
-        patches, covariance = patches_of(network, noisy)
+        patches, shared = patches_of(network, noisy)
         sketches = sketches_of(network, patches, len(patches))
-        predicted = denoiser_of(network, sketches, patches, covariance=covariance)
+        predicted = denoiser_of(network, sketches, patches, shared=shared)
         seconds = time.perf_counter() - started
-    return seconds, predicted, patches, covariance
+    return seconds, predicted, patches, shared
 
 
 def blurred(image: Tensor, sigma: float, strength: float) -> Tensor:

@@ -241,7 +241,8 @@ def denoiser_rows(folder: str, result: dict[str, Any], scratch: list[dict[str, A
             f'[{folder}]({folder}/README.md)',
             f'{protocol}, {result["images"]}{", 4 turned copies" * (result.get("turns") == 4)}'
             f'{", photons" * (result.get("kind") == "poisson")}{", clipped" * result.get("clipped", False)}'
-            f'{", JPEG" * ("jpeg" in result)}',
+            f'{", camera" * (result.get("kind") == "camera")}'
+            + (f', JPEG {result["jpeg"]}' if 'jpeg' in result else ''),
             f'{one["sigma"]:.3g} {one["reading"]} ({one["absolute"]:.3f})',
             cell(found['noisy']),
             *(classical(found, name) for name in ('gaussian filter', 'non-local means')),

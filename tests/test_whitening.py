@@ -10,9 +10,19 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import timm_pudnet
-from timm_pudnet.denoising import add_noise, denoise, predict_denoiser, psnr, whitening
+from timm_pudnet.denoising import (
+    add_noise,
+    denoise,
+    denoiser_of,
+    noisy_patches,
+    predict_denoiser,
+    psnr,
+    shrunk,
+    sketch_of,
+    whitening,
+)
 from timm_pudnet.denoising.posterior import colour_components
-from timm_pudnet.denoising.whitening import FLOOR, LAGS, Whitening, noise_covariance
+from timm_pudnet.denoising.whitening import FLOOR, LAGS, Whitening, shared_noise
 
 SMALL = {'width': 4, 'depth': 2}
 NOISE = [[0.01, 0.03], [0.02, 0.02], [0.01, 0.02]]
@@ -96,10 +106,11 @@ class TestWhitening:
 
     @pytest.mark.parametrize('size', [(1, 1), (5, 3), (300, 7), (37, 290)])
     def test_strips_are_the_whole_at_any_size(self, size, monkeypatch):
-        model, images = Whitening(true_covariance(0.1).tolist()), torch.rand(2, 3, *size, dtype=torch.float64)
+        model = Whitening(true_covariance(0.1).tolist()).double()
+        images = torch.rand(2, 3, *size, dtype=torch.float64)
         whole = model(images), model.undo(images / 2, images, images)
         assert whole[0].shape == images.shape
-        monkeypatch.setattr(whitening, 'ROWS', 16)
+        monkeypatch.setattr(whitening, 'PIXELS', 16 * size[1])
         assert_close((model(images), model.undo(images / 2, images, images)), whole)
 
     def test_a_grey_image_is_one_of_three_equal_channels(self):
@@ -113,10 +124,20 @@ class TestWhitening:
         assert model(images.half()).dtype == torch.float16
         assert_close(model(images.half()).float(), model(images.half().float()), atol=4e-3, rtol=0)
 
-    @pytest.mark.parametrize('wrong', [[[0.1]], [[[0.1, 0.2]]], [[[float('nan')]]]])
+    def test_under_autocast_it_is_what_it_is_without(self):
+        model, images = Whitening(true_covariance(0.1).tolist()), torch.rand(1, 3, 30, 30)
+        wanted = model(images), model.undo(images / 2, images, images)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            assert_close((model(images), model.undo(images / 2, images, images)), wanted)
+
+    @pytest.mark.parametrize('wrong', [[[0.1]], [[[0.1]]], [[[0.1, 0.2]]], torch.zeros(1, 13, 13).tolist()], ids=str)
     def test_what_is_no_covariance_is_refused(self, wrong):
-        with pytest.raises(ValueError, match='covariance must be a square of finite numbers for each channel'):
+        with pytest.raises(ValueError, match=r'covariance must be \[c, l, l\] with l from 2 to 12, got'):
             Whitening(wrong)
+
+    def test_numbers_that_are_not_finite_are_refused(self):
+        with pytest.raises(ValueError, match='covariance holds numbers that are not finite'):
+            Whitening(torch.full((1, 3, 3), torch.nan).tolist())
 
 
 class TestCovariance:
@@ -124,7 +145,7 @@ class TestCovariance:
     def test_it_is_told_by_smooth_places(self, sigma):
         clean = slopes(16, 64)
         clean[:8] += 0.2 * torch.rand(8, 1, 64, 64, generator=generator(4)) - 0.1  # half of them with texture
-        found = torch.tensor(noise_covariance(shared(clean, sigma)))
+        found = torch.tensor(shared_noise([shared(clean, sigma)]).covariance)
         wanted = true_covariance(sigma)
         for lag in ((0, 0), (0, 1), (1, 1), (1, 0)):
             # It fades towards the last lag, and the squares taken are those of least noise.
@@ -135,25 +156,46 @@ class TestCovariance:
     @pytest.mark.parametrize('sigma', [0.02, 0.1, 0.5])
     def test_white_noise_is_seen_to_be_white(self, kind, clipped, sigma):
         noisy = add_noise(slopes(16, 64), kind, sigma, generator())
-        assert noise_covariance(noisy.clamp(0, 1).mul(255).round() / 255 if clipped else noisy) is None
+        assert shared_noise([noisy.clamp(0, 1).mul(255).round() / 255 if clipped else noisy]) is None
 
     def test_texture_without_noise_is_none(self):
         blurred = F.avg_pool2d(torch.rand(16, 3, 66, 66, generator=generator()), 3, 1)
         strength = torch.linspace(0.01, 1, 16)[torch.randperm(16, generator=generator())].view(-1, 1, 1, 1)
         noisy = 0.5 + strength * (blurred - 0.5)
-        assert noise_covariance(noisy) is None
+        assert shared_noise([noisy]) is None
 
     @pytest.mark.parametrize('images', [torch.full((4, 3, 64, 64), 0.5), torch.rand(4, 3, 11, 64)], ids=['flat', 'low'])
     def test_of_what_has_no_squares_nothing_is_told(self, images):
-        assert noise_covariance(images) is None
+        assert shared_noise([images]) is None
 
     def test_where_files_cut_noise_off_everywhere_nothing_is_told(self):
         clean = torch.full((16, 3, 64, 64), 0.02)
-        assert noise_covariance(shared(clean, 0.05)) is not None
-        assert noise_covariance(shared(clean, 0.05).clamp(0, 1)) is None
+        assert shared_noise([shared(clean, 0.05)]) is not None
+        assert shared_noise([shared(clean, 0.05).clamp(0, 1)]) is None
 
     def test_one_channel_has_one(self):
-        assert len(noise_covariance(shared(slopes(16, 64)[:, :1], 0.1))) == 1
+        found = shared_noise([shared(slopes(16, 64)[:, :1], 0.1)])
+        assert (len(found.covariance), len(found.noise)) == (1, 1)
+
+    def test_noise_that_grows_with_brightness_is_told_to(self):
+        clean = slopes(16, 64)
+        found = shared_noise([clean + shared(torch.zeros_like(clean), 0.2) * clean.mean(1, keepdim=True).sqrt()])
+        for black, white in found.noise:
+            assert black < 0.25 * white
+        for black, white in shared_noise([shared(clean, 0.1)]).noise:
+            assert black == pytest.approx(white, rel=0.5)
+
+    def test_larger_patches_are_looked_at_where_there_are_few(self):
+        image = shared(slopes(1, 127), 0.1)
+        assert shared_noise([image[..., :64, :64]]) is None
+        assert shared_noise([image[..., :64, :64], image]) is not None
+
+    def test_a_frame_of_one_grey_hides_nothing(self):
+        noisy = shared(slopes(16, 64), 0.1)
+        framed = noisy.clone()
+        framed[..., :28, :] = 0.5
+        found, wanted = (torch.tensor(shared_noise([images]).covariance)[:, 0, 0] for images in (framed, noisy))
+        assert found.tolist() == pytest.approx(wanted.tolist(), rel=0.3)
 
 
 class TestDenoiser:
@@ -163,7 +205,7 @@ class TestDenoiser:
     @pytest.mark.parametrize('size', [(150, 203), (151, 30), (41, 300)])
     @pytest.mark.parametrize('kwargs', [{}, {'scale': 0.1}, {'shares': ()}, {'in_chans': 1}], ids=str)
     def test_tiles_are_the_whole_image(self, size, kwargs, monkeypatch):
-        monkeypatch.setattr(whitening, 'ROWS', 64)
+        monkeypatch.setattr(whitening, 'PIXELS', 64 * size[1])
         channels = kwargs.get('in_chans', 3)
         kwargs = {'shares': [row[:channels] for row in SHARES], **kwargs}
         model = unet(noise=NOISE[:channels], covariance=self.covariance(channels), **kwargs).double()
@@ -178,6 +220,22 @@ class TestDenoiser:
         white.load_state_dict(model.state_dict())
         seen = model.whitening(image)
         assert_close(model(image), model.whitening.undo(white(seen), seen, image))
+        assert_close(model.forward_features(image), white.forward_features(seen))
+
+    def test_smaller_sizes_see_what_is_white_already(self):
+        model, smaller = (unet(noise=NOISE, covariance=self.covariance()) for _ in range(2))
+        model.set_coarse([smaller])
+        assert smaller.whitening is None
+        assert model.whitening is not None
+
+    def test_a_grey_image_in_tiles_is_one_of_three_equal_channels(self):
+        lags = true_covariance(0.1).clone()
+        lags[1:] = 0
+        model = unet(noise=NOISE, shares=SHARES, covariance=lags.tolist()).double()
+        image = torch.rand(1, 100, 75, dtype=torch.float64)
+        with torch.no_grad():
+            whole = model(image.expand(1, 3, -1, -1))[0].mean(0, keepdim=True)
+        assert_close(denoise(model, image, tile=40), whole, atol=1e-7, rtol=0)
 
     def test_covariance_of_other_channels_is_refused(self):
         model = unet(covariance=self.covariance())
@@ -201,9 +259,11 @@ class TestPredicted:
         model = predict_denoiser(noisy, device='cpu')
         found = torch.stack([denoise(model, image) for image in noisy])
         assert psnr(found, clean).mean() > psnr(noisy, clean).mean() + 8
-        model.set_covariance(None)
+        network = timm_pudnet.load_hypernet('blindspot_unet')
+        patches = shrunk(noisy_patches(noisy, 3, 64))
+        model = denoiser_of(network, [sketch_of(network, part) for part in patches], patches)
         as_if_white = torch.stack([denoise(model, image) for image in noisy])
-        assert psnr(as_if_white, clean).mean() < psnr(found, clean).mean() - 2
+        assert psnr(as_if_white, clean).mean() < psnr(found, clean).mean() - 5
 
     def test_its_strength_is_told_as_the_images_have_it(self):
         model = predict_denoiser(shared(slopes(4, 160), 0.08), device='cpu')

@@ -104,7 +104,7 @@ def denoise(
         if model.whitening is not None:
             click.echo(
                 f'           {whose}neighbouring pixels share it, as where a camera interpolates colours, or a file is '
-                'resized or compressed: that is undone first'
+                'resized or compressed: that is allowed for'
             )
         if max(noise) < HARDLY_ANY:
             warnings.warn(

@@ -21,9 +21,10 @@ from timm_pudnet.adapt import calibrate
 from timm_pudnet.config import InputError, PudNetWarning
 from timm_pudnet.denoising.clipping import known_noise
 from timm_pudnet.denoising.pictures import check_range, check_whites, list_pictures, read_picture, white_of
+from timm_pudnet.denoising.posterior import estimate_noise
 from timm_pudnet.denoising.scales import best_shares, halved
 from timm_pudnet.denoising.unet import MOST_WHITES, BlindSpotUNet
-from timm_pudnet.denoising.whitening import Covariance, Whitening, noise_covariance, noise_of_whitened
+from timm_pudnet.denoising.whitening import SharedNoise, Whitening, shared_noise
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, on_device, own_defaults, usable_device
 from timm_pudnet.images import to_bchw
@@ -87,9 +88,9 @@ def predict_denoiser(
     _check_black(patches[0])
     scale = white_used(patches[0])
     patches = [shown / scale if scale >= 1 else (shown / scale).clamp(max=MOST_WHITES) for shown in patches]
-    patches, covariance = whitened(patches)
+    patches, shared = whitened(patches)
     patches = shrunk(patches)
-    return denoiser_of(network, [sketch_of(network, shown) for shown in patches], patches, scale, covariance)
+    return denoiser_of(network, [sketch_of(network, shown) for shown in patches], patches, scale, shared)
 
 
 def white_used(pixels: Tensor) -> float:
@@ -130,20 +131,20 @@ def denoiser_of(
     sketches: Sequence[Tensor],
     patches: Sequence[Tensor],
     scale: float = 1.0,
-    covariance: Covariance | None = None,
+    shared: SharedNoise | None = None,
 ) -> BlindSpotUNet:
     """The denoiser that sketches `[m]` give, calibrated on noisy patches `[n, c, h, w]`; in eval mode.
 
     One of each for every size of the images, each half of the last: the patches as `shrunk` gives them, and what
-    `sketch_of` makes of them. It is one for images `scale` times as bright as these patches, whose pixels share noise
-    by `covariance`, where these are `whitened`.
+    `sketch_of` makes of them. It is one for images `scale` times as bright as these patches.
 
     The noise that it takes the pixels themselves into account by is what the patches have beside its blind guesses;
-    whether it was clipped, their black and white pixels tell.
+    whether it was clipped, their black and white pixels tell. Of images whose pixels share noise the patches are
+    `whitened`, and `shared` is what their noise was and is.
     """
     with torch.inference_mode():
         weights = [network(sketch) for sketch in sketches]
-    return calibrated_denoiser(network, weights, patches, scale, covariance)
+    return calibrated_denoiser(network, weights, patches, scale, shared)
 
 
 def calibrated_denoiser(
@@ -151,7 +152,7 @@ def calibrated_denoiser(
     weights: Sequence[dict[str, Tensor]],
     patches: Sequence[Tensor],
     scale: float = 1.0,
-    covariance: Covariance | None = None,
+    shared: SharedNoise | None = None,
 ) -> BlindSpotUNet:
     """The same of weights for every size that may come from elsewhere; of `network` how its target is made."""
     models: list[BlindSpotUNet] = []
@@ -161,14 +162,14 @@ def calibrated_denoiser(
         assert isinstance(model, BlindSpotUNet)
         guesses.append(calibrate(model, shown, own, **network.config.calibration))
         models.append(model.eval())
-    return joined(models, patches, scale, covariance, guesses[0])
+    return joined(models, patches, scale, shared, guesses[0])
 
 
 def joined(
     models: Sequence[BlindSpotUNet],
     patches: Sequence[Tensor],
     scale: float = 1.0,
-    covariance: Covariance | None = None,
+    shared: SharedNoise | None = None,
     guesses: Tensor | None = None,
 ) -> BlindSpotUNet:
     """Makes one denoiser of those for every size, in the first: it learns of the noise, and gets the others as coarser.
@@ -177,7 +178,7 @@ def joined(
         models: In eval mode, with norm statistics that are right for the patches.
         patches: Of every size, as `shrunk` gives them.
         scale: How much brighter than these the images are.
-        covariance: How their pixels share noise, where the patches are `whitened`.
+        shared: How their pixels share noise, where the patches are `whitened`.
         guesses: What the first makes of the first patches without knowing of noise, where it is known.
     """
     model, coarser = models[0], models[1:]
@@ -186,27 +187,28 @@ def joined(
         model.set_covariance(None)
         model.set_coarse(coarser)
         blind = model(patches[0]) if guesses is None else guesses
-        if covariance is None:
+        if shared is None:
             model.set_noise(*known_noise(patches[0], blind))
         else:
-            model.set_noise(noise_of_whitened(patches[0], blind, covariance))
+            told = zip(shared.noise, estimate_noise(patches[0], blind), strict=True)
+            model.set_noise([estimate if own is None else own for own, estimate in told])
         shares = [[0.0] * model.in_chans] * len(coarser)
         for level in reversed(range(len(shares))):  # those of the sizes below come first
             shown = patches[level][:: -(-len(patches[level]) // SHARE_PATCHES)]
             shares[level] = best_shares(models[level], shown)
             model.set_shares(shares)
-    model.set_covariance(covariance)
+    model.set_covariance(None if shared is None else shared.covariance)
     model.set_scale(scale)
     return model
 
 
-def whitened(patches: Sequence[Tensor]) -> tuple[list[Tensor], Covariance | None]:
+def whitened(patches: Sequence[Tensor]) -> tuple[list[Tensor], SharedNoise | None]:
     """Patches, as `noisy_patches` gives them, with white noise; how they shared it, None where they did not."""
-    covariance = noise_covariance(patches[0])
-    if covariance is None:
+    shared = shared_noise(patches)
+    if shared is None:
         return list(patches), None
-    whitening = Whitening(covariance).to(patches[0].device)
-    return [whitening(shown) for shown in patches], covariance
+    whitening = Whitening(shared.covariance).to(patches[0].device)
+    return [whitening(shown) for shown in patches], shared
 
 
 def shrunk(patches: Sequence[Tensor]) -> list[Tensor]:

@@ -108,8 +108,8 @@ class BlindSpotUNet(nn.Module):
         shares: Where given, there is a network like this one for images of half the size, `coarse`, and so on, one for
             each row: how much it corrects each colour component of the answer at the size above (`best_shares`). In
             training, and without `noise`, they are not used.
-        covariance: Where neighbouring pixels share noise, how (`noise_covariance`): the networks then see images in
-            which they do not, whose noise is `noise`.
+        covariance: Where neighbouring pixels share noise, how (`SharedNoise`): the networks then see images in which
+            they do not, of which `noise` and the norm statistics are.
 
     Before it is trained on against clean images `set_noise(None)`, or what it learns is corrected once more; and
     `set_coarse([])`, for the networks for smaller sizes do not learn with it. Without clean ones `set_covariance(None)`
@@ -190,7 +190,7 @@ class BlindSpotUNet(nn.Module):
             coarse = coarse.coarse
 
     def set_covariance(self, covariance: Covariance | None) -> None:
-        """Puts another `covariance` in place, or none; it is saved with the model."""
+        """Puts another `covariance` in place, or none; `noise` and norm statistics stay those of the one before."""
         if covariance is not None and len(covariance) != self.in_chans:
             raise ValueError(f'covariance must be of {self.in_chans} channels, got {len(covariance)}')
         self.whitening = None if covariance is None else Whitening(covariance).to(self.output.weight.device)
@@ -207,6 +207,7 @@ class BlindSpotUNet(nn.Module):
         """Puts networks like this one in place, for half the size, a quarter, ..., or none; `set_shares` comes next."""
         above = self
         for network in networks:
+            network.set_covariance(None)  # what they see is white already
             above.coarse = network
             above = network
         above.coarse = None
@@ -248,7 +249,8 @@ class BlindSpotUNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The decoder's maps `[n, width, h', w']`, with sizes padded to multiples of `multiple`."""
-        return self._decoded(self._standardized(self._cut(x) / self.scale))
+        x = self._cut(x) / self.scale
+        return self._decoded(self._standardized(x if self.whitening is None else self.whitening(x)))
 
     def _cut(self, x: Tensor) -> Tensor:
         """Images `[n, c, h, w]` without what is far brighter than white: one hot pixel would drown the noise around."""

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_pudnet.denoising.posterior import CONSTANT, colour_components, estimate_noise
+from timm_pudnet.denoising.posterior import CONSTANT, colour_components, line_through
 
 Covariance = Sequence[Sequence[Sequence[float]]]
 
@@ -29,7 +30,7 @@ CUT = 0.1  # share of black and white pixels, whose noise was cut off, from whic
 SMOOTHEST = 0.02, 2.42  # share of the squares of one brightness that are taken to hold noise alone; how many standard
 SMOOTH = 0.1, 1.755  # deviations their mean is below that of all squares of noise; more of them, where they are alike
 LEAST = 16  # squares of such
-FEWEST = 400  # squares, of which some are smooth
+FEWEST, ENOUGH = 400, 3000  # squares, of which some are smooth
 MOST_PARTS = 8  # brightnesses apart
 ROUNDS = 4
 FLAT = 0.82  # flatness of a spectrum from which on noise is white as it is
@@ -39,8 +40,21 @@ LAGS = 7  # pixels, own one included, over which noise is shared
 REACH = 5  # pixels of the filters, in each direction
 FLOOR = 0.02  # variance of the white noise that is added, of that of the coarsest noise
 PERIOD = 128  # pixels after which the noise that is added comes again
-ROWS = 256  # of an image, that are filtered at once
-STRONGER = 1.25  # than the finest patterns of whitened images tell, whose noise is half what was added; set by hand
+PIXELS = 2**18  # of an image, that are filtered at once
+STRONGER = 1.25  # noise counts as, once it is white: what is told of it is of the smoothest squares; set by hand
+
+
+class SharedNoise(NamedTuple):
+    """How neighbouring pixels share noise, and what it is once `Whitening` has made it white.
+
+    Args:
+        covariance: Of `Whitening`.
+        noise: For each colour component its variance in black and in white, as a `BlindSpotUNet` takes it; None where
+            that is told by the images made white (`estimate_noise`), for it was nearly so before.
+    """
+
+    covariance: Covariance
+    noise: list[list[float] | None]
 
 
 class Whitening(nn.Module):
@@ -48,7 +62,7 @@ class Whitening(nn.Module):
 
     Args:
         covariance: For each colour component that of the noise of two pixels, `[l, l]`, by how many rows and columns
-            they are apart (`noise_covariance`); all zero where its noise is white as it is.
+            they are apart (`shared_noise`); all zero where its noise is white as it is.
     """
 
     before: Tensor
@@ -60,18 +74,19 @@ class Whitening(nn.Module):
     def __init__(self, covariance: Covariance) -> None:
         super().__init__()
         lags = torch.tensor(covariance, dtype=torch.float64, device='cpu')
-        if lags.ndim != 3 or lags.shape[1] != lags.shape[2] or not lags.isfinite().all():
-            shape = list(lags.shape)
-            raise ValueError(f'covariance must be a square of finite numbers for each channel, got shape {shape}')
+        if lags.ndim != 3 or lags.shape[1] != lags.shape[2] or not 2 <= lags.shape[1] <= SIDE:
+            raise ValueError(f'covariance must be [c, l, l] with l from 2 to {SIDE}, got {list(lags.shape)}')
+        if not lags.isfinite().all():
+            raise ValueError('covariance holds numbers that are not finite')
         spectrum = _spectrum(lags)
         coarsest = spectrum[:, :1, :1].clamp_min(0)
         spectrum = spectrum.clamp_min(0) + FLOOR * coarsest
         root = torch.where(coarsest > 0, (spectrum / spectrum[:, :1, :1].clamp_min(1e-30)).sqrt(), 1.0)
         for name, response in (('before', 1 / root), ('after', root)):
             self.register_buffer(name, _kernels(response).float(), persistent=False)
-        # Of what noise has in the end, by what it has when white.
-        shares = torch.where(coarsest > 0, lags[:, :1, :1] / spectrum[:, :1, :1].clamp_min(1e-30), 1.0)
-        self.register_buffer('shares', shares.float(), persistent=False)
+        # Of `SharedNoise.noise`, what pixels have of it as they are.
+        shares = lags[:, :1, :1] / (STRONGER * spectrum[:, :1, :1]).clamp_min(1e-30)
+        self.register_buffer('shares', torch.where(coarsest > 0, shares, 1.0).float(), persistent=False)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(len(lags), PERIOD, PERIOD, generator=generator, dtype=torch.float64, device='cpu')
         self.register_buffer('components', colour_components(len(lags)), persistent=False)
@@ -96,36 +111,38 @@ class Whitening(nn.Module):
         """Rows of images `[n, c, h, w]` and of the noise that is added to them, the same for all."""
         count, width = len(self.added), images.shape[3]
         places = torch.arange(rows.start, rows.stop, device=self.added.device) % PERIOD
-        noise = self.added[:, places].repeat(1, 1, -(-width // PERIOD))[..., :width].to(images)
+        noise = self.added[:, places].repeat(1, 1, -(-width // PERIOD))[..., :width]
         if images.shape[1] == count:
-            noise = torch.einsum('kc,khw->chw', self.components.to(images), noise)
+            with torch.autocast(noise.device.type, enabled=False):
+                noise = torch.einsum('kc,khw->chw', self.components, noise)
         else:
             noise = noise[:1] / math.sqrt(count)
-        return images[..., rows, :] + noise
+        return images[..., rows, :] + noise.to(images)
 
     def _filtered(
         self, part: Callable[[slice], Tensor], like: Tensor, kernels: Tensor
     ) -> Iterator[tuple[slice, Tensor]]:
         """Strip by strip what `part` gives of images, filtered; beyond the border are the pixels at it."""
-        height = like.shape[2]
+        height, width = like.shape[2:]
         alone = like.shape[1] != len(kernels)
-        weight = kernels[:1, None]
-        if not alone:
-            weight = torch.einsum('kd,kij,kc->dcij', self.components, kernels, self.components)
-        weight = weight.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
-        for top in range(0, height, ROWS):
-            bottom = min(top + ROWS, height)
+        many = max(1, PIXELS // width)
+        for top in range(0, height, many):
+            bottom = min(top + many, height)
             rows = slice(max(top - REACH, 0), min(bottom + REACH, height))
-            with torch.autocast(like.device.type, enabled=False):
-                strip = part(rows).to(weight.dtype)
+            with torch.autocast(kernels.device.type, enabled=False):
+                weight = kernels[:1, None]
+                if not alone:
+                    weight = torch.einsum('kd,kij,kc->dcij', self.components, kernels, self.components)
+                weight = weight if weight.dtype == torch.float64 else weight.float()
+                strip = part(rows).to(weight)
                 strip = strip.flatten(0, 1)[:, None] if alone else strip
                 missing = (REACH, REACH, REACH - (top - rows.start), REACH - (rows.stop - bottom))
                 strip = F.conv2d(F.pad(strip, missing, mode='replicate'), weight)
-            yield slice(top, bottom), strip.view(*like.shape[:2], bottom - top, like.shape[3]).to(like.dtype)
+            yield slice(top, bottom), strip.view(*like.shape[:2], bottom - top, width).to(like)
 
 
-def noise_covariance(noisy: Tensor) -> list[list[list[float]]] | None:
-    """How neighbouring pixels share noise, for `Whitening`; None where that cannot be told from white noise.
+def shared_noise(patches: Sequence[Tensor]) -> SharedNoise | None:
+    """How neighbouring pixels of images share noise; None where that cannot be told from white noise.
 
     The cosine transform of squares of 12x12 pixels is looked at. Squares are sorted by how bright they are; among those
     of one brightness the fiftieth of least energy is taken to be smooth, so that it holds noise alone. Energy is
@@ -134,49 +151,68 @@ def noise_covariance(noisy: Tensor) -> list[list[list[float]]] | None:
     Where noise turns out not to be white, and a tenth is as smooth, that tells more exactly how it is shared.
 
     Args:
-        noisy: `[n, c, h, w]`, black 0 and white 1.
+        patches: Of the images, `[n, c, h, w]`, black 0 and white 1; those of other sides come next. The first that hold
+            enough squares are looked at.
     """
-    if min(noisy.shape[2:]) < SIDE:
+    held = [
+        len(noisy) * math.prod(max(0, (side - SIDE) // STRIDE + 1) for side in noisy.shape[2:]) for noisy in patches
+    ]
+    if max(held) < FEWEST:
         return None
+    noisy = patches[next((place for place, count in enumerate(held) if count >= ENOUGH), held.index(max(held)))]
     place = torch.arange(SIDE)
     waves = torch.cos((2 * place + 1) * place[:, None] * math.pi / (2 * SIDE)) * math.sqrt(2 / SIDE)
     waves[0] /= math.sqrt(2)
     waves = waves.to(noisy)
     cut = ((noisy == 0) | (noisy == 1)).to(noisy).mean(1)
-    lit = cut.unfold(1, SIDE, STRIDE).unfold(2, SIDE, STRIDE).flatten(0, 2).mean((1, 2)) <= CUT
+    lit = _squares(cut).mean((1, 2)) <= CUT
+    components = colour_components(noisy.shape[1]).to(noisy)
     seen: list[tuple[Tensor, Tensor]] = []
-    for component in colour_components(noisy.shape[1]).to(noisy):
-        plane = torch.einsum('c,nchw->nhw', component, noisy)
-        squares = plane.unfold(1, SIDE, STRIDE).unfold(2, SIDE, STRIDE).flatten(0, 2)
-        squares = squares[lit & (squares.amax((1, 2)) - squares.amin((1, 2)) > CONSTANT)]
-        seen.append(((waves @ squares @ waves.t()).square(), squares.mean((1, 2))))
-    spectra = [_smoothest(energies, levels, *SMOOTHEST) for energies, levels in seen]
-    if spectra[0] is None or not any(spectrum is not None and _flatness(spectrum) < FLAT for spectrum in spectra):
+    for component in components:
+        squares, levels = (
+            _squares(torch.einsum('c,nchw->nhw', weights, noisy)) for weights in (component, component.square())
+        )
+        blocks = squares.unflatten(1, (-1, STRIDE)).unflatten(3, (-1, STRIDE))
+        told = lit & (blocks.amax((2, 4)) - blocks.amin((2, 4)) > CONSTANT).all(2).all(1)  # no part of a frame
+        seen.append(((waves @ squares[told] @ waves.t()).square(), levels[told].mean((1, 2))))
+    found = [_smoothest(energies, levels, *SMOOTHEST) for energies, levels in seen]
+    if found[0] is None or not any(own is not None and _flatness(own[0]) < FLAT for own in found):
         return None  # where brightness tells nothing, what colours seem to tell is texture too
-    none = torch.zeros(LAGS, LAGS)
-    for number, (energies, levels) in enumerate(seen):
-        if spectra[number] is not None and (wider := _smoothest(energies, levels, *SMOOTH)) is not None:
-            spectra[number] = wider
-    return [(none if spectrum is None else _covariance(spectrum)).tolist() for spectrum in spectra]
+    covariance, noise = [], []
+    for first, (energies, levels) in zip(found, seen, strict=True):
+        own = None if first is None else _smoothest(energies, levels, *SMOOTH) or first
+        if own is None:
+            covariance.append([[0.0] * LAGS] * LAGS)
+            noise.append(None)
+            continue
+        spectrum, line = own
+        lags = _covariance(spectrum)
+        coarsest = float(_spectrum(lags[None])[0, 0, 0])
+        covariance.append(lags.tolist())
+        shares = _flatness(spectrum) < FLAT
+        noise.append([STRONGER * coarsest * (value + FLOOR) for value in line] if shares else None)
+    return SharedNoise(covariance, noise)
 
 
-def noise_of_whitened(whitened: Tensor, guesses: Tensor, covariance: Covariance) -> list[list[float]]:
-    """`noise` of a `BlindSpotUNet`, from images `[n, c, h, w]` that were made white, and blind guesses of them."""
-    spectra = _spectrum(torch.tensor(covariance)).clamp_min(1e-12)
-    stronger = [STRONGER if _flatness(spectrum) < FLAT else 1.0 for spectrum in spectra]
-    noise = estimate_noise(whitened, guesses)
-    return [[value * factor for value in line] for line, factor in zip(noise, stronger, strict=True)]
+def _squares(planes: Tensor) -> Tensor:
+    """All squares of planes `[n, h, w]`, `[q, SIDE, SIDE]`."""
+    return planes.unfold(1, SIDE, STRIDE).unfold(2, SIDE, STRIDE).flatten(0, 2)
 
 
-def _smoothest(energies: Tensor, levels: Tensor, share: float, below: float) -> Tensor | None:
-    """The spectrum `[SIDE, SIDE]` of noise, from energies of squares' patterns `[q, SIDE, SIDE]` and their brightness.
+def _smoothest(energies: Tensor, levels: Tensor, share: float, below: float) -> tuple[Tensor, list[float]] | None:
+    """The spectrum of noise, and how strong it is in black and in white beside that; None where nothing is told of it.
 
-    None where nothing is told of it.
+    Args:
+        energies: Of each pattern of squares `[q, SIDE, SIDE]`.
+        levels: Their brightness `[q]`.
+        share: How many of them are smooth.
+        below: By how many standard deviations the mean energy of so many squares of noise is below that of all.
     """
     if len(energies) < FEWEST:
         return None
     parts = max(1, min(MOST_PARTS, int(len(energies) * share) // LEAST))
-    by_level = [energies[part] for part in levels.argsort().tensor_split(parts)]
+    order = levels.argsort().tensor_split(parts)
+    by_level = [energies[part] for part in order]
     waves = torch.arange(SIDE, device=levels.device)
     height = (waves[:, None] ** 2 + waves**2).sqrt()
     told, lowest = height >= LOWEST, (height >= LOWEST) & (height < LOWEST + 1.5)
@@ -185,11 +221,11 @@ def _smoothest(energies: Tensor, levels: Tensor, share: float, below: float) -> 
     for _ in range(ROUNDS):
         shapes, sizes, unlike = [], [], []
         for own in by_level:
-            size, order = (own / spectrum)[:, told].mean(1).sort()
+            size, places = (own / spectrum)[:, told].mean(1).sort()
             few = max(LEAST, int(share * len(own)))
             unlike.append(size[min(2 * few, len(size) - 1)] / size[few // 4])
             sizes.append(size[:few].mean())
-            shapes.append(own[order[:few]].mean(0) / sizes[-1])
+            shapes.append(own[places[:few]].mean(0) / sizes[-1])
         spectrum = torch.stack(shapes).mean(0).clamp_min(1e-6)
         # Slopes and texture are coarse: how much of the noise is, is told by how it grows towards that.
         here, there = (spectrum[ring].mean().log() for ring in (lowest, next_lowest))
@@ -198,11 +234,16 @@ def _smoothest(energies: Tensor, levels: Tensor, share: float, below: float) -> 
         spectrum = torch.where(told, spectrum, (here + more).exp())
     if not float(torch.stack(unlike).mean()) < UNLIKE:
         return None
-    return spectrum * torch.stack(sizes).mean() / (1 - below * math.sqrt(2 / int(told.sum())))
+    strengths = torch.stack(sizes)
+    places = torch.stack([levels[part].mean() for part in order])
+    black, white = line_through(places, strengths)
+    mean = black + (white - black) * float(places.mean())
+    line = [black / mean, white / mean]
+    return spectrum * strengths.mean() / (1 - below * math.sqrt(2 / int(told.sum()))), line
 
 
 def _flatness(spectrum: Tensor) -> float:
-    """Its geometric over its arithmetic mean: the share of a pixel's noise that neighbours do not tell (Kolmogorov)."""
+    """Its geometric over its arithmetic mean: 1 of white noise, less the more of it pixels share."""
     return float(spectrum.log().mean().exp() / spectrum.mean())
 
 
