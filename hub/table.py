@@ -83,7 +83,9 @@ PSNR in dB on images that were never seen, with its 95 % interval over images, f
 of what every denoiser gives, and of the noisy images, clipped to 0-1.
 
 - *Noise*: Gaussian, or that of counted *photons*, which grows with the root of brightness (sigma is that of a grey of 0.5). It is added to
-  floats and goes beyond 0-1, but where it is *clipped*, as a file of 8 bits holds it. Sigma is in units of the set's standard deviation
+  floats and goes beyond 0-1, but where it is *clipped*, as a file of 8 bits holds it, or *JPEG*, as one of that quality does. *Camera*:
+  noise of a sensor behind a Bayer mosaic, whose missing colours are interpolated (bilinear), beside clean images that went the same way;
+  sigma is that of the sensor's pixels. Sigma is in units of the set's standard deviation
   (*standard*; in brackets what that is in 0-1), or of pixels in 0-1 (*unit*).
 - *Gaussian filter* and *non-local means* are told their best strength, the latter sigma too. Of photons they work behind Anscombe's transform; of clipped
   noise they are told what strength is left, and stand in brackets with the mean that clipping moves put back by the true sigma, which ours

@@ -8,9 +8,10 @@ import warnings
 import pytest
 import torch
 from pretend_cuda import pretended_cuda
+from torch.nn import functional
 from torch.testing import assert_close
 
-from timm_pudnet import PudNet, predict_denoiser, predict_model
+from timm_pudnet import PudNet, denoise, predict_denoiser, predict_model
 from timm_pudnet.config import InputError, PudNetWarning
 from timm_pudnet.evaluation import TestGroups, evaluate
 from timm_pudnet.training import Augmentation, finetune, meta_train, train_plain, try_recipe
@@ -93,11 +94,17 @@ def test_a_gpu_too_small_for_a_batch_takes_it_in_parts(tiny_folder, pictures):
     assert next(model.parameters()).is_cuda
 
 
-def test_a_denoiser_is_that_of_the_cpu():
+@pytest.mark.parametrize('shared', [False, True])
+def test_a_denoiser_is_that_of_the_cpu(shared):
     noisy = torch.rand(4, 3, 64, 64)
+    if shared:
+        noisy = functional.avg_pool2d(noisy, 3, 1, 1, count_include_pad=False)
     models = {device: predict_denoiser(noisy, device=device) for device in ('cpu', 'cuda')}
+    assert [model.whitening is not None for model in models.values()] == [shared, shared]
     with torch.inference_mode():
         assert_close(models['cuda'](noisy.cuda()).cpu(), models['cpu'](noisy), rtol=1e-2, atol=1e-2)
+    found, wanted = (denoise(model, noisy[0]) for model in (models['cuda'], models['cpu']))  # an image of the CPU
+    assert_close(found, wanted, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize('kind', [{}, SEEN, {'augmentation': Augmentation(timm={'hflip': 0.5})}])
