@@ -84,11 +84,11 @@ of what every denoiser gives, and of the noisy images, clipped to 0-1.
 
 - *Noise*: Gaussian, or that of counted *photons*, which grows with the root of brightness (sigma is that of a grey of 0.5). It is added to
   floats and goes beyond 0-1, but where it is *clipped*, as a file of 8 bits holds it, or *JPEG*, as one of that quality does. *Camera*:
-  noise of a sensor behind a Bayer mosaic, whose missing colours are interpolated (bilinear), beside clean images that went the same way;
-  sigma is that of the sensor's pixels. Sigma is in units of the set's standard deviation
+  noise of a simulated sensor behind a Bayer mosaic, clipped to 0-1, whose missing colours are interpolated (bilinear), beside clean images
+  that went the same way; sigma is that of the sensor's pixels, and of both the other sigmas are 0.2, 0.025 and 0.05. Sigma is in units of the set's standard deviation
   (*standard*; in brackets what that is in 0-1), or of pixels in 0-1 (*unit*).
 - *Gaussian filter* and *non-local means* are told their best strength, the latter sigma too. Of photons they work behind Anscombe's transform; of clipped
-  noise they are told what strength is left, and stand in brackets with the mean that clipping moves put back by the true sigma, which ours
+  noise, and that of JPEG and cameras, they are told what strength is left, and stand in brackets with the mean that clipping moves put back by the true sigma, which ours
   estimates.
 - *Predicted*: every denoiser by the network takes each noisy pixel itself into account, and corrects what is coarse by what it makes of the
   images at half and at a quarter of their size, where they have 32 and 64 pixels; in brackets the predicted one at full size alone, and its

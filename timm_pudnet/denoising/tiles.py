@@ -26,7 +26,7 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1)
     A tile begins on the model's pooling grid and is read with a margin that its outermost pixels depend on; only where
     it touches the image's border does the network see a border. Beyond image and result the memory needed is that of
     one tile, whatever the image's size (where the model has networks for smaller sizes, which are run one by one, that
-    of another image more; where its `scale` is not 1, it has `covariance`, or with `turns`, of one or two besides).
+    of another image more; where its `scale` is not 1, it has `covariance`, or with `turns`, of up to three besides).
 
     A grey image goes through a model of three channels as three equal ones, and comes back as their mean (taken before
     what clipping moved is put back); the channels of a colour image go through a model of one channel apart.

@@ -36,6 +36,7 @@ ROUNDS = 4
 FLAT = 0.82  # flatness of a spectrum from which on noise is white as it is
 UNLIKE = 2.0  # ratio of energies of the smoothest squares: from there on they hold texture
 MOST_COARSER = 1.5  # times the variance of what is told, that coarser noise may have
+COARSE = 0.1  # times the mean variance of noise, that the coarsest of it has at least
 LAGS = 7  # pixels, own one included, over which noise is shared
 REACH = 5  # pixels of the filters, in each direction
 FLOOR = 0.02  # variance of the white noise that is added, of that of the coarsest noise
@@ -62,7 +63,7 @@ class Whitening(nn.Module):
 
     Args:
         covariance: For each colour component that of the noise of two pixels, `[l, l]`, by how many rows and columns
-            they are apart (`shared_noise`); all zero where its noise is white as it is.
+            they are apart (`shared_noise`); all zero where it is left as it is.
     """
 
     before: Tensor
@@ -84,8 +85,9 @@ class Whitening(nn.Module):
         root = torch.where(coarsest > 0, (spectrum / spectrum[:, :1, :1].clamp_min(1e-30)).sqrt(), 1.0)
         for name, response in (('before', 1 / root), ('after', root)):
             self.register_buffer(name, _kernels(response).float(), persistent=False)
-        # Of `SharedNoise.noise`, what pixels have of it as they are.
-        shares = lags[:, :1, :1] / (STRONGER * spectrum[:, :1, :1]).clamp_min(1e-30)
+        # Of `noise`, which `SharedNoise` gives, what pixels have of it as they are.
+        factors = [STRONGER if _flatness(own.clamp_min(1e-30)) < FLAT else 1.0 for own in spectrum]
+        shares = lags[:, :1, :1] / (torch.tensor(factors).view(-1, 1, 1) * spectrum[:, :1, :1]).clamp_min(1e-30)
         self.register_buffer('shares', torch.where(coarsest > 0, shares, 1.0).float(), persistent=False)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(len(lags), PERIOD, PERIOD, generator=generator, dtype=torch.float64, device='cpu')
@@ -176,12 +178,13 @@ def shared_noise(patches: Sequence[Tensor]) -> SharedNoise | None:
         told = lit & (blocks.amax((2, 4)) - blocks.amin((2, 4)) > CONSTANT).all(2).all(1)  # no part of a frame
         seen.append(((waves @ squares[told] @ waves.t()).square(), levels[told].mean((1, 2))))
     found = [_smoothest(energies, levels, *SMOOTHEST) for energies, levels in seen]
+    found = [own if own is not None and _is_coarse(own[0]) else None for own in found]
     if found[0] is None or not any(own is not None and _flatness(own[0]) < FLAT for own in found):
         return None  # where brightness tells nothing, what colours seem to tell is texture too
     covariance, noise = [], []
     for first, (energies, levels) in zip(found, seen, strict=True):
         own = None if first is None else _smoothest(energies, levels, *SMOOTH) or first
-        if own is None:
+        if own is None or not _is_coarse(own[0]):
             covariance.append([[0.0] * LAGS] * LAGS)
             noise.append(None)
             continue
@@ -192,6 +195,11 @@ def shared_noise(patches: Sequence[Tensor]) -> SharedNoise | None:
         shares = _flatness(spectrum) < FLAT
         noise.append([STRONGER * coarsest * (value + FLOOR) for value in line] if shares else None)
     return SharedNoise(covariance, noise)
+
+
+def _is_coarse(spectrum: Tensor) -> bool:
+    """Whether the coarsest noise is more than next to nothing, by which the filters are scaled; of dither it is not."""
+    return bool(_spectrum(_covariance(spectrum)[None])[0, 0, 0] > COARSE * spectrum.mean())
 
 
 def _squares(planes: Tensor) -> Tensor:
