@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from denoisers import NOISE, SHARES, SMALL, generator, slopes, unet
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -23,29 +24,6 @@ from timm_pudnet.denoising import (
 )
 from timm_pudnet.denoising.posterior import Posterior
 from timm_pudnet.denoising.scales import add_difference, best_shares, enlarged, halved, mixing
-
-SMALL = {'width': 4, 'depth': 2}
-NOISE = [[0.01, 0.03], [0.02, 0.02], [0.01, 0.02]]
-SHARES = [[0.9, 0.5, 0.2], [0.4, 1.0, 0.7]]
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def slopes(count, side, seed=0):
-    """Images without texture."""
-    corners = torch.rand(count, 3, 3, 3, generator=generator(seed))
-    return F.interpolate(corners, (side, side), mode='bicubic', align_corners=True).clamp(0.05, 0.95)
-
-
-def unet(**kwargs):
-    """One whose networks all do something."""
-    model = timm.create_model('blindspot_unet', **SMALL, **kwargs)
-    for name, value in model.named_parameters():
-        if name.endswith('output.weight'):
-            torch.nn.init.normal_(value, std=0.3)
-    return model.eval()
 
 
 def by_hand(model, images):

@@ -6,6 +6,7 @@ import math
 import pytest
 import timm
 import torch
+from denoisers import NOISE, SHARES, generator, slopes, unet
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -24,19 +25,10 @@ from timm_pudnet.denoising import (
 from timm_pudnet.denoising.posterior import colour_components
 from timm_pudnet.denoising.whitening import FLOOR, LAGS, Whitening, shared_noise
 
-SMALL = {'width': 4, 'depth': 2}
-NOISE = [[0.01, 0.03], [0.02, 0.02], [0.01, 0.02]]
-SHARES = [[0.9, 0.5, 0.2], [0.4, 1.0, 0.7]]
 
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def slopes(count, side, seed=0):
-    """Images without texture."""
-    corners = torch.rand(count, 3, 3, 3, generator=generator(seed))
-    return F.interpolate(corners, (side, side), mode='bicubic', align_corners=True).clamp(0.05, 0.95) * 0.6 + 0.2
+def greys(count, side):
+    """Images without texture, and without what is nearly black or white."""
+    return slopes(count, side) * 0.6 + 0.2
 
 
 def shared(images, sigma, seed=1):
@@ -62,15 +54,6 @@ def correlations(noise):
     return [float((one * other).mean() / noise.square().mean()) for one, other in pairs]
 
 
-def unet(**kwargs):
-    """One whose networks all do something."""
-    model = timm.create_model('blindspot_unet', **SMALL, **kwargs)
-    for name, value in model.named_parameters():
-        if name.endswith('output.weight'):
-            torch.nn.init.normal_(value, std=0.3)
-    return model.eval()
-
-
 class TestWhitening:
     def test_it_makes_shared_noise_white(self):
         clean = torch.full((2, 3, 128, 128), 0.5)
@@ -83,7 +66,7 @@ class TestWhitening:
         assert float(found.var()) == pytest.approx(0.01 * float(taps.sum()) ** 2 * (1 + FLOOR), rel=0.2)
 
     def test_images_stay_as_they_are_but_for_what_is_taken_for_noise(self):
-        model, clean = Whitening(true_covariance(0.1).tolist()), slopes(2, 100)
+        model, clean = Whitening(true_covariance(0.1).tolist()), greys(2, 100)
         noisy = shared(clean, 0.1)
         seen = model(noisy)
         added = model.undo(seen, seen, noisy) - noisy
@@ -146,7 +129,7 @@ class TestWhitening:
 class TestCovariance:
     @pytest.mark.parametrize('sigma', [0.02, 0.1, 0.3])
     def test_it_is_told_by_smooth_places(self, sigma):
-        clean = slopes(16, 64)
+        clean = greys(16, 64)
         clean[:8] += 0.2 * torch.rand(8, 1, 64, 64, generator=generator(4)) - 0.1  # half of them with texture
         found = torch.tensor(shared_noise([shared(clean, sigma)]).covariance)
         wanted = true_covariance(sigma)
@@ -158,7 +141,7 @@ class TestCovariance:
     @pytest.mark.parametrize('clipped', [False, True])
     @pytest.mark.parametrize('sigma', [0.02, 0.1, 0.5])
     def test_white_noise_is_seen_to_be_white(self, kind, clipped, sigma):
-        noisy = add_noise(slopes(16, 64), kind, sigma, generator())
+        noisy = add_noise(greys(16, 64), kind, sigma, generator())
         assert shared_noise([noisy.clamp(0, 1).mul(255).round() / 255 if clipped else noisy]) is None
 
     def test_texture_without_noise_is_none(self):
@@ -177,11 +160,11 @@ class TestCovariance:
         assert shared_noise([shared(clean, 0.05).clamp(0, 1)]) is None
 
     def test_one_channel_has_one(self):
-        found = shared_noise([shared(slopes(16, 64)[:, :1], 0.1)])
+        found = shared_noise([shared(greys(16, 64)[:, :1], 0.1)])
         assert (len(found.covariance), len(found.noise)) == (1, 1)
 
     def test_noise_that_grows_with_brightness_is_told_to(self):
-        clean = slopes(16, 64)
+        clean = greys(16, 64)
         found = shared_noise([clean + shared(torch.zeros_like(clean), 0.2) * clean.mean(1, keepdim=True).sqrt()])
         for black, white in found.noise:
             assert black < 0.25 * white
@@ -192,7 +175,7 @@ class TestCovariance:
         noise = torch.randn(2, 16, 3, 64, 64, generator=generator())
         rows = colour_components(3)
         of_components = torch.stack([noise[0][:, 0], *shared(noise[0] * 0, 1)[:, 1:].unbind(1)], 1)
-        noisy = slopes(16, 64) + 0.1 * torch.einsum('kc,nkhw->nchw', rows, of_components)
+        noisy = greys(16, 64) + 0.1 * torch.einsum('kc,nkhw->nchw', rows, of_components)
         found = shared_noise([noisy])
         assert [line is None for line in found.noise] == [True, False, False]
         brightness, *colours = Whitening(found.covariance).shares.flatten().tolist()
@@ -202,16 +185,16 @@ class TestCovariance:
     def test_noise_of_fine_patterns_alone_is_left_as_it_is(self):
         noise = torch.randn(16, 3, 64, 64, generator=generator())
         dither = noise - F.avg_pool2d(noise, 5, 1, 2)
-        assert shared_noise([slopes(16, 64) + 0.1 * dither]) is None
-        predict_denoiser(slopes(4, 64) + 0.1 * dither[:4], device='cpu')
+        assert shared_noise([greys(16, 64) + 0.1 * dither]) is None
+        predict_denoiser(greys(4, 64) + 0.1 * dither[:4], device='cpu')
 
     def test_larger_patches_are_looked_at_where_there_are_few(self):
-        image = shared(slopes(1, 127), 0.1)
+        image = shared(greys(1, 127), 0.1)
         assert shared_noise([image[..., :64, :64]]) is None
         assert shared_noise([image[..., :64, :64], image]) is not None
 
     def test_a_frame_of_one_grey_hides_nothing(self):
-        noisy = shared(slopes(16, 64), 0.1)
+        noisy = shared(greys(16, 64), 0.1)
         framed = noisy.clone()
         framed[..., :28, :] = 0.5
         found, wanted = (torch.tensor(shared_noise([images]).covariance)[:, 0, 0] for images in (framed, noisy))
@@ -276,7 +259,7 @@ class TestDenoiser:
 
 class TestPredicted:
     def test_shared_noise_is_removed_where_it_was_kept_before(self):
-        clean = slopes(4, 160)
+        clean = greys(4, 160)
         noisy = shared(clean, 0.08)
         model = predict_denoiser(noisy, device='cpu')
         found = torch.stack([denoise(model, image) for image in noisy])
@@ -288,16 +271,16 @@ class TestPredicted:
         assert psnr(as_if_white, clean).mean() < psnr(found, clean).mean() - 5
 
     def test_its_strength_is_told_as_the_images_have_it(self):
-        model = predict_denoiser(shared(slopes(4, 160), 0.08), device='cpu')
+        model = predict_denoiser(shared(greys(4, 160), 0.08), device='cpu')
         for deviation in model.posterior.deviations(model.whitening.shares):
             assert deviation == pytest.approx(0.08, rel=0.2)
 
     def test_white_noise_is_denoised_without(self):
-        model = predict_denoiser(add_noise(slopes(4, 160), 'gaussian', 0.1, generator()), device='cpu')
+        model = predict_denoiser(add_noise(greys(4, 160), 'gaussian', 0.1, generator()), device='cpu')
         assert model.whitening is None
 
     def test_saved_and_loaded_by_timm_it_gives_the_same_bits(self, tmp_path):
-        noisy = shared(slopes(4, 160), 0.1)
+        noisy = shared(greys(4, 160), 0.1)
         model = predict_denoiser(noisy, device='cpu')
         timm_pudnet.save_model(model, tmp_path / 'saved')
         kept = json.loads((tmp_path / 'saved' / 'config.json').read_text())['model_args']
@@ -308,6 +291,6 @@ class TestPredicted:
             assert torch.equal(again(noisy[:1]), model(noisy[:1]))
 
     def test_the_same_images_give_the_same_answer_twice(self):
-        noisy = shared(slopes(4, 160), 0.1)
+        noisy = shared(greys(4, 160), 0.1)
         first, second = (denoise(predict_denoiser(noisy, device='cpu'), noisy[0]) for _ in range(2))
         assert torch.equal(first, second)

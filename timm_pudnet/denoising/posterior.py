@@ -37,8 +37,13 @@ LEVEL_ERROR = 0.02  # of a brightness; levels no further apart than this say not
 
 def colour_components(channels: int) -> Tensor:
     """Orthonormal rows `[c, c]`: brightness, and for three channels red against blue, and green against both."""
-    place = torch.arange(channels)
-    rows = torch.cos((2 * place + 1) * place[:, None] * math.pi / (2 * channels)) * math.sqrt(2 / channels)
+    return cosine_rows(channels)
+
+
+def cosine_rows(count: int) -> Tensor:
+    """Orthonormal rows `[count, count]` of the cosine transform, each of half a wave more than the one before."""
+    place = torch.arange(count)
+    rows = torch.cos((2 * place + 1) * place[:, None] * math.pi / (2 * count)) * math.sqrt(2 / count)
     rows[0] /= math.sqrt(2)
     return rows
 
@@ -228,9 +233,8 @@ def noise_by_level(noisy: Tensor, guesses: Tensor, components: Tensor) -> tuple[
 
 def fine_patterns() -> Tensor:
     """The finest patterns of the orthonormal cosine transform of a block, `[p, 1, BLOCK, BLOCK]`."""
-    waves = torch.arange(BLOCK)
-    rows = torch.cos((2 * waves + 1) * waves[:, None] * math.pi / (2 * BLOCK)) * math.sqrt(2 / BLOCK)
-    fine = waves[:, None] + waves >= FINE  # none without waves in a direction, whose rows would have another length
+    waves, rows = torch.arange(BLOCK), cosine_rows(BLOCK)
+    fine = waves[:, None] + waves >= FINE
     return torch.einsum('ui,vj->uvij', rows, rows)[fine][:, None]
 
 

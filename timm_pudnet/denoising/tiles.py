@@ -88,8 +88,7 @@ def _denoised(model: Any, image: Tensor, tile: int) -> Tensor:
 
 def _by_sizes(model: Any, image: Tensor, tile: int) -> Tensor:
     """`BlindSpotUNet.by_sizes` of one image `[c, h, w]`, each size in tiles; of a grey one the mean of the channels."""
-    whitening = model.whitening
-    seen = image if whitening is None else whitening(image[None])[0]
+    seen = model.seen(image[None])[0]
     result = _in_tiles(model, model.fine, seen, tile)
     if model.coarser is not None:
         coarse = _by_sizes(model.coarser, halved(seen[None])[0], tile)
@@ -97,7 +96,7 @@ def _by_sizes(model: Any, image: Tensor, tile: int) -> Tensor:
         matrix = model.share[:1, None] if len(image) < model.in_chans else model.matrix
         planes = (result[:, None], coarse[:, None]) if len(matrix) == 1 else (result[None], coarse[None])
         add_difference(*planes, matrix)
-    return result if whitening is None else whitening.undo(result[None], seen[None], image[None])[0]
+    return result if model.whitening is None else model.whitening.undo(result[None], seen[None], image[None])[0]
 
 
 def _in_tiles(model: nn.Module, network: Callable[[Tensor], Tensor], image: Tensor, tile: int) -> Tensor:

@@ -249,8 +249,7 @@ class BlindSpotUNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The decoder's maps `[n, width, h', w']`, with sizes padded to multiples of `multiple`."""
-        x = self._cut(x) / self.scale
-        return self._decoded(self._standardized(x if self.whitening is None else self.whitening(x)))
+        return self._decoded(self._standardized(self.seen(self.prepared(x))))
 
     def _cut(self, x: Tensor) -> Tensor:
         """Images `[n, c, h, w]` without what is far brighter than white: one hot pixel would drown the noise around."""
@@ -286,11 +285,15 @@ class BlindSpotUNet(nn.Module):
 
     def by_sizes(self, x: Tensor) -> Tensor:
         """Denoised images of noisy ones whose white is 1, by all sizes together."""
-        seen = x if self.whitening is None else self.whitening(x)
+        seen = self.seen(x)
         answers = self.fine(seen)
         if (coarser := self.coarser) is not None:
             answers = answers + mixed(difference_of(answers, coarser.by_sizes(halved(seen))), self.matrix)
         return answers if self.whitening is None else self.whitening.undo(answers, seen, x)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Images whose white is 1 as the networks see them: with white noise."""
+        return x if self.whitening is None else self.whitening(x)
 
     @property
     def coarser(self) -> BlindSpotUNet | None:

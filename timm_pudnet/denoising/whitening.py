@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_pudnet.denoising.posterior import CONSTANT, colour_components, line_through
+from timm_pudnet.denoising.posterior import CONSTANT, colour_components, cosine_rows, line_through
 
 Covariance = Sequence[Sequence[Sequence[float]]]
 
@@ -86,8 +86,8 @@ class Whitening(nn.Module):
         for name, response in (('before', 1 / root), ('after', root)):
             self.register_buffer(name, _kernels(response).float(), persistent=False)
         # Of `noise`, which `SharedNoise` gives, what pixels have of it as they are.
-        factors = [STRONGER if _flatness(own.clamp_min(1e-30)) < FLAT else 1.0 for own in spectrum]
-        shares = lags[:, :1, :1] / (torch.tensor(factors).view(-1, 1, 1) * spectrum[:, :1, :1]).clamp_min(1e-30)
+        factors = lags.new_tensor([STRONGER if _flatness(own.clamp_min(1e-30)) < FLAT else 1.0 for own in spectrum])
+        shares = lags[:, :1, :1] / (factors.view(-1, 1, 1) * spectrum[:, :1, :1]).clamp_min(1e-30)
         self.register_buffer('shares', torch.where(coarsest > 0, shares, 1.0).float(), persistent=False)
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(len(lags), PERIOD, PERIOD, generator=generator, dtype=torch.float64, device='cpu')
@@ -162,10 +162,7 @@ def shared_noise(patches: Sequence[Tensor]) -> SharedNoise | None:
     if max(held) < FEWEST:
         return None
     noisy = patches[next((place for place, count in enumerate(held) if count >= ENOUGH), held.index(max(held)))]
-    place = torch.arange(SIDE)
-    waves = torch.cos((2 * place + 1) * place[:, None] * math.pi / (2 * SIDE)) * math.sqrt(2 / SIDE)
-    waves[0] /= math.sqrt(2)
-    waves = waves.to(noisy)
+    waves = cosine_rows(SIDE).to(noisy)
     cut = ((noisy == 0) | (noisy == 1)).to(noisy).mean(1)
     lit = _squares(cut).mean((1, 2)) <= CUT
     components = colour_components(noisy.shape[1]).to(noisy)
