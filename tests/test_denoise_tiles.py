@@ -1,13 +1,15 @@
 """denoising/tiles.py: an image in tiles is the image at once."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
 
 from timm_pudnet import InputError
-from timm_pudnet.denoising.tiles import denoise
+from timm_pudnet.denoising.tiles import denoise, fused
+from timm_pudnet.denoising.unet import Block
 
 
 class Stand(nn.Module):
@@ -89,8 +91,23 @@ def test_memory_is_that_of_a_tile_whatever_the_size():
     model = Stand().eval()
     denoise(model, noise(1, 20, 3000, dtype=torch.float32), tile=64)
     denoise(model, noise(1, 300, 300, dtype=torch.float32), tile=64)
-    assert len(model.seen) == 47 + 25
-    assert all(count * chans == 1 and max(size) <= 64 + 2 * 24 for count, chans, *size in model.seen)
+    assert len(model.seen) == 38 + 16
+    assert all(count * chans == 1 and max(size) <= 80 + 2 * 24 for count, chans, *size in model.seen)
+    model.seen.clear()
+    denoise(model, noise(1, 70, 85, dtype=torch.float32), tile=64)  # no tile is margin for the most part
+    assert [size[2:] for size in model.seen] == [(70, 48 + 24), (70, 85 - 48 + 24)]
+
+
+def test_the_copy_that_is_made_of_a_model_for_large_images_is_made_once_if_asked_for(monkeypatch):
+    torch.manual_seed(0)
+    model = timm.create_model('blindspot_unet', width=4, depth=1).eval()
+    nn.init.normal_(model.output.weight)
+    image = noise(3, 400, 400, dtype=torch.float32)
+    whole, copied = denoise(model, image), fused(model)
+    assert not any(isinstance(part, Block) for part in copied.modules())
+    assert any(isinstance(part, Block) for part in model.modules())
+    monkeypatch.setattr('timm_pudnet.denoising.tiles.fused', None)
+    assert_close(denoise(copied, image), whole, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(('turns', 'quarters'), [(1, [0]), (2, [0, 2]), (4, [0, 1, 2, 3])])

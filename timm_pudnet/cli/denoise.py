@@ -188,6 +188,7 @@ def _write_denoised(
 ) -> list[list[Tensor]]:
     """Writes every image denoised, and puts PSNR and SSIM into `found`; gives rows of a side-by-side picture."""
     rows = []
+    models = {channels: tiles.fused(model) for channels, model in models.items()}
     for name, path in tqdm(paths.items(), desc='Denoising', unit='image', delay=2):
         picture, model = pictures.read_picture(path), models[found[name]['channels']]
         pixels = picture.rounded(tiles.denoise(model, picture.pixels, turns=turns))

@@ -13,7 +13,7 @@ from timm_pudnet.denoising.predict import (
     sketch_of,
     whitened,
 )
-from timm_pudnet.denoising.tiles import denoise
+from timm_pudnet.denoising.tiles import denoise, fused
 from timm_pudnet.denoising.training import PatchBank, load_patches, meta_train_denoiser, train_plain_denoiser
 from timm_pudnet.denoising.unet import BlindSpotUNet
 
@@ -27,6 +27,7 @@ __all__ = [
     'denoise',
     'denoiser_of',
     'estimate_noise',
+    'fused',
     'joined',
     'load_patches',
     'meta_train_denoiser',

@@ -5,6 +5,7 @@ Letters: `c h w` channels, height and width of an image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -18,6 +19,7 @@ from timm_pudnet.denoising.pictures import check_range
 from timm_pudnet.denoising.scales import add_difference, halved, in_strips
 
 WORTH_FUSING = 2**17  # pixels of an image; for fewer the copy takes longer than it saves
+LARGER = 1.25  # than asked for a tile may be
 
 
 def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1) -> Tensor:
@@ -36,7 +38,8 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1)
             to that at the right and at the bottom) and `receptive_field` (pixels in each direction that an output
             depends on at most; of a `BlindSpotUNet` that of its network for full size).
         image: Float `[c, h, w]` in 0-1, noise may go beyond; 1 or 3 channels.
-        tile: Height and width of a tile in pixels, without its margin; rounded up to the pooling grid.
+        tile: About the height and width of a tile in pixels, without its margin; those of an image are alike, on the
+            pooling grid, and at most a quarter larger.
         turns: With 2 or 4, the mean of what the model makes of the image and of it turned by a half or by quarter
             turns, turned back: nearer to the clean image where noise is strong, in so many times the time.
 
@@ -67,13 +70,20 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1)
         raise InputError(f'tile must be at least 1 pixel, got {tile}')
     if not isinstance(turns, int) or turns not in (1, 2, 4):
         raise InputError(f'turns must be 1, 2 or 4, got {turns!r}')
-    if image.shape[1] * image.shape[2] >= WORTH_FUSING:
-        # A copy whose norms are part of its convs, with channels last: both are faster.
-        model = reparameterize_model(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if image.shape[1] * image.shape[2] >= WORTH_FUSING and any(hasattr(part, 'fuse') for part in model.modules()):
+        model = fused(model)
     result = _denoised(model, image, tile)
     for turn in range(4 // turns, 4, 4 // turns):
         result += _denoised(model, image.rot90(turn, (1, 2)), tile).rot90(-turn, (1, 2))
     return result.div_(turns)
+
+
+def fused(model: nn.Module) -> nn.Module:
+    """A copy of a denoiser in eval mode whose norms are part of its convs, with channels last: both are faster.
+
+    `denoise` makes one for each large image, unless it is given one: for many images make it once.
+    """
+    return reparameterize_model(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _denoised(model: Any, image: Tensor, tile: int) -> Tensor:
@@ -102,22 +112,23 @@ def _by_sizes(model: Any, image: Tensor, tile: int) -> Tensor:
 def _in_tiles(model: nn.Module, network: Callable[[Tensor], Tensor], image: Tensor, tile: int) -> Tensor:
     """What `network`, the model or a part of it, makes of one image `[c, h, w]`, tile by tile."""
     in_chans, grid, reach = (int(getattr(model, name)) for name in ('in_chans', 'multiple', 'receptive_field'))
-    step = -(-tile // grid) * grid
+    # Alike, so that none is margin for the most part.
+    rows, columns = (math.ceil(side / math.ceil(side / (LARGER * tile)) / grid) * grid for side in image.shape[1:])
     # At least one step of the grid, so that every tile at the far border has the rows that the model's padding repeats.
     margin = max(-(-reach // grid), 1) * grid
     like = next(model.parameters())
     _, height, width = image.shape
     result = torch.empty_like(image)
     with torch.inference_mode():
-        for top, left in product(range(0, height, step), range(0, width, step)):
+        for top, left in product(range(0, height, rows), range(0, width, columns)):
             first_row, first_column = max(top - margin, 0), max(left - margin, 0)
-            part = image[:, first_row : top + step + margin, first_column : left + step + margin].to(like)
+            part = image[:, first_row : top + rows + margin, first_column : left + columns + margin].to(like)
             if in_chans == 3:
                 part = part.expand(3, -1, -1)[None].contiguous(memory_format=torch.channels_last)
                 denoised = network(part)[0]
                 denoised = denoised.mean(0, keepdim=True) if len(image) == 1 else denoised
             else:
                 denoised = network(part[:, None])[:, 0]
-            core = denoised[:, top - first_row :, left - first_column :][:, :step, :step]
-            result[:, top : top + step, left : left + step] = core.to(result)
+            core = denoised[:, top - first_row :, left - first_column :][:, :rows, :columns]
+            result[:, top : top + rows, left : left + columns] = core.to(result)
     return result

@@ -226,7 +226,7 @@ def _smoothest(energies: Tensor, levels: Tensor, share: float, below: float) -> 
     for _ in range(ROUNDS):
         shapes, sizes, unlike = [], [], []
         for own in by_level:
-            size, places = (own / spectrum)[:, told].mean(1).sort()
+            size, places = (own.flatten(1) @ (told / spectrum).flatten() / told.sum()).sort()
             few = max(LEAST, int(share * len(own)))
             unlike.append(size[min(2 * few, len(size) - 1)] / size[few // 4])
             sizes.append(size[:few].mean())
