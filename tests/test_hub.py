@@ -660,6 +660,26 @@ def test_of_what_is_cached_ours_go_first(tiny_folder, tmp_path, monkeypatch):
         assert load_hypernet(name).folder.is_relative_to(tmp_path / 'models--timm-pudnet--test_resnet.tiny')
 
 
+def test_of_several_that_are_cached_none_is_taken_unasked(tiny_folder, tmp_path, monkeypatch, one_line):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr('timm_pudnet.hub._shelves', list)
+    for repo in ('another--test_resnet.tiny', 'zebra--test_resnet.large'):
+        store = tmp_path / f'models--{repo}'
+        (store / 'refs').mkdir(parents=True)
+        (store / 'refs' / 'main').write_text('a' * 40)
+        shutil.copytree(tiny_folder, store / 'snapshots' / ('a' * 40))
+    with pytest.raises(InputError) as error:
+        load_hypernet('test_resnet')
+    one_line(error, 'another/test_resnet.tiny, zebra/test_resnet.large', 'say which')
+    found = load_hypernet('test_resnet.large').folder
+    assert found.is_relative_to(tmp_path / 'models--zebra--test_resnet.large')
+
+
+def test_a_relative_folder_of_one_at_hand_is_the_same_one(shelf, monkeypatch):
+    monkeypatch.chdir(shelf)
+    assert hub.describe_hypernet('./test_resnet.tiny').where == 'embedded'
+
+
 def test_a_model_with_damaged_weights_is_not_published(tmp_path):
     folder = save_model(timm.create_model('test_resnet', num_classes=2), tmp_path / 'model')
     weights = folder / 'model.safetensors'

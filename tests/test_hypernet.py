@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -23,6 +24,7 @@ from timm_pudnet.config import (
     InputError,
     NotFoundError,
     OutputExistsError,
+    PudNetConfig,
     PudNetError,
     PudNetWarning,
     UnsupportedTargetError,
@@ -440,6 +442,76 @@ def disk_full(tensors, path, metadata=None):
     raise OSError(28, 'No space left on device')
 
 
+def test_a_save_that_fails_at_its_last_rename_leaves_nothing(tiny, tmp_path, monkeypatch):
+    replace = os.replace
+
+    def fails(source, target):
+        if str(target).endswith(WEIGHTS_NAME):
+            raise OSError('no more')
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'replace', fails)
+    with pytest.raises(OSError, match='no more'):
+        tiny.save_pretrained(tmp_path / 'net')
+    assert not [*tmp_path.iterdir()]
+
+
+def test_other_files_stay_where_nothing_is_overwritten(tiny, tmp_path):
+    (tmp_path / 'model-00001-of-00002.safetensors').write_bytes(b'')
+    tiny.save_pretrained(tmp_path)
+    assert (tmp_path / 'model-00001-of-00002.safetensors').is_file()
+
+
+def test_a_folder_may_have_timm_s_prefix(tiny, tmp_path, monkeypatch, one_line):
+    monkeypatch.chdir(tmp_path)
+    assert tiny.save_pretrained('local-dir:net') == Path('net')
+    assert PudNet.from_pretrained('local-dir:net').config.model_name == tiny.config.model_name
+    with pytest.raises(InputError) as error:
+        tiny.save_pretrained('hf-hub:org/net')
+    one_line(error, 'hf-hub:org/net', 'push_to_hub')
+
+
+def test_one_in_double_precision_is_saved_in_single(tiny, tmp_path):
+    expected = {key: value.clone() for key, value in tiny.state_dict().items()}
+    found = PudNet.from_pretrained(tiny.double().save_pretrained(tmp_path / 'net')).state_dict()
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+WRONG = [
+    {'predict_norm': 1},
+    {'context': 'false'},
+    {'eta': True},
+    {'tag': None},
+    {'norm_rank': True},
+    {'sketch_width': 8.0},
+]
+WRONG += [{'eta': '0.5'}, {'sketch_channels': 16}, {'input': {'input_size': (3, 32, 32)}}, {'class_names': (1, 2)}]
+
+
+@pytest.mark.parametrize('wrong', WRONG, ids=str)
+def test_values_that_a_file_could_not_hold_are_refused(wrong, one_line):
+    with pytest.raises(InputError) as error:
+        PudNetConfig(**{'model_name': 'test_resnet', 'input': SMALL, **wrong})
+    one_line(error, *wrong)
+
+
+@pytest.mark.parametrize(
+    'wrong', [{'crop_pct': True}, {'mean': 0.5}, {'std': (None, 1.0, 1.0)}, {'input_size': 'abc'}], ids=str
+)
+def test_values_that_a_file_could_not_hold_are_refused_of_its_input_too(wrong, one_line):
+    with pytest.raises(InputError) as error:
+        InputConfig(**wrong)
+    one_line(error, *wrong)
+
+
+def test_numbers_of_numpy_and_torch_become_python_s(tmp_path):
+    input = InputConfig(input_size=(3, 32, 32), mean=torch.tensor([0.25, 0.5, 0.5]), std=np.ones(3))
+    config = PudNetConfig(
+        model_name='test_resnet', input=input, sketch_width=np.int64(16), sketch_limit=torch.tensor(3.0)
+    )
+    assert PudNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 def test_a_save_that_fails_leaves_nothing(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors.torch, 'save_file', disk_full)
     with pytest.raises(OSError, match='No space left'):
@@ -584,7 +656,19 @@ def test_a_hypernetwork_is_no_timm_model_to_start_from(tiny_folder, one_line):
 def test_a_folder_of_another_network_is_refused(timm_folder, one_line):
     with pytest.raises(InputError) as error:
         PudNet.for_target('test_efficientnet', pretrained=str(timm_folder), sketch_width=16)
-    one_line(error, 'test_efficientnet', 'conv_stem.weight is not there')
+    one_line(error, 'test_efficientnet', f'{timm_folder} holds test_resnet')
+
+
+@pytest.mark.parametrize('asked', [{}, {'act_layer': 'gelu', 'drop_path_rate': 0.1}])
+def test_a_folder_of_a_network_that_only_its_arguments_tell_apart_is_refused(asked, tmp_path, one_line):
+    model = timm.create_model('test_resnet', num_classes=3, act_layer='gelu')
+    folder = timm_pudnet.save_model(model, tmp_path / 'gelu')
+    if asked:
+        PudNet.for_target('test_resnet', pretrained=f'local-dir:{folder}', sketch_width=16, model_kwargs=asked)
+        asked = {'act_layer': 'silu'}
+    with pytest.raises(InputError) as error:
+        PudNet.for_target('test_resnet', pretrained=str(folder), sketch_width=16, model_kwargs=asked)
+    one_line(error, folder, "test_resnet with the arguments {'act_layer': 'gelu'}", f'model_kwargs {asked}')
 
 
 # Plans

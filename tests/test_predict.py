@@ -1213,6 +1213,15 @@ def test_names_with_a_prefix_of_timm_s_are_understood(model, tmp_path, monkeypat
     one_line(error, 'hf-hub:org/name', 'push_model')
 
 
+def test_weights_that_are_not_finite_are_told(net, support, one_line):
+    broken = copy.deepcopy(net)
+    with torch.no_grad():
+        next(iter(broken.shared.values())).fill_(float('nan'))
+    with pytest.raises(InputError) as error:
+        predict_model('test_resnet', *support, hypernet=broken)
+    one_line(error, 'not finite', 'another hypernetwork')
+
+
 def test_a_folder_in_which_nothing_can_be_made_is_told_before_the_work(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
@@ -1333,9 +1342,10 @@ def test_what_timm_refuses_of_a_feature_model_is_one_line(net, support, kwargs, 
 
 
 def test_a_config_of_one_s_own_says_nothing_else_of_the_weights(net, support, one_line):
-    own = {'license': 'mit', 'tag': 'mine', 'num_classes': 3}
+    own = {'license': 'mit', 'tag': 'mine', 'num_classes': 3, 'mean': list(net.config.input.mean)}
     found = predict_model('test_resnet', *support, hypernet=net, pretrained_cfg_overlay=own)
     assert own.items() <= found.pretrained_cfg.items()
+    own['mean'] = tuple(own['mean'])
     for wrong in (
         *({'input_size': (3, 224, 224)}, {'crop_pct': 0.5}, {'num_classes': 5}),
         *({'architecture': 'resnet18'}, {'classifier': 'head'}, {'first_conv': 'stem'}),

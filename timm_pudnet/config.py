@@ -11,8 +11,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
-import numpy as np
-
 __version__ = '0.1.0'
 FORMAT_VERSION = 1
 # Statistics of so many images' weight are taken from training, so that a handful of images calibrates a network too.
@@ -152,17 +150,14 @@ class InputConfig:
     crop_mode: str = 'center'
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, 'crop_pct', as_plain(self.crop_pct))
+        _check_types(self)
         size = tuple(map(as_plain, self.input_size))
         if len(size) != 3 or not all(isinstance(side, int) and 0 < side <= 16384 for side in size):
             raise InputError(f'input_size must be (channels, height, width) with sides in 1-16384, got {size}')
         if size[0] not in (1, 3, 4):
             raise InputError(f'input_size: {size[0]} channels; images have 1, 3 or 4')
         for name in ('mean', 'std'):
-            given = tuple(getattr(self, name))
-            if any(isinstance(value, (str, bool)) for value in given):
-                raise InputError(f'{name} must be numbers, one a channel, got {given}')
-            values = tuple(float(value) for value in given)
+            values = tuple(float(value) for value in getattr(self, name))
             if len(values) != size[0] or not all(math.isfinite(value) for value in values):
                 raise InputError(f'{name} must be {size[0]} finite numbers, one a channel, got {values}')
             object.__setattr__(self, name, values)
@@ -255,38 +250,28 @@ class PudNetConfig:
     library_versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, as_plain(getattr(self, field.name)))
-        if not self.model_name or not isinstance(self.model_name, str):
+        _check_types(self)
+        if not self.model_name:
             raise InputError('model_name must be the name of a timm architecture, resnet18 for instance')
-        if not isinstance(self.sketch_width, int) or not 1 <= self.sketch_width <= 8192:
+        if not 1 <= self.sketch_width <= 8192:
             raise InputError(f'sketch_width must be in 1-8192, got {self.sketch_width}')
-        if not re.fullmatch(r'[A-Za-z0-9_.+-]*', str(self.tag)) or '..' in str(self.tag):
+        if not re.fullmatch(r'[A-Za-z0-9_.+-]*', self.tag) or '..' in self.tag:
             raise InputError(f'tag must be letters, digits, dots, - and _, got {self.tag!r}')
-        if not all(isinstance(name, str) and not _CONTROL.search(name) for name in self.class_names):
+        if any(_CONTROL.search(name) for name in self.class_names):
             raise InputError('class_names must be texts without control characters')
         channels = tuple(map(as_plain, self.sketch_channels))
         if len(channels) != 2 or not all(isinstance(width, int) and 1 <= width <= 8192 for width in channels):
             raise InputError(f'sketch_channels must be two widths in 1-8192, got {channels}')
-        for name in ('model_kwargs', 'generator_kwargs', 'training', 'library_versions'):
-            if not isinstance(getattr(self, name), dict):
-                raise InputError(f'{name} must be a mapping, got {getattr(self, name)!r}')
         for name in ('model_kwargs', 'generator_kwargs'):
             object.__setattr__(self, name, _as_json(getattr(self, name)))
         _check_model_kwargs(self.model_kwargs)  # else what comes of it could not be read again
-        if not 0 <= self.eta <= 1:
-            raise InputError(f'eta must be in [0, 1], got {self.eta}')
-        if not 0 <= self.min_predicted <= 1:
-            raise InputError(f'min_predicted must be in [0, 1], got {self.min_predicted}')
-        if not 0 <= self.prior_images < math.inf:
-            raise InputError(f'prior_images must be at least 0, got {self.prior_images}')
-        if not 0 <= self.deep_share <= 1:
-            raise InputError(f'deep_share must be in [0, 1], got {self.deep_share}')
-        if not 0 <= self.sketch_limit < math.inf:
-            raise InputError(f'sketch_limit must be at least 0, got {self.sketch_limit}')
-        if not isinstance(self.norm_rank, int) or self.norm_rank < 0:
-            raise InputError(f'norm_rank must be a number of at least 0, got {self.norm_rank!r}')
-        if not 0 < self.gain < math.inf:
+        for name in ('eta', 'min_predicted', 'deep_share'):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f'{name} must be in [0, 1], got {getattr(self, name)}')
+        for name in ('prior_images', 'sketch_limit', 'norm_rank'):
+            if getattr(self, name) < 0:
+                raise InputError(f'{name} must be at least 0, got {getattr(self, name)}')
+        if self.gain <= 0:
             raise InputError(f'gain must be above zero, got {self.gain}')
         object.__setattr__(self, 'sketch_channels', channels)
         object.__setattr__(self, 'class_names', tuple(self.class_names))
@@ -328,27 +313,34 @@ class PudNetConfig:
 
 
 def _known(where: str, cls: type, data: Mapping[str, Any], others: Iterable[str] = ()) -> dict[str, Any]:
-    """The values that a config class knows, their JSON types checked against its defaults; warns of any others."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(data) - set(fields) - set(others))
+    """The values that a config class knows; warns of any others."""
+    fields = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - fields - set(others))
     if unknown:
         names = ', '.join(map(shown, unknown[:10]))
         warnings.warn(
             f'{where}: ignored {names}, which this version of timm-pudnet does not know', PudNetWarning, stacklevel=4
         )
-    values = {key: value for key, value in data.items() if key in fields}
-    for key, value in values.items():
-        field = fields[key]
+    return {key: value for key, value in data.items() if key in fields}
+
+
+def _check_types(config: Any) -> None:
+    """Brings numbers and arrays of numpy and torch to Python's; refuses values of other types than the defaults have.
+
+    A file that holds such could not be read.
+    """
+    for field in dataclasses.fields(config):
+        key, value = field.name, as_plain(getattr(config, field.name))
+        object.__setattr__(config, key, value)
         default = field.default_factory() if callable(field.default_factory) else field.default
-        if default is None or dataclasses.is_dataclass(default):
-            continue
         wanted = str if default is dataclasses.MISSING else list if isinstance(default, tuple) else type(default)
         if not _is_json(value, wanted):
             raise InputError(f'{key} must be a {wanted.__name__}, got {shown(value)}')
-        texts = key == 'class_names'
-        if wanted is list and any(isinstance(item, bool) or isinstance(item, str) != texts for item in value):
+        kinds = str if key == 'class_names' else (int, float)
+        if wanted is list and any(
+            isinstance(item, bool) or not isinstance(item, kinds) for item in map(as_plain, value)
+        ):
             raise InputError(f'{key} holds values of a wrong type: {shown(value)}')
-    return values
 
 
 def _is_json(value: Any, wanted: type) -> bool:
@@ -365,8 +357,8 @@ _NOT_FROM_A_FILE |= {'device', 'dtype'}  # which would take memory, where the me
 
 
 def as_plain(value: Any) -> Any:
-    """Python's own number in place of numpy's."""
-    return value.item() if isinstance(value, np.generic) else value
+    """Python's own numbers, and lists of them, in place of numpy's and torch's."""
+    return value.tolist() if hasattr(value, 'tolist') else value
 
 
 def _as_json(value: Any) -> Any:

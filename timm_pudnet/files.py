@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_pudnet.config import DamagedFileError, NotFoundError, shown
+from timm_pudnet.config import DamagedFileError, InputError, NotFoundError, shown
 
 CONFIG_NAME = 'config.json'
 WEIGHTS_NAME = 'model.safetensors'
@@ -66,6 +66,19 @@ class Entry:
 def local_path(text: str | os.PathLike[str]) -> Path:
     """A path with its `~` put in full, where that names somebody's home."""
     return Path(os.path.expanduser(os.fspath(text)))
+
+
+def folder_path(folder: str | os.PathLike[str]) -> Path:
+    """The path of a folder, before which a text may have timm's prefix `local-dir:`.
+
+    Raises:
+        InputError: It has the prefix of the Hub.
+    """
+    if isinstance(folder, str):
+        if folder.startswith(('hf-hub:', 'hf_hub:')):
+            raise InputError(f'{folder} is no folder but a name on the Hub, where push_model and push_to_hub publish')
+        folder = folder.removeprefix('local-dir:')
+    return local_path(folder)
 
 
 def has_separator(text: str) -> bool:
@@ -285,9 +298,11 @@ def as_tensors(stored: list[Stored], expected: Mapping[str, Tensor]) -> dict[str
     return state
 
 
-def sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal digits."""
-    with path.open('rb') as file:
+def sha256(content: bytes | Path) -> str:
+    """The sha256 of bytes, or of a file, in hexadecimal digits."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open('rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 

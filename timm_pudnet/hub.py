@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -64,7 +63,8 @@ class HypernetInfo:
 
     Args:
         name: `architecture.tag` of one that ships with the package, else `org/architecture.tag`, or its folder.
-        where: `embedded` (ships with the package), `cache` (of the Hub, on this machine), `folder` or `hub`.
+        where: `embedded` (ships with the package, or lies in the checkout's `hub`), `cache` (of the Hub, on this
+            machine), `folder` or `hub`.
         model_name: timm architecture that it predicts.
         folder: Where its files are; None on the Hub.
         config: Its config; None on the Hub.
@@ -111,7 +111,7 @@ def _shelves() -> list[Path]:
 
 
 def embedded() -> dict[str, Path]:
-    """Folder of every hypernetwork that ships with the package, by its name `architecture.tag`."""
+    """Folder of every hypernetwork that ships with the package or lies in the checkout's `hub`, by its name."""
     found = {}
     for shelf in _shelves():
         for path in sorted(shelf.glob(f'*/{CONFIG_NAME}')):
@@ -164,10 +164,8 @@ def describe_hypernet(name: str | os.PathLike[str]) -> HypernetInfo:
         'apache-2.0'
     """
     folder = _folder(name)
-    if not (folder / CONFIG_NAME).is_file():
-        raise NotFoundError(f'{folder} is no hypernetwork: it has no {CONFIG_NAME}')
     for known, path in embedded().items():
-        if path == folder:
+        if path == folder.resolve():
             return _describe(known, 'embedded', folder)
     for repo, (path, _) in _cached().items():
         if path == folder:
@@ -306,33 +304,28 @@ def _known() -> str:
 def _folder(name: str | os.PathLike[str]) -> Path:
     if not isinstance(name, (str, os.PathLike)):
         raise InputError(f'hypernet must be a PudNet, a folder or a name, not a {type(name).__name__}')
-    text = os.fspath(name)
-    path = local_path(text)
-    # A name of ours goes before a folder of the same name, which ./NAME or a Path still reaches.
-    if isinstance(name, str) and (found := _shipped(text)):
-        return found
-    if path.is_dir():
-        return path
     if isinstance(name, str):
-        if text.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
-            return remote.local_folder(text)
-        if remote.split_repo(text):
-            try:
-                return remote.local_folder(text)
-            except (NotFoundError, HubError) as error:
-                raise type(error)(f'{error}. {_known()}') from error
-        if not has_separator(text):
-            return _without_org(text)
-    raise NotFoundError(f'{shown(text, 200)}: no such folder of a hypernetwork. {_known()}')
+        # A name of ours goes before a folder of the same name, which ./NAME or a Path still reaches.
+        if found := _shipped(name):
+            return found
+        prefixed = name.startswith(('local-dir:', 'hf-hub:', 'hf_hub:'))
+        if not (prefixed or has_separator(name) or local_path(name).is_dir()):
+            return _without_org(name)
+    try:
+        return remote.local_folder(name)
+    except (NotFoundError, HubError) as error:
+        raise type(error)(f'{error}. {_known()}') from error
 
 
 def _without_org(text: str, refresh: bool = False) -> Path:
     """The folder of `architecture` or `architecture.tag`, which does not ship: from the cache, else from the Hub."""
     plain, at, revision = text.partition('@')
     if not at:
-        for repo, (_, model_name) in _cached().items():
-            if text in (repo.partition('/')[2], model_name):
-                return remote.fetch(repo, refresh=refresh)
+        found = [repo for repo, (_, model) in _cached().items() if text in (repo.partition('/')[2], model)]
+        if len(found) > 1 and not found[0].startswith(f'{HUB_ORG}/'):
+            raise InputError(f'the cache has {", ".join(found)} for {text}: say which, as {found[0]}')
+        if found:
+            return remote.fetch(found[0], refresh=refresh)
     if '.' in plain:
         try:
             return remote.fetch(*remote.repo_of(f'{HUB_ORG}/{text}'), refresh=refresh)
@@ -514,11 +507,7 @@ def _measured(results: Mapping[str, Any]) -> bool:
 
 
 def _hashed(files: dict[str, bytes | Path]) -> dict[str, bytes | Path]:
-    digests = {
-        name: sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
-        for name, content in sorted(files.items())
-        if name != HASHES_NAME
-    }
+    digests = {name: sha256(content) for name, content in sorted(files.items()) if name != HASHES_NAME}
     return {**files, HASHES_NAME: (json.dumps(digests, indent=2) + '\n').encode()}
 
 

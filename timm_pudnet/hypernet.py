@@ -49,7 +49,7 @@ from timm_pudnet.files import (
     SHARD,
     WEIGHTS_NAME,
     as_tensors,
-    local_path,
+    folder_path,
     read_header,
     read_json,
     read_weights,
@@ -226,7 +226,7 @@ class PudNet(nn.Module):
             wanted = of_one_size(wanted)
         spec = target_of(wanted)  # clear errors first
         if pretrained:
-            model = pretrained_model(model_name if pretrained is True else local_path(pretrained), wanted.model_kwargs)
+            model = start_model(model_name if pretrained is True else folder_path(pretrained), wanted)
         else:
             model = create_feature_model(spec)
         if 'input' not in config:
@@ -417,7 +417,7 @@ class PudNet(nn.Module):
         overwrite: bool = False,
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> Path:
-        """Writes `config.json` and `model.safetensors`, whole or not at all.
+        """Writes `config.json` and `model.safetensors`, whole or not at all (what it overwrites, file by file).
 
         Args:
             folder: Made if it is not there; other files in it are left alone.
@@ -428,7 +428,7 @@ class PudNet(nn.Module):
         Raises:
             OutputExistsError: One of the files exists and `overwrite` is false.
         """
-        folder = local_path(folder)
+        folder = folder_path(folder)
         if not overwrite:
             for name in (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME):
                 if (folder / name).exists():
@@ -438,7 +438,8 @@ class PudNet(nn.Module):
         for key, value in self.state_dict().items():
             narrow = half and value.is_floating_point() and not key.startswith(_EXACT)
             narrow = narrow and not (value.abs() > most).any()  # which would be infinite
-            state[key] = value.detach().cpu().to(torch.float16 if narrow else value.dtype).contiguous()
+            wide = torch.float32 if value.dtype == torch.float64 else value.dtype  # as which it is loaded
+            state[key] = value.detach().cpu().to(torch.float16 if narrow else wide).contiguous()
         whitening = state['whitening']
         if len(whitening) <= MOST_UNSAVED and torch.equal(whitening, torch.zeros_like(whitening).fill_diagonal_(1)):
             del state['whitening']  # it may be larger than all the rest
@@ -461,9 +462,9 @@ class PudNet(nn.Module):
                     beside.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
         except BaseException:
             if made:
-                folder.rmdir()
+                shutil.rmtree(folder, ignore_errors=True)
             raise
-        for path in folder.glob('model*.safetensors*'):  # those of another number of shards, which these replace
+        for path in folder.glob('model*.safetensors*') if overwrite else ():  # of another number of shards
             old = path.name in (WEIGHTS_NAME, INDEX_NAME) or SHARD.fullmatch(path.name)
             if old and path.name not in shards and path.name not in texts:
                 path.unlink()
@@ -488,8 +489,6 @@ class PudNet(nn.Module):
             HubError: The Hub cannot be asked, or refuses.
         """
         folder = remote.local_folder(name)
-        if not (folder / CONFIG_NAME).is_file():
-            raise NotFoundError(f'{folder} is no hypernetwork: it has no {CONFIG_NAME}')
         stored = read_weights(folder)
         config = read_config(folder / CONFIG_NAME)
         with _described_by(folder, sum(len(file.entries) for file in stored)), torch.device('meta'):
@@ -623,7 +622,7 @@ class Plan:
 def plan_hypernet(model_name: str, *, generator: str = 'auto', **config: Any) -> Plan:
     """Works out what a hypernetwork for a timm architecture would be, without making it.
 
-    Arguments and errors as `PudNet.for_target`.
+    Arguments and errors as `PudNet.for_target`, but for `pretrained`.
 
     Example:
         >>> plan = plan_hypernet('resnet18')
@@ -697,6 +696,30 @@ def _chosen(config: PudNetConfig, generator: str, given: Mapping[str, Any]) -> P
         if plan.parameters <= MOST_OF_TARGET * plan.weights:
             break
     return sized
+
+
+# Arguments that change no weight's meaning: of the classifier, of training, or told by shapes.
+_NO_OTHER_NETWORK = {'num_classes', 'global_pool', 'in_chans', 'img_size'}
+_NO_OTHER_NETWORK |= {'drop_rate', 'drop_path_rate', 'drop_block_rate', 'proj_drop_rate', 'attn_drop_rate'}
+
+
+def start_model(source: str | Path, config: PudNetConfig) -> nn.Module:
+    """The model that a hypernetwork of this config starts from; arguments and errors as `pretrained_model`.
+
+    Raises:
+        InputError: It is another network than the config's target.
+    """
+    model = pretrained_model(source, config.model_kwargs)
+    if isinstance(source, Path):  # tensors alone do not tell: an activation has none
+        told, asked = read_json(source / CONFIG_NAME), config.model_kwargs
+        name, own = told['architecture'], told.get('model_args') or asked
+        other = {key for key in {*own, *asked} - _NO_OTHER_NETWORK if own.get(key) != asked.get(key)}
+        if name != config.model_name or other:
+            its = {key: own.get(key) for key in sorted(other)}
+            raise InputError(
+                f'{source} holds {name} with the arguments {its}, not {config.model_name} with the model_kwargs {asked}'
+            )
+    return model
 
 
 def pretrained_model(source: str | Path, model_kwargs: Mapping[str, Any]) -> nn.Module:

@@ -43,7 +43,7 @@ from timm_pudnet.config import (
     first_line,
     shown,
 )
-from timm_pudnet.files import local_path
+from timm_pudnet.files import folder_path
 from timm_pudnet.hub import Pushed, push, resolve_hypernet
 from timm_pudnet.hypernet import (
     PudNet,
@@ -236,11 +236,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         InputError: Nothing can be written there; or it is no whole timm model, one of `features_only` for instance, or
             timm could not load it.
     """
-    if isinstance(folder, str):
-        if folder.startswith(('hf-hub:', 'hf_hub:')):
-            raise InputError(f'{folder} is no folder: timm_pudnet.push_model publishes a model on the Hub')
-        folder = folder.removeprefix('local-dir:')
-    folder = local_path(folder)
+    folder = folder_path(folder)
     check_output(folder)
     model = getattr(model, '_orig_mod', model)  # of torch.compile
     if not hasattr(model, 'num_classes') or not hasattr(model, 'pretrained_cfg'):
@@ -474,6 +470,8 @@ def _write_head(
     else:
         assert isinstance(stream, StreamingRidge)
         weight, bias = self_training_classifier(stream, unlabelled, whitening)
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise InputError(f'{network.name}: what it predicts for these images is not finite: use another hypernetwork')
     if classifier.bias is None and bias.any():
         raise InputError(f'{network.config.model_name}: its classifier has no bias, which head {head!r} needs')
     with torch.no_grad():
@@ -545,7 +543,7 @@ def build_model(
     for key, value in own.items():
         if key in _WHERE_WEIGHTS_ARE and value is not None:
             raise InputError(f'pretrained_cfg_overlay: {key} and the images both say where the weights come from')
-        if key in _FIXED and fixed.get(key) != value:
+        if key in _FIXED and fixed.get(key) != (tuple(value) if isinstance(value, list) else value):
             raise InputError(f'pretrained_cfg_overlay: {key} is {fixed.get(key)!r} for these weights, not {value!r}')
         named = isinstance(value, (list, tuple)) and len(value) == num_classes
         if key == 'label_names' and value is not None and not named:

@@ -25,6 +25,7 @@ from timm_pudnet.files import (
     INDEX_NAME,
     SHARD,
     WEIGHTS_NAME,
+    folder_path,
     has_all_bytes,
     has_separator,
     local_path,
@@ -52,27 +53,27 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
             never taken for the other.
 
     Raises:
-        NotFoundError: There is no such folder or repository.
+        NotFoundError: There is no such folder or repository, or no hypernetwork in it.
         HubError: The Hub cannot be asked, or refuses.
     """
     if not isinstance(name, (str, os.PathLike)):
         raise InputError(f'a hypernetwork is a folder or a name on the Hub, not a {type(name).__name__}')
     text = os.fspath(name)
-    if isinstance(name, str):
-        if found := split_repo(text):
-            try:
-                return fetch(*found)
-            except (NotFoundError, HubError) as error:
-                if text.startswith(('hf-hub:', 'hf_hub:')):
-                    raise
-                raise type(error)(f'{error}; nor is there a folder {text}') from error
-        text = text.removeprefix('local-dir:')
-    folder = local_path(text)
+    if isinstance(name, str) and (found := split_repo(text)):
+        try:
+            return fetch(*found)
+        except (NotFoundError, HubError) as error:
+            if text.startswith(('hf-hub:', 'hf_hub:')):
+                raise
+            raise type(error)(f'{error}; nor is there a folder {text}') from error
+    folder = folder_path(name)
     if not folder.is_dir():
         raise NotFoundError(
             f'{shown(str(folder), 200)}: no such folder of a hypernetwork'
             + ('' if has_separator(text) else '; timm_pudnet.load_hypernet takes the names of those that ship with it')
         )
+    if not (folder / CONFIG_NAME).is_file():
+        raise NotFoundError(f'{folder} is no hypernetwork: it has no {CONFIG_NAME}')
     return folder
 
 
@@ -354,8 +355,7 @@ def _same(content: bytes | Path, file: Any) -> bool:
     if size != file.size:
         return False
     if file.lfs is not None:
-        digest = sha256(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
-        return digest == file.lfs.sha256
+        return sha256(content) == file.lfs.sha256
     return _git_hash(content.read_bytes() if isinstance(content, Path) else content) == file.blob_id
 
 

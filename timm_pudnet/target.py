@@ -139,7 +139,7 @@ def describe_target(
     from experts) are *predicted*; the statistics of BatchNorm are *calibrated* on the caller's images; what turns
     features into logits is the *classifier*; every other parameter (norm affine, biases, gains, LayerScale, position
     embeddings, `Linear` inside blocks) is *shared*, that is learned once and the same for every data set, and so is
-    every constant buffer. Nothing is built but on the meta device.
+    every constant buffer. Nothing is built but on the meta device, if timm can.
 
     Args:
         model_name: timm architecture, without a tag.

@@ -20,7 +20,7 @@ from timm_pudnet.cli.group import (
     strict_option,
 )
 from timm_pudnet.evaluation import share_interval
-from timm_pudnet.files import local_path
+from timm_pudnet.files import folder_path
 from timm_pudnet.predict import save_model
 from timm_pudnet.target import input_of
 from timm_pudnet.training import FineTuning
@@ -119,7 +119,7 @@ def finetune(
         best = run.best
         assert best is not None
         low, high = share_interval(best['right'], kept)
-        given = local_path(model.removeprefix('local-dir:')).is_dir()
+        given = folder_path(model).is_dir()
         flattered = ' (flattered, if it was predicted from these images)' if given else ''
         was = '' if run.before is None else f'; {run.before["accuracy"]:.1f}% before{flattered}'
         click.echo(

@@ -25,7 +25,7 @@ from timm_pudnet.adapt import centroid_logits, class_centroids
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetWarning, close_names, first_line
 from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.evaluation.scratch import train_from_scratch
-from timm_pudnet.files import local_path
+from timm_pudnet.files import folder_path
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import (
     PudNet,
@@ -374,9 +374,8 @@ def _pretrained(
 
 def _check_name(name: str) -> None:
     """Refuses pretrained weights that nobody has, before any work."""
-    kind, _, folder = name.partition(':')
-    if kind == 'local-dir':
-        if not local_path(folder).is_dir():
+    if name.startswith('local-dir:'):
+        if not folder_path(name).is_dir():
             raise NotFoundError(f'pretrained {name}: no such folder')
         return
     try:
@@ -391,7 +390,7 @@ def _check_name(name: str) -> None:
 def _downloaded(name: str) -> torch.nn.Module:
     """A feature model with pretrained weights, from timm's cache, the Hub or a folder."""
     if name.startswith('local-dir:'):
-        return pretrained_model(local_path(name.removeprefix('local-dir:')), {'num_classes': 0})
+        return pretrained_model(folder_path(name), {'num_classes': 0})
     overlay: dict[str, Any] = {}
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from timm_pudnet.adapt import class_centroids
 from timm_pudnet.config import InputConfig, InputError, PudNetWarning, as_plain
-from timm_pudnet.files import has_separator, local_path
+from timm_pudnet.files import folder_path, has_separator
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults, pretrained_model, usable_device
 from timm_pudnet.images import channel_statistics, check_root, open_images
@@ -536,7 +536,7 @@ def _opened(model: nn.Module | str | os.PathLike[str]) -> nn.Module | str:
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(f'model must be a timm model, its folder or an architecture, not a {type(model).__name__}')
     named = isinstance(model, str) and model.startswith('local-dir:')
-    path = local_path(str(model).removeprefix('local-dir:') if named else model)
+    path = folder_path(model)
     if isinstance(model, str) and not named and not has_separator(model) and not path.is_dir():
         return model
     with torch.random.fork_rng(devices=[]):

@@ -31,16 +31,16 @@ from timm_pudnet.config import (
     same_names,
     spelled,
 )
-from timm_pudnet.files import CONFIG_NAME, local_path, read_json
+from timm_pudnet.files import CONFIG_NAME, folder_path, local_path, read_json
 from timm_pudnet.hub import embedded
 from timm_pudnet.hypernet import (
     MOST_PARAMETERS,
     PudNet,
     forked_rng,
     own_defaults,
-    pretrained_model,
     read_config,
     save_tensors,
+    start_model,
     target_of,
     written_whole,
 )
@@ -289,12 +289,12 @@ def _is_hypernet(folder: Path) -> bool:
 
 def _hypernet_folder(start: str) -> Path | None:
     """Where the hypernetwork of that name or folder is, from the Hub too; None where it means none."""
-    path = local_path(start)
     if shipped := embedded().get(start):
         return shipped
-    if _is_hypernet(path):
-        return path
-    return remote.local_folder(start) if remote.split_repo(start) else None
+    if remote.split_repo(start):
+        return remote.local_folder(start)
+    path = folder_path(start)
+    return path if _is_hypernet(path) else None
 
 
 def group_sampler(recipe: Recipe, banks: Sequence[ImageBank]) -> GroupSampler:
@@ -380,7 +380,7 @@ def check_start(recipe: Recipe) -> None:
                 f'start {start} is a hypernetwork of another make than [hypernet] (and its input) says; set there: '
                 + ', '.join(wrong)
             )
-    elif not local_path(start).is_dir() and start.partition('.')[0] != config.model_name:
+    elif not folder_path(start).is_dir() and start.partition('.')[0] != config.model_name:
         raise InputError(
             f'start {start} is neither the folder of a timm model or hypernetwork, nor a hypernetwork that ships '
             f'with the package, nor timm weights of {config.model_name} ({config.model_name}.TAG)'
@@ -405,7 +405,7 @@ def seen_by(start: str) -> tuple[str, ...]:
         return ()
     if folder := _hypernet_folder(start):
         return read_config(folder / CONFIG_NAME).class_names
-    path = local_path(start)
+    path = folder_path(start)
     names: list[str] = []
     with contextlib.suppress(DamagedFileError, OSError, LookupError, AttributeError, TypeError):  # anybody's model
         config = read_json(path / CONFIG_NAME)
@@ -496,8 +496,8 @@ class _ClassifierRun(Run):
     def _started_target(self) -> dict[str, Tensor]:
         """State dict, without classifier, of the model that the recipe starts from."""
         start, config = self.recipe.start, self.recipe.hypernet
-        folder = local_path(start)
-        model = pretrained_model(folder if folder.is_dir() else start, config.model_kwargs)
+        folder = folder_path(start)
+        model = start_model(folder if folder.is_dir() else start, config)
         found, expected = model.state_dict(), self.target.state_dict()
         for key, value in expected.items():
             if key not in found or found[key].shape != value.shape:
