@@ -15,6 +15,7 @@ from PIL import Image
 
 import timm_pudnet
 from timm_pudnet.evaluation import measure_held_out, split_held_out
+from timm_pudnet.predict import check_output
 
 
 @click.command(help=__doc__)
@@ -24,6 +25,7 @@ from timm_pudnet.evaluation import measure_held_out, split_held_out
 @click.option('--out', type=click.Path(path_type=Path), required=True, help='New folder for the model.')
 @click.option('--show', default=5, show_default=True, help='So many photos are classified in the end.')
 def main(photos: Path, model_name: str, hypernet: str | None, out: Path, show: int) -> None:
+    check_output(out)  # before any work
     network = timm_pudnet.load_hypernet(hypernet or model_name)
     source = timm_pudnet.open_images(photos, input=network.config.input)
     used, tested = split_held_out(source, 0.25)

@@ -36,6 +36,7 @@ import copy
 import io
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from timm_pudnet import PudNet, denoise, load_hypernet
+from timm_pudnet import PudNet, PudNetError, denoise, load_hypernet
 from timm_pudnet.denoising import (
     add_noise,
     blind_spot_loss,
@@ -139,6 +140,8 @@ def main(
     """What the module's docstring says."""
     if scratch and (turns != '1' or plain or other):
         raise click.UsageError('--turns, --plain and --other are not for --scratch: leave them out')
+    if jpeg and clipped:
+        raise click.UsageError('--jpeg clips by itself: leave --clipped out')
     if scratch and (jpeg or kind == 'camera'):
         raise click.UsageError('--scratch is of noise that pixels do not share: leave --jpeg and --kind camera out')
     if bm3d and (scratch or turns != '1' or plain or other or clipped or jpeg or kind != 'gaussian'):
@@ -475,4 +478,8 @@ def mean_psnr(model: nn.Module, noisy: list[Tensor], clean: list[Tensor]) -> flo
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except (PudNetError, OSError) as error:
+        print(f'Error: {error}', file=sys.stderr)
+        sys.exit(2)

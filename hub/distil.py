@@ -28,10 +28,10 @@ from timm_pudnet.adapt import centroid_logits
 from timm_pudnet.config import InputError, PudNetError
 from timm_pudnet.hypernet import pretrained_model
 from timm_pudnet.target import channels_last, input_of, with_own_config
-from timm_pudnet.training import Recipe, load_banks, save_control
+from timm_pudnet.training import Recipe, check_control, check_start, load_banks, save_control
 from timm_pudnet.training.conditions import Condition
 from timm_pudnet.training.episodes import GroupSampler
-from timm_pudnet.training.meta_train import _PlainRun, check_start, group_sampler, seen_by
+from timm_pudnet.training.meta_train import _PlainRun, group_sampler, seen_by
 from timm_pudnet.training.run import bfloat16_slowdown, go
 
 CENTROID_IMAGES = 16  # of a class, at most
@@ -129,10 +129,11 @@ def main() -> None:
             raise InputError('rate and STEPS must be above zero')
         if result.exists():
             raise InputError(f'{result} exists: choose another OUT')
+        check_control(recipe.hypernet)
         run = _Distilling(recipe, teacher, options.steps)
+        go(run, options.out / 'run-plain', 120.0, None, True)
     except PudNetError as error:
         parser.error(str(error))
-    go(run, options.out / 'run-plain', 120.0, None, True)
     run.settle()
     whitening = run.whitening()
     if run.processes.rank:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from timm_pudnet import PudNet, load_hypernet, open_images
 from timm_pudnet.adapt import centroid_logits, class_centroids
-from timm_pudnet.config import InputConfig, same_names
+from timm_pudnet.config import InputConfig, PudNetError, same_names
 from timm_pudnet.evaluation import TestGroups, weights_digest
 from timm_pudnet.evaluation.expectation import Expectation, HeldOutSet, fit_expectation, measure_traits, sketch_distance
 from timm_pudnet.evaluation.measure import group_sketch, support_features
@@ -256,4 +256,8 @@ def _made(images: list[np.ndarray], names: list[str], config: InputConfig) -> Im
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except (PudNetError, OSError) as error:
+        print(f'Error: {error}', file=sys.stderr)
+        sys.exit(2)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from timm_pudnet import PudNet, open_images
 from timm_pudnet.adapt import calibrate, centroid_logits, class_centroids
-from timm_pudnet.config import PudNetError
+from timm_pudnet.config import PudNetError, same_names
 from timm_pudnet.evaluation import TestGroups, mean_interval
 from timm_pudnet.evaluation.measure import group_sketch
 from timm_pudnet.files import weights_sha256
@@ -124,13 +124,15 @@ def main() -> None:
         parser.error(f'{options.hypernet}: groups.conditions.json is not of results.conditions.json')
 
     given = open_images(options.train, input=bank_input(config))
-    seen = [
-        name for name in given.class_names or () if name in set(network.config.class_names) - set(results['classes'])
-    ]
+    names = given.class_names or ()
+    seen = [*same_names(names, network.config.class_names).keys() - same_names(names, results['classes']).keys()]
+    seen.sort(key=names.index)
     train = ImageBank.from_source(given, seen, progress=True)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (config.mean, config.std))
 
     members = [train.images[rows[:IMAGES_A_CLASS]].float() / 255 for rows in train.members]
+    if (few := min(map(len, members), default=0)) < IMAGES_A_CLASS:
+        parser.error(f'{options.train}: a seen class has {few} images, {IMAGES_A_CLASS} are wanted of each')
     rule = Rule(torch.stack(members), results['n_way'], results['n_shot'])
     model, base = create_feature_model(network.target).eval(), network.base()
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from timm_pudnet import PudNet, denoise, predict_denoiser, predict_model
 from timm_pudnet.config import InputError, PudNetWarning
 from timm_pudnet.evaluation import TestGroups, evaluate
-from timm_pudnet.training import Augmentation, finetune, meta_train, train_plain, try_recipe
+from timm_pudnet.training import Augmentation, ImageBank, finetune, meta_train, train_plain, try_recipe
 from timm_pudnet.training.meta_train import _PlainRun, group_sampler
 
 THERE = torch.cuda.is_available()
@@ -162,6 +162,7 @@ def test_an_evaluation_is_that_of_the_cpu(make_recipe, bank):
     recipe = make_recipe(4)
     hypernet = meta_train(recipe, banks=[bank], device='cpu', progress=False)
     control = train_plain(recipe, banks=[bank], device='cpu', progress=False)
+    bank = ImageBank(bank.images, bank.labels, [f'unseen {name}' for name in bank.class_names])
     groups = TestGroups.draw(bank, count=20 if THERE else 4, n_way=3, n_shot=3, n_query=5, conditions=True)
     found = {
         device: evaluate(hypernet.to(device), bank, groups, other=bank, controls={'plain': control}, progress=False)

@@ -19,7 +19,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 from torch.testing import assert_close
 
-from timm_pudnet import InputError, NotFoundError, PudNetError
+from timm_pudnet import InputError, NotFoundError, PudNetError, PudNetWarning
 from timm_pudnet.cli import denoise as room
 from timm_pudnet.cli import main
 from timm_pudnet.denoising.pictures import (
@@ -456,21 +456,34 @@ def test_a_folder_is_listed_below_in_natural_order_without_what_is_no_image(tmp_
     one_line(error, 'no images', '.txt')
 
 
+def test_pictures_of_formats_that_are_not_read_are_told(tmp_path, one_line):
+    for name in ('a.png', 'raw.dng', 'sub/b.CR2'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.warns(PudNetWarning, match='ignored 2 pictures'):
+        assert list(list_pictures(tmp_path)) == ['a.png']
+    with pytest.raises(InputError) as error:
+        list_pictures(tmp_path, strict=True)
+    one_line(error, '2 pictures', '.dng', 'convert')
+
+
 def test_a_clean_image_has_the_same_name_or_another_extension(tmp_path, one_line):
     for name in ('noisy/a.png', 'noisy/s/b.jpg', 'clean/a.tif', 'clean/a.png', 'clean/s/b.png', 'clean/c.png'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     noisy, clean = list_pictures(tmp_path / 'noisy'), tmp_path / 'clean'
-    assert pair_pictures(noisy, clean) == {'a.png': clean / 'a.png', 's/b.jpg': clean / 's' / 'b.png'}
-    assert pair_pictures({'x.png': tmp_path}, clean / 'c.png') == {'x.png': clean / 'c.png'}
+    found = pair_pictures(noisy, list_pictures(clean), clean)
+    assert found == {'a.png': clean / 'a.png', 's/b.jpg': clean / 's' / 'b.png'}
+    one = clean / 'c.png'
+    assert pair_pictures({'x.png': tmp_path}, list_pictures(one), one) == {'x.png': one}
     (clean / 's' / 'b.bmp').touch()
     with pytest.raises(InputError) as error:
-        pair_pictures(noisy, clean)
+        pair_pictures(noisy, list_pictures(clean), clean)
     one_line(error, 's/b.png', 's/b.bmp')
     (clean / 's' / 'b.bmp').unlink()
     (clean / 's' / 'b.png').unlink()
     with pytest.raises(NotFoundError) as error:
-        pair_pictures(noisy, clean)
+        pair_pictures(noisy, list_pictures(clean), clean)
     one_line(error, 'b.jpg', clean)
 
 
@@ -482,7 +495,7 @@ def test_a_noisy_image_is_not_its_own_clean_one(tmp_path, one_line):
     paths = list_pictures(tmp_path / 'noisy' / 'a.png')
     for clean in (tmp_path / 'noisy', tmp_path / 'noisy' / 'a.png', tmp_path / 'clean'):
         with pytest.raises(InputError) as error:
-            pair_pictures(paths, clean)
+            pair_pictures(paths, list_pictures(clean), clean)
         one_line(error, tmp_path / 'noisy' / 'a.png', clean, 'this very file', 'apart')
 
 
@@ -735,6 +748,8 @@ def test_bad_folders_are_said_before_any_work(folders, predicted, nothing_writte
     (folders / 'empty').mkdir()
     with nothing_written(folders):
         fails(noisy, needles=['--out'])
+        fails(noisy, '--out', '', needles=['--out is empty'])
+        fails('', '--out', out, needles=['images is empty'])
         fails(noisy, '--out', noisy, needles=['IMAGES', noisy])
         fails(noisy, '--out', noisy / 'deep' / 'out', needles=['lies in it', noisy])
         fails(noisy, '--out', clean / 'out', '--clean', clean, needles=['--clean', clean])

@@ -98,6 +98,15 @@ def test_memory_is_that_of_a_tile_whatever_the_size():
     assert [size[2:] for size in model.seen] == [(70, 48 + 24), (70, 85 - 48 + 24)]
 
 
+@pytest.mark.parametrize('wrong', [torch.nan, torch.inf, -torch.inf])
+def test_pixels_that_are_not_finite_are_refused(wrong, one_line):
+    image = noise(1, 20, 20, dtype=torch.float32)
+    image[0, 3, 5] = wrong
+    with pytest.raises(InputError) as error:
+        denoise(Stand().eval(), image)
+    one_line(error, 'NaN or infinite')
+
+
 def test_the_copy_that_is_made_of_a_model_for_large_images_is_made_once_if_asked_for(monkeypatch):
     torch.manual_seed(0)
     model = timm.create_model('blindspot_unet', width=4, depth=1).eval()

@@ -1197,3 +1197,36 @@ def test_scratch_trains_under_the_condition_that_it_is_tested_under(hypernet, ba
     negatives, others = (ImageBank(255 - one.images, one.labels, one.class_names) for one in (bank, support_bank))
     compare_scratch(hypernet, negatives, drawn, others, 1, num_epochs=1, progress=False)
     assert_close(shown[:2], shown[2:], rtol=0, atol=1e-5)
+
+
+def test_classes_that_were_seen_are_told(hypernet, bank, groups):
+    hypernet.config = dataclasses.replace(hypernet.config, class_names=('another', bank.class_names[1].upper()))
+    with pytest.warns(PudNetWarning, match=f'was trained on class {bank.class_names[1]!r}'):
+        evaluate(hypernet, bank, groups, without=('random_weights', 'raw_pixels'), progress=False)
+
+
+def test_a_control_in_half_precision_is_measured(hypernet, bank, groups):
+    control = timm.create_model('test_resnet', num_classes=0).eval()
+    whitening = torch.eye(len(hypernet.whitening))
+    found = [
+        evaluate(hypernet, bank, groups, controls={'plain': (model, whitening)}, progress=False)['accuracy']['plain']
+        for model in (copy.deepcopy(control).half(), control)
+    ]
+    assert found[0]['mean'] == pytest.approx(found[1]['mean'], abs=5)
+
+
+def test_groups_are_kept_in_somebody_s_home(bank, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    groups = TestGroups.draw(bank, count=2, n_way=3, n_shot=2, n_query=2)
+    groups.save('~/groups.json')
+    assert TestGroups.load('~/groups.json').digest == groups.digest
+    assert (tmp_path / 'groups.json').is_file()
+
+
+def test_copies_are_told_by_every_pixel():
+    """`content_keys`, which looks at 4096 values at most, is not for this."""
+    images = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
+    images[1, 0, 0, 1] = 1
+    keys = ImageBank(images, torch.zeros(3, dtype=torch.long), ['a']).keys
+    assert keys[0] == keys[2]
+    assert keys[0] != keys[1]

@@ -617,3 +617,18 @@ def test_an_augmentation_without_names_is_refused_before_any_work(augmentation, 
     with pytest.raises(InputError) as error:
         FineTuning(model, 'nowhere', augmentation=augmentation)
     one_line(error, 'augmentation', type(augmentation).__name__, 'create_transform')
+
+
+def test_a_tuning_runs_once(model, pictures, one_line):
+    tuning = FineTuning(model, *pictures(12), epochs=1, holdout=0.0)
+    tuning.run(progress=False)
+    with pytest.raises(InputError) as error:
+        tuning.run(progress=False)
+    one_line(error, 'has run', 'new one')
+
+
+def test_a_model_of_timm_s_class_without_a_config_is_tuned(pictures):
+    made = timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3, channels=(8, 8, 8, 8))
+    assert not hasattr(made, 'pretrained_cfg')
+    tuned = finetune(made, *pictures(12), epochs=1, holdout=0.0, progress=False)
+    assert len(tuned.pretrained_cfg['label_names']) == 3

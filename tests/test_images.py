@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import struct
 import tarfile
 import threading
@@ -1570,3 +1571,18 @@ def test_a_stream_comes_in_its_order_from_one_worker():
             return iter(torch.zeros(4, 3, 8, 8))
 
     assert [reorders(DataLoader(Stream(), num_workers=workers)) for workers in (0, 1, 2)] == [False, False, True]
+
+
+def test_sets_of_the_same_classes_are_one_and_those_of_others_are_refused(folder, tmp_path, one_line):
+    data = torchvision.datasets.ImageFolder(str(folder))
+    both = Subset(ConcatDataset([data, Subset(data, [0, 4])]), [-1, 0, 5])
+    source = open_images(both, input=RGB)
+    assert source.labels.tolist() == [1, 0, 0]
+    assert source.class_names == ('cat', 'dog')
+    shutil.copytree(folder / 'cat', tmp_path / 'birds' / 'bird')
+    shutil.copytree(folder / 'dog', tmp_path / 'birds' / 'fish')
+    mixed = ConcatDataset([data, torchvision.datasets.ImageFolder(str(tmp_path / 'birds'))])
+    with pytest.raises(InputError) as error:
+        open_images(mixed, input=RGB)
+    one_line(error, 'cat', 'bird', 'labels=...')
+    assert open_images(mixed, ['cat', 'dog'] * (len(mixed) // 2), input=RGB).class_names == ('cat', 'dog')

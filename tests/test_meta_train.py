@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from timm_pudnet.config import DamagedFileError, InputConfig, InputError, PudNetWarning
+from timm_pudnet.config import DamagedFileError, InputConfig, InputError, PudNetError, PudNetWarning
 from timm_pudnet.hypernet import PudNet
 from timm_pudnet.predict import save_model
 from timm_pudnet.training import Augmentation, Data, ImageBank, LossWeights, meta_train, train_plain, try_recipe
@@ -1056,3 +1056,44 @@ def test_groups_of_a_step_are_counted_each_by_its_own_size(bank, make_recipe):
     drawn = [len(torch.cat([group.support, group.query])) for group in map(run.sampler.draw, range(12))]
     assert {*drawn} == {8, 12}, 'or this shows nothing'
     assert run.shown() == sum(drawn)
+
+
+def no_images(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError('images were read first')
+
+    monkeypatch.setattr(importlib.import_module('timm_pudnet.training.meta_train'), 'load_banks', refuse)
+
+
+def test_a_control_that_no_file_could_hold_is_refused_before_the_images_are_read(
+    make_recipe, tmp_path, monkeypatch, one_line, nothing_written
+):
+    no_images(monkeypatch)
+    recipe = make_recipe(1, hypernet={'model_name': 'repvit_m0_9', 'generator': 'residual'})
+    with nothing_written(tmp_path), pytest.raises(InputError) as error:
+        train_plain(recipe, result=tmp_path / 'plain', progress=False)
+    one_line(error, 'repvit_m0_9', 'layers before the classifier')
+    (tmp_path / 'there').mkdir()
+    (tmp_path / 'there' / 'mine').touch()
+    with pytest.raises(PudNetError) as error:
+        train_plain(make_recipe(1), result=tmp_path / 'there', progress=False)
+    one_line(error, tmp_path / 'there', 'exists')
+
+
+@pytest.mark.parametrize('name', ['timm', 'mixup'])
+@pytest.mark.parametrize('train', [meta_train, train_plain, try_recipe])
+def test_what_timm_refuses_of_augmentation_is_told_before_the_images_are_read(
+    name, train, make_recipe, monkeypatch, one_line
+):
+    no_images(monkeypatch)
+    wrong = {'timm': {'auto_augmnt': 'rand-m5'}, 'mixup': {'mixup_alfa': 1.0}}[name]
+    with pytest.raises(InputError) as error:
+        train(make_recipe(1, augmentation=Augmentation(**{name: wrong})), progress=False)
+    one_line(error, 'augmentation', next(iter(wrong)))
+
+
+@pytest.mark.parametrize('train', [meta_train, train_plain, try_recipe])
+def test_banks_of_one_s_own_hold_no_class_that_is_to_be_unseen(train, make_recipe, bank, one_line):
+    with pytest.raises(InputError) as error:
+        train(make_recipe(1, data=(Data(images='mine', unseen=('c',)),)), banks=[bank], progress=False)
+    one_line(error, "class 'c'", 'unseen in mine')

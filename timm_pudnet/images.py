@@ -968,12 +968,12 @@ def _warn(text: str) -> None:
 
 def _visible_names(folder: str) -> list[str]:
     try:
-        return sorted((name for name in os.listdir(folder) if not name.startswith('.')), key=_natural_key)
+        return sorted((name for name in os.listdir(folder) if not name.startswith('.')), key=natural_key)
     except OSError as error:
         raise InputError(f'{folder}: cannot be listed ({error.strerror})') from error
 
 
-def _natural_key(name: str) -> tuple[list[str | int], str]:
+def natural_key(name: str) -> tuple[list[str | int], str]:
     """The order that timm gives class folders, with ties settled."""
     parts = re.split(r'(\d+)', name.lower())
     return [int(part) if part.isdecimal() else part for part in parts], name
@@ -1006,7 +1006,7 @@ def _index_labels(values: Any, names: Sequence[str] | None = None) -> tuple[Tens
     values = values if isinstance(values, np.ndarray) else list(values)
     if all(isinstance(value, str) for value in values):
         values = [str.__str__(value) for value in values]  # an Enum's too
-        class_names = sorted(set(values), key=_natural_key)  # as folders of these names
+        class_names = sorted(set(values), key=natural_key)  # as folders of these names
         numbers = {name: number for number, name in enumerate(class_names)}
         return torch.from_numpy(np.array([numbers[value] for value in values], np.int64)), tuple(class_names)
     mixed = isinstance(values, list) or values.dtype == object
@@ -1190,6 +1190,15 @@ def _dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | Non
     while isinstance(base, Subset):
         indices = base.indices.tolist() if isinstance(base.indices, Tensor) else list(base.indices)
         base, chosen = base.dataset, indices if chosen is None else [indices[place] for place in chosen]
+    if isinstance(base, ConcatDataset):
+        parts, its_names = zip(*map(_dataset_targets, base.datasets), strict=True)
+        if len(known := [*dict.fromkeys(names for names in its_names if names is not None)]) > 1:
+            some = '; '.join(', '.join(map(shown, names[:3])) for names in known[:2])
+            raise InputError(f'a ConcatDataset of sets with other classes ({some}; ...): give labels=...')
+        if any(part is None for part in parts):
+            return None, None
+        values = torch.cat(parts)
+        return values if chosen is None else values[chosen], None if None in its_names else its_names[0]
     names = _class_names(base)
     # The names that torchvision's datasets have for them.
     known = (getattr(base, name, None) for name in ('targets', 'labels', '_labels'))
@@ -1217,12 +1226,13 @@ def _dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | Non
     return values, names
 
 
-def check_root(data_dir: str | None, *images: Any) -> None:
+def check_root(data_dir: str | None, *images: Any, option: str = 'data_dir') -> None:
     """Refuses a `data_dir` where none of the images is the name of a timm dataset."""
     if data_dir is not None and not any_timm_name(*images):
+        given = f'{images[0]} is not' if isinstance(images[0], str) else 'these images are not'
         raise InputError(
-            f'data_dir={data_dir!r} is the root of a timm dataset, and these images are not the name of one: leave it '
-            'out, or name one, torch/image_folder for instance'
+            f'{option} {data_dir!r} is the root of a timm dataset, and {given} the name of one: leave it out, or name '
+            'one, torch/image_folder for instance'
         )
 
 

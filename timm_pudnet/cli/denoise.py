@@ -60,14 +60,13 @@ def denoise(
     check_output(out)
     where = usable_device(device)
     network = resolve_hypernet('blindspot_unet', hypernet)
-    paths = pictures.list_pictures(images)
-    if clean is not None:
-        pictures.list_pictures(clean)  # before any work: an error where there are none
+    paths = pictures.list_pictures(images, strict)
+    others = {} if clean is None else pictures.list_pictures(clean, strict)  # before any work
     found, skipped = _looked_at(paths, strict)
     if not found:
         raise InputError(f'none of the {len(paths):,} images of {images} can be denoised: {pictures.in_short(skipped)}')
     readable = {name: paths[name] for name in found}
-    partners = {} if clean is None else _partners(readable, clean)
+    partners = {} if clean is None else _partners(readable, others, clean)
     if skipped:
         warnings.warn(
             f'skipped {len(skipped):,} of {len(paths):,} images: {pictures.in_short(skipped)}',
@@ -170,9 +169,9 @@ def _looked_at(paths: dict[str, Path], strict: bool) -> tuple[dict[str, dict[str
     return found, skipped
 
 
-def _partners(paths: dict[str, Path], clean: Path) -> dict[str, Path]:
+def _partners(paths: dict[str, Path], others: dict[str, Path], clean: Path) -> dict[str, Path]:
     """The clean image of each noisy one, which it is like in size, channels and white."""
-    partners = pictures.pair_pictures(paths, clean)
+    partners = pictures.pair_pictures(paths, others, clean)
     for name, partner in tqdm(partners.items(), desc='Comparing', unit='pair', delay=2):
         pictures.check_pair(paths[name], pictures.read_picture(paths[name]), partner, pictures.read_picture(partner))
     return partners

@@ -19,7 +19,6 @@ from timm_pudnet import evaluation
 from timm_pudnet.cli.group import (
     FOLDER,
     SEED,
-    check_data_dir,
     check_split,
     data_options,
     device_option,
@@ -32,7 +31,7 @@ from timm_pudnet.config import InputError, same_names, shown, spelled
 from timm_pudnet.files import config_sha256, weights_sha256
 from timm_pudnet.hub import load_hypernet
 from timm_pudnet.hypernet import PudNet, pretrained_model, usable_device, written_whole
-from timm_pudnet.images import ImageSource, any_timm_name, open_images
+from timm_pudnet.images import ImageSource, any_timm_name, check_root, open_images
 from timm_pudnet.target import arguments_of, create_feature_model, input_of, with_own_config
 from timm_pudnet.training import ImageBank, bank_input, whitening_path
 from timm_pudnet.training.meta_train import cost_of, seen_by
@@ -93,7 +92,7 @@ def evaluate(
     shot = _labels_a_class(n_shot, support_split)
     if groups < 1:
         raise InputError(f'--groups must be at least 1, got {groups}')
-    check_data_dir(data_dir, images)
+    check_root(data_dir, images, option='--data-dir')
     check_split(images, other)
     _check_support_split(images, split, support_split)
     _check_scratch(scratch, scratch_epochs, groups, support_split, n_unlabelled)
@@ -147,26 +146,32 @@ def evaluate(
         without=without,
         seed=seed,
     )
-    if scratch:
-        assert support_bank is not None
-        result['scratch'] = evaluation.compare_scratch(
-            network, bank, drawn, support_bank, scratch, num_epochs=scratch_epochs, seed=seed
-        )
     if costs:
         result['controls'] = costs
-    click.echo(evaluation.format_table(result))
-    if not save:
-        click.echo('Not saved: add --save to keep numbers and groups beside the hypernetwork')
-        return
     named = Path(images).name if Path(images).is_absolute() else images
     folder = Path(images).is_dir()  # which has no splits
     result.update(**hashes, images=named, split=None if folder else split, support_split=support_split)
     ending = 'json' if protocol is None else f'{protocol}.json'
     results, listed = (Path(hypernet) / f'{name}.{ending}' for name in ('results', 'groups'))
     verb = 'Replaced  ' if results.exists() else 'Wrote     '
-    with written_whole(results) as beside:
-        beside.write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
-        drawn.save(listed)
+
+    def keep() -> None:
+        with written_whole(results) as beside:
+            beside.write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
+            drawn.save(listed)
+
+    if scratch:
+        assert support_bank is not None
+        if save:  # what is measured already, should this end early
+            keep()
+        result['scratch'] = evaluation.compare_scratch(
+            network, bank, drawn, support_bank, scratch, num_epochs=scratch_epochs, seed=seed
+        )
+    click.echo(evaluation.format_table(result))
+    if not save:
+        click.echo('Not saved: add --save to keep numbers and groups beside the hypernetwork')
+        return
+    keep()
     click.echo(f'{verb} {results}, {listed}. Next:')
     licence = [] if (Path(hypernet) / 'README.md').exists() else ['--license', 'LICENCE']
     words = ['timm-pudnet', 'push', hypernet, f'ORG/{network.name}', *licence, '--dry-run']

@@ -49,7 +49,7 @@ from timm_pudnet.training.finetune import Mode
     help='Share of the images kept aside to know when to stop; 0: none.',
 )
 @click.option(
-    '--hypernet', help='Where MODEL is an architecture: the hypernetwork: a name, a folder, or org/name on the Hub.'
+    '--hypernet', help='The hypernetwork, where MODEL is an architecture: a name, a folder, or org/name on the Hub.'
 )
 @click.option(
     '--seed', type=SEED, default=0, show_default=True, help='Of the images kept aside, their order and changes.'

@@ -18,7 +18,7 @@ import torch
 
 from timm_pudnet.config import InputConfig, InputError, PudNetError, __version__, shown
 from timm_pudnet.files import local_path
-from timm_pudnet.images import any_timm_name, takes_folder
+from timm_pudnet.images import any_timm_name, check_root, takes_folder
 from timm_pudnet.predict import check_output
 from timm_pudnet.target import is_ours
 
@@ -103,9 +103,14 @@ def main() -> None:
 
 
 class _Folder(click.Path):
-    """A path with its `~` in full: the shell leaves it where it stands behind a `=`."""
+    """A path with its `~` in full: the shell leaves it where it stands behind a `=`.
+
+    An empty text, which is a variable that the shell does not know, is not the current folder.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if value == '':
+            raise InputError(f'{param.opts[-1] if param else "a path"} is empty: name a file or folder')
         return Path(os.path.expanduser(os.fspath(value)))
 
 
@@ -123,15 +128,6 @@ def data_options(split: str) -> Callable[[Callable[..., None]], Callable[..., No
         return click.option('--data-dir', help='Root of a timm dataset.')(command)
 
     return add
-
-
-def check_data_dir(data_dir: str | None, *images: str | None) -> None:
-    """Refuses --data-dir where none of the images is a timm dataset."""
-    if data_dir is not None and not any_timm_name(*images):
-        raise InputError(
-            f'--data-dir is the root of a timm dataset, and {images[0]} is not the name of one: leave it out, '
-            'or name one, torch/image_folder for instance'
-        )
 
 
 def check_split(*images: str | None) -> None:
@@ -162,7 +158,7 @@ def check_paths(images: str, out: Path | None, data_dir: str | None, unlabelled:
         check_output(out)
         root = data_dir if takes_folder(images) or takes_folder(unlabelled) else None
         check_outside(out, **{'IMAGES': images, '--unlabelled': unlabelled, '--data-dir': root})
-    check_data_dir(data_dir, images, unlabelled)
+    check_root(data_dir, images, unlabelled, option='--data-dir')
     check_split(images, unlabelled)
 
 

@@ -284,8 +284,8 @@ def predict(
         return
 
     run.notes += [note] if note else []
+    save_model(run.model, out)  # before anything can fail
     page = run.report(images) if report else None
-    save_model(run.model, out)
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     written = None
     if page is not None:

@@ -14,27 +14,20 @@ import click
 import torch
 
 from timm_pudnet import denoising, training
-from timm_pudnet.cli.group import FOLDER, check_data_dir, check_outside, device_option, main, size_of, some
+from timm_pudnet.cli.group import FOLDER, check_outside, device_option, main, size_of, some
 from timm_pudnet.config import InputError, OutputExistsError
 from timm_pudnet.denoising.training import PatchBank
 from timm_pudnet.files import local_path
-from timm_pudnet.hypernet import target_of, usable_device, written_whole
-from timm_pudnet.images import TRAIN_OR_TEST, is_timm_name, takes_folder, torch_name
+from timm_pudnet.hypernet import usable_device, written_whole
+from timm_pudnet.images import TRAIN_OR_TEST, check_root, is_timm_name, takes_folder, torch_name
 from timm_pudnet.predict import save_model
 from timm_pudnet.training import Recipe
 from timm_pudnet.training.episodes import ImageBank
 
 
-def _folder(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | None:
-    """A folder; an empty text, which is a variable that the shell does not know, is not the current one."""
-    if value == '':
-        raise InputError('--out is empty: name a folder for the result')
-    return None if value is None else FOLDER.convert(value, param, ctx)
-
-
 @main.command()
 @click.argument('recipe', type=FOLDER)
-@click.option('--out', callback=_folder, metavar='PATH', help='Folder for the result and its checkpoints.')
+@click.option('--out', type=FOLDER, help='Folder for the result and its checkpoints.')
 @click.option('--short', is_flag=True, help='Only try for two minutes whether the recipe learns; writes nothing.')
 @click.option('--plain', is_flag=True, help='Train the control instead: the target by itself, without a sketch.')
 @device_option
@@ -46,7 +39,7 @@ def train(recipe: Path, out: Path | None, short: bool, plain: bool, device: str 
     if loaded.denoising is not None and (short or data_dir):
         option = '--short' if short else '--data-dir'
         raise InputError(f'{recipe}: {option} is not for recipes of denoisers: leave it out')
-    check_data_dir(data_dir, *(data.images for data in loaded.data))
+    check_root(data_dir, *(data.images for data in loaded.data), option='--data-dir')
     training.check_start(loaded)  # before any image is read
     several = int(os.environ.get('WORLD_SIZE', '1')) > 1  # processes, each of which takes a GPU of its own
     if short:
@@ -116,11 +109,8 @@ def _check_result(recipe: Recipe, text: bytes, out: Path, plain: bool) -> None:
     kept = out / 'recipe.toml'
     if not plain and kept.exists() and kept.read_bytes() != text:
         raise OutputExistsError(f'{kept} exists and is another recipe: choose another --out, or remove it first')
-    if plain and recipe.denoising is None and not target_of(recipe.hypernet).ends_in_classifier:
-        raise InputError(
-            f"{recipe.hypernet.model_name}: its head has layers before the classifier, without which timm's format "
-            'cannot hold it: train the control in Python, timm_pudnet.training.train_plain'
-        )
+    if plain and recipe.denoising is None:
+        training.check_control(recipe.hypernet)
 
 
 def _check_folder(run: Path) -> None:

@@ -12,7 +12,6 @@ import math
 import os
 import struct
 import zlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,10 @@ from PIL import Image, ImageDraw, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from torch import Tensor
 
-from timm_pudnet.config import InputError, NotFoundError, PudNetError, close_names
+from timm_pudnet.config import InputError, NotFoundError, PudNetError
 from timm_pudnet.files import local_path
 from timm_pudnet.hypernet import written_whole
-from timm_pudnet.images import IMAGE_EXTENSIONS, open_file, quiet_pillow, reason_of, walk_files
+from timm_pudnet.images import natural_key, open_file, quiet_pillow, reason_of, scan_folder
 
 # Formats that can hold again what was read from them, and how they are written. Those that are missing cannot (GIF has
 # 256 colours), are never written by PIL (PSD), or are read by it with fewer bits than they may have (AVIF, JPEG 2000).
@@ -73,41 +72,37 @@ class Picture:
         return pixels.clamp(0, 1).mul(self.white).round().div(self.white)
 
 
-def list_pictures(path: str | os.PathLike[str]) -> dict[str, Path]:
+def list_pictures(path: str | os.PathLike[str], strict: bool = False) -> dict[str, Path]:
     """The image files in a folder and its subfolders by their names relative to it, in natural order; or the one file.
 
     Raises:
         NotFoundError: There is no such file or folder.
-        InputError: The folder holds no images.
+        InputError: The folder holds no images; with `strict`, it holds some of formats that are not read.
+
+    Warns:
+        PudNetWarning: It holds some of formats that are not read.
     """
     path = local_path(path)
     if path.is_file():
         return {path.name: path}
-    if not path.is_dir():
-        parent = path.absolute().parent
-        near = close_names(path.name, os.listdir(parent)) if parent.is_dir() else ''
-        raise NotFoundError(f'{path}: no such file or folder.{near}')
-    files = [Path(name) for name in walk_files(str(path), set())]
-    found = {file.relative_to(path).as_posix(): file for file in files if file.name.lower().endswith(IMAGE_EXTENSIONS)}
-    if not found:
-        others = ', '.join(sorted(Counter(file.suffix or 'no extension' for file in files)))
-        what = f'{len(files):,} other files ({others})' if files else 'the folder is empty'
-        raise InputError(f'no images in {path}: {what}; images end in {", ".join(IMAGE_EXTENSIONS[:4])}, ...')
-    return found
+    paths, names, *_ = scan_folder(str(path), with_labels=False, strict=strict)
+    found = {Path(name).as_posix(): Path(file) for file, name in zip(paths, names, strict=True)}
+    return {name: found[name] for name in sorted(found, key=natural_key)}
 
 
-def pair_pictures(paths: dict[str, Path], clean: str | os.PathLike[str]) -> dict[str, Path]:
+def pair_pictures(paths: dict[str, Path], others: dict[str, Path], clean: str | os.PathLike[str]) -> dict[str, Path]:
     """The clean image of each noisy one: of the same name in its folder, or but for the extension.
 
     Args:
         paths: The noisy images by name, of `list_pictures`.
+        others: The clean ones likewise.
         clean: Folder of the clean ones; or, for a single noisy image, its clean one.
 
     Raises:
-        NotFoundError: There is no such folder, or no clean image of that name.
+        NotFoundError: There is no clean image of that name.
         InputError: Two clean images have the name but for the extension, or one is the noisy image itself.
     """
-    others, folder = list_pictures(clean), local_path(clean)
+    folder = local_path(clean)
     by_stem: dict[str, list[str]] = {}
     for name in others:
         by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
@@ -291,7 +286,9 @@ def white_of(peak: float) -> int:
 
 
 def check_range(pixels: Tensor, name: str) -> None:
-    """Raises InputError for floats that cannot be meant as black 0 and white 1; those of bright files go up to 16."""
+    """Raises InputError for NaN, and floats that cannot be meant as black 0 and white 1; bright files go up to 16."""
+    if not math.isfinite(float(pixels.sum())):  # isfinite() of each would take as much memory again
+        raise InputError(f'{name} has pixels that are NaN or infinite')
     peak = max(float(pixels.max()), -float(pixels.min()))
     if 32 < peak < math.inf:
         white = white_of(peak) if peak <= 32 * 65535 else 'their white'

@@ -7,7 +7,7 @@ for networks that give `e`). Here `e + v` is measured around each pixel, and wha
 pixels there by the contrast of the guess: it errs at edges, not in the sky. This is done for brightness and two colour
 components apart: what texture the guess misses is in brightness nearly alone, the noise in all three.
 
-Dimension letters: `n` images, `c` channels or colour components, `h w` height and width, `k` blocks.
+Dimension letters: `n` images, `c` channels, `k` colour components, `h w` height and width.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def estimate_noise(noisy: Tensor, guesses: Tensor) -> list[list[float]]:
 
 
 def noise_by_level(noisy: Tensor, guesses: Tensor, components: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """For each component, a row of `[k, c]`: levels of brightness, and the variance of its noise at each of them.
+    """Two lists with a tensor for each component: levels of brightness, and the variance of its noise at each.
 
     Args:
         noisy: As those of `estimate_noise`.

@@ -308,7 +308,7 @@ class BlindSpotUNet(nn.Module):
         return mixing(self.posterior.components, self.share)
 
     def fine(self, x: Tensor) -> Tensor:
-        """The same as `by_sizes`, by the network for this size alone."""
+        """What the network for this size alone makes of images as `seen` gives them."""
         standardized = self._standardized(x)
         blurred = list(self._blurred(standardized))
         bands = [fine - coarse for fine, coarse in itertools.pairwise(blurred)]

@@ -25,7 +25,7 @@ from timm_pudnet.adapt import centroid_logits, class_centroids
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetWarning, close_names, first_line
 from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.evaluation.scratch import train_from_scratch
-from timm_pudnet.files import folder_path
+from timm_pudnet.files import folder_path, local_path
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import (
     PudNet,
@@ -461,7 +461,7 @@ def plot_comparison(result: dict[str, Any], path: str | os.PathLike[str]) -> Pat
     Returns:
         The path; None, after a warning, where matplotlib is not installed.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -29,7 +29,7 @@ from timm_pudnet.adapt import class_centroids
 from timm_pudnet.config import DamagedFileError, InputError
 from timm_pudnet.evaluation.holdout import pre_logits
 from timm_pudnet.evaluation.metrics import rank_correlation
-from timm_pudnet.files import read_json
+from timm_pudnet.files import local_path, read_json
 from timm_pudnet.hypernet import PudNet, written_whole
 from timm_pudnet.images import ImageSource
 from timm_pudnet.predict import in_memory
@@ -183,7 +183,7 @@ class Expectation:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes `expectation.json` into a hypernetwork's folder, in place of an earlier one."""
-        path = Path(folder) / EXPECTATION_NAME
+        path = local_path(folder) / EXPECTATION_NAME
         with written_whole(path) as beside:
             beside.write_text(json.dumps(dataclasses.asdict(self), allow_nan=False) + '\n', encoding='utf-8')
         return path
@@ -195,7 +195,7 @@ class Expectation:
         Raises:
             DamagedFileError: The file holds something else.
         """
-        path = Path(folder) / EXPECTATION_NAME
+        path = local_path(folder) / EXPECTATION_NAME
         if not path.is_file():
             return None
         try:

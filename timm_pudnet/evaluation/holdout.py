@@ -185,16 +185,19 @@ class _RawPixels:
         self.sample.append((raw_pixels(images[chosen], MOST_RIDGE_PIXELS), labels[chosen]))
 
     def heads(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Classifiers of images by name; no ridge where no image of a class could be read."""
+        """Classifiers of images by name.
+
+        Raises:
+            InputError: No image of a class could be read.
+        """
         centroids = self.means.result()
         rows, classes = map(torch.cat, zip(*self.sample, strict=True))
         heads: dict[str, Callable[[Tensor], Tensor]] = {
             'nearest class mean': lambda images: centroid_logits(raw_pixels(images), centroids, 1.0).argmax(1)
         }
-        if len(classes.unique()) == self.num_classes:
-            weight, bias = ridge_classifier(rows, classes, self.num_classes)
-            name = 'ridge regression' + (f' of {len(rows):,} images' if len(rows) < self.seen.sum() else '')
-            heads[name] = lambda images: (raw_pixels(images, MOST_RIDGE_PIXELS) @ weight.t() + bias).argmax(1)
+        weight, bias = ridge_classifier(rows, classes, self.num_classes)
+        name = 'ridge regression' + (f' of {len(rows):,} images' if len(rows) < self.seen.sum() else '')
+        heads[name] = lambda images: (raw_pixels(images, MOST_RIDGE_PIXELS) @ weight.t() + bias).argmax(1)
         return heads
 
 

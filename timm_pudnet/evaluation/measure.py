@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from timm_pudnet.adapt import (
     ridge_classifier,
     self_training_classifier,
 )
-from timm_pudnet.config import PRIOR_IMAGES, Calibration, InputError
+from timm_pudnet.config import PRIOR_IMAGES, Calibration, InputError, PudNetWarning, same_names
 from timm_pudnet.evaluation.holdout import raw_pixels
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
@@ -81,7 +82,7 @@ def evaluate(
 
     Args:
         hypernet: The hypernetwork to measure.
-        bank: Images of the unseen classes.
+        bank: Images of the unseen classes; a warning tells of one that was seen.
         groups: Which of them make up each group.
         support_bank: Other images of the same classes, which the support is taken from instead.
         other: Images of another data set, for `other_domain_sketch`; they are seen as they are, under no condition.
@@ -105,6 +106,12 @@ def evaluate(
         its queries; `interval` says which.
     """
     groups.check(bank, support_bank)
+    if both := same_names(bank.class_names, hypernet.config.class_names):
+        warnings.warn(
+            f'{hypernet.name} was trained on class {sorted(both)[0]!r}: this is no measure of unseen classes',
+            PudNetWarning,
+            stacklevel=2,
+        )
     for images_of in (bank, support_bank, other):
         if images_of is not None:
             images_of.check_size(hypernet.config.input)
@@ -216,7 +223,10 @@ class _Networks:
         whole = [torch.arange(len(self.bank.labels))]
         everything = GroupImages(self.bank, whole, self.hypernet.config.input, device)
         for name, (control, learned) in controls.items():
-            own = {key: value.to(device) for key, value in control.state_dict().items()}
+            own = {
+                key: value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
+                for key, value in control.state_dict().items()
+            }
             with_own = _looked_up(model, own, everything) if once else _with_weights(model, own, None)
             for arm, extractor in (
                 (name, _with_weights(model, own, self.calibration)),

@@ -12,7 +12,6 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from timm_pudnet.adapt import MOST_UNLABELLED
 from timm_pudnet.config import DamagedFileError, InputConfig, InputError, PudNetWarning
+from timm_pudnet.files import local_path
 from timm_pudnet.hypernet import written_whole
 from timm_pudnet.images import channel_statistics
 from timm_pudnet.sketch import ImageSample
@@ -36,8 +36,8 @@ class TestGroups:
             where there is one. None for all images of the group's classes in the support bank.
         query: `[groups, n_way, n_query]`: they are tested; no image is in both.
         conditions: The imaging condition of each group, under which its support and query are seen; None for none.
-        n_unlabelled: Images a class that come without their labels; of those of the class in the support's bank that
-            are in neither support nor query, so many by a draw that the group's number seeds.
+        n_unlabelled: Further images a class, without their labels: drawn, by the group's number as seed, from those of
+            the class in the support's bank that are in neither support nor query.
     """
 
     __test__ = False  # not a pytest class, in spite of its name
@@ -222,7 +222,7 @@ class TestGroups:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the groups as JSON."""
-        with written_whole(Path(path)) as beside:
+        with written_whole(local_path(path)) as beside:
             beside.write_text(json.dumps(self._lists(), separators=(',', ':')) + '\n', encoding='utf-8')
 
     @classmethod
@@ -233,7 +233,7 @@ class TestGroups:
             DamagedFileError: The file holds no such groups.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding='utf-8'))
+            data = json.loads(local_path(path).read_text(encoding='utf-8'))
             support = None if data['support'] == 'all' else torch.tensor(data['support'])
             query, conditions = torch.tensor(data['query']), data.get('conditions')
             unlabelled = data.get('n_unlabelled', 0)

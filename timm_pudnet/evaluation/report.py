@@ -30,6 +30,7 @@ from timm_pudnet.config import InputError, NotFoundError, OutputExistsError
 from timm_pudnet.evaluation.expectation import IN_WORDS, Familiarity
 from timm_pudnet.evaluation.holdout import MOST_ON_A_MAP, REPEATED, HeldOutTest, as_pixels, pre_logits
 from timm_pudnet.evaluation.metrics import share_interval
+from timm_pudnet.files import local_path
 from timm_pudnet.hypernet import folder_written_whole
 from timm_pudnet.images import ImageSource
 
@@ -121,7 +122,7 @@ class Report:
             OutputExistsError: The folder exists.
             NotFoundError: Its parent is not there.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         if folder.exists():
             raise OutputExistsError(f'{folder} exists: choose another folder for the report, or remove it first')
         if not folder.parent.is_dir():

@@ -5,6 +5,7 @@ from timm_pudnet.training.episodes import Augmentation, Group, Groups, GroupSamp
 from timm_pudnet.training.finetune import FineTuning, Tuning, finetune, finetune_epochs
 from timm_pudnet.training.losses import Losses, group_losses, sketch_loss
 from timm_pudnet.training.meta_train import (
+    check_control,
     check_start,
     classes_seen,
     load_banks,
@@ -31,6 +32,7 @@ __all__ = [
     'Schedule',
     'Tuning',
     'bank_input',
+    'check_control',
     'check_start',
     'classes_seen',
     'finetune',

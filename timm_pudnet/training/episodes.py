@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import random
 import zlib
@@ -26,7 +27,7 @@ from torchvision.transforms.functional import to_pil_image
 from timm_pudnet.config import InputConfig, InputError, first_line
 from timm_pudnet.hypernet import forked_rng
 from timm_pudnet.images import ImageSource, channel_statistics, open_images
-from timm_pudnet.sketch import ImageSample, content_keys
+from timm_pudnet.sketch import ImageSample
 from timm_pudnet.training.conditions import Condition
 
 MOST = 1_000_000  # of what a group counts; far more than fits anywhere
@@ -107,8 +108,9 @@ class ImageBank:
 
     @functools.cached_property
     def keys(self) -> Tensor:
-        """A key `[n]` of each image by its pixels (`sketch.content_keys`), made once."""
-        return torch.cat([content_keys(part) for part in self.images.split(1024)])
+        """A key `[n]` of each image by all its pixels, made once."""
+        digests = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in self.images.cpu().numpy())
+        return torch.tensor([int.from_bytes(digest, 'big', signed=True) for digest in digests], dtype=torch.long)
 
     def check_size(self, config: InputConfig) -> None:
         """Raises InputError unless the images are of the size that the target takes."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import inspect
 import math
 import os
@@ -50,7 +49,7 @@ class Tuning:
         layer_decay: Each layer's rate is so many times that of the layer above it; 1 for one rate.
         weight_decay: AdamW's, of weights with more than one dimension.
         warmup: Share of the steps in which the rate rises.
-        batch_size: Most images in a step.
+        batch_size: Most images in a step (but two at the least, where norms see them).
         frozen_statistics: Whether norm layers keep their statistics, as a handful of images asks for.
         label_smoothing: Of the loss.
         patience: Epochs without a better result on the images kept aside, after which training stops.
@@ -265,6 +264,8 @@ class FineTuning:
     @own_defaults()
     def run(self, progress: bool = True) -> None:
         """Trains until nothing gets better, or to the last epoch. When interrupted, `result` has the best so far."""
+        if self.history:
+            raise InputError('this fine-tuning has run: make a new one, of its `result` for instance')
         best = _rank(self.before) if self.before else None
         if best:
             self._keep()
@@ -494,9 +495,9 @@ def split_copies(bank: ImageBank, share: float, seed: int = 0, least: int = 2) -
     """
     if len(bank.class_names) < 2:
         raise InputError(f'one class only, {", ".join(bank.class_names)}: a classifier needs two')
-    alike: dict[bytes, list[int]] = {}
-    for number, image in enumerate(bank.images):
-        alike.setdefault(hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest(), []).append(number)
+    alike: dict[int, list[int]] = {}
+    for number, key in enumerate(bank.keys.tolist()):
+        alike.setdefault(key, []).append(number)
     families = list(alike.values())
     owners = bank.labels[[family[0] for family in families]]
     generator = torch.Generator().manual_seed(seed)
@@ -591,7 +592,7 @@ def name_classes(model: nn.Module, class_names: Sequence[str]) -> None:
     """Gives a timm model's classes their names."""
     described: Any = model
     described.pretrained_cfg = {
-        **described.pretrained_cfg,
+        **(getattr(described, 'pretrained_cfg', None) or {}),
         'num_classes': len(class_names),
         'label_names': tuple(class_names),
     }

@@ -55,7 +55,7 @@ from timm_pudnet.target import (
     normalised_otherwise,
     with_own_config,
 )
-from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input, mixed
+from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input, mixed, timm_augmented
 from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
 from timm_pudnet.training.recipe import Data, Recipe
 from timm_pudnet.training.run import Run, config_fields, go
@@ -102,7 +102,8 @@ def meta_train(
         InputError: The recipe, its data, or a checkpoint of another recipe.
         FloatingPointError: The loss was not finite for ten steps in a row; the last checkpoint remains.
     """
-    run = _MetaRun(*_read(recipe, banks), device)
+    recipe = _checked(recipe)
+    run = _MetaRun(recipe, _banks(recipe, banks), device)
     go(run, folder, checkpoint_seconds, max_steps, progress)
     return run.finished()
 
@@ -122,18 +123,19 @@ def train_plain(
     """Trains the control *plain*: the recipe's target as an ordinary classifier, on as many images of the same classes.
 
     Arguments and errors as `meta_train`; `result` is a folder to save the control in, as `save_control` does, with what
-    its training cost. Over several processes each takes its part of a batch by itself, its norm statistics too: as
-    good, but not the same weights.
+    its training cost (where `max_steps` ends it before, nothing is saved). Over several processes each takes its part
+    of a batch by itself, its norm statistics too: as good, but not the same weights.
 
     Returns:
         The target as a feature model (`num_classes=0`), in eval mode, and the whitening of its features, on the CPU.
     """
-    recipe, banks = _read(recipe, banks)
+    recipe = _checked(recipe)
     if recipe.schedule.frozen:
         raise InputError('schedule: a rate of 0 trains no control: give it a recipe of its own, with a rate')
     if result is not None:
         check_output(local_path(result))
-    run = _PlainRun(recipe, banks, device)
+        check_control(recipe.hypernet)
+    run = _PlainRun(recipe, _banks(recipe, banks), device)
     go(run, folder, checkpoint_seconds, max_steps, progress)
     run.settle()
     whitening = run.whitening()
@@ -173,7 +175,8 @@ def try_recipe(
         raise InputError(f'seconds must be above zero, got {seconds}')
     if int(os.environ.get('WORLD_SIZE', '1')) > 1:
         raise InputError('a short try is for one process: start it without torchrun or accelerate launch')
-    recipe, banks = _read(recipe, banks)
+    recipe = _checked(recipe)
+    banks = _banks(recipe, banks)
     run = _MetaRun(recipe, banks, device)
     each, chance = recipe.images_per_step, run.accuracy()[1]
     for _ in run.steps(1):  # the first step is slower
@@ -201,14 +204,27 @@ def try_recipe(
     }
 
 
-def _read(
-    recipe: Recipe | str | os.PathLike[str], banks: Sequence[ImageBank] | None
-) -> tuple[Recipe, Sequence[ImageBank]]:
+def _checked(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     if recipe.denoising is not None:
         raise InputError('the recipe has a table [denoising]: meta_train_denoiser takes recipes of denoisers')
     check_start(recipe)
-    return recipe, banks or load_banks(recipe)
+    return recipe
+
+
+def _banks(recipe: Recipe, banks: Sequence[ImageBank] | None) -> Sequence[ImageBank]:
+    if banks and len(banks) == len(recipe.data):  # as they are, classes that are not to be seen among them or not
+        _refuse_overlap(recipe, [bank.class_names for bank in banks])
+    return banks or load_banks(recipe)
+
+
+def check_control(config: PudNetConfig) -> None:
+    """Raises InputError where timm's format could not hold a control of this hypernetwork's target."""
+    if not target_of(config).ends_in_classifier:
+        raise InputError(
+            f"{config.model_name}: its head has layers before the classifier, without which timm's format cannot hold "
+            'it: train the control in Python, timm_pudnet.training.train_plain without `result`'
+        )
 
 
 def load_banks(
@@ -366,9 +382,14 @@ def check_start(recipe: Recipe) -> None:
     start, config = recipe.start, recipe.hypernet
     if recipe.denoising is None:
         _check_target(config)
+    _check_augmentation(recipe)
+    folder = _hypernet_folder(start) if start else None
+    if folder is None and recipe.schedule.fixed_encoder:
+        raise InputError('schedule: fixed_encoder needs a hypernetwork as start, whose encoder it is')
+    if folder is None and recipe.losses.undoing:
+        raise InputError('losses: undoing needs a hypernetwork as start, whose sketch tells conditions apart')
     if not start:
         return
-    folder = _hypernet_folder(start)
     if folder is not None:
         found = read_config(folder / CONFIG_NAME)
         fields = [(name, found, config) for name in config_fields(config) if name not in _FREE]
@@ -397,6 +418,16 @@ def check_start(recipe: Recipe) -> None:
             PudNetWarning,
             stacklevel=1,  # once, whoever asks
         )
+
+
+def _check_augmentation(recipe: Recipe) -> None:
+    """Tries on two black images what timm is told of augmentation."""
+    how, size = recipe.augmentation, recipe.hypernet.input.input_size
+    black, generator = torch.zeros(2, *size, dtype=torch.uint8), torch.Generator().manual_seed(0)
+    if how and how.timm:
+        timm_augmented(black, how.timm, generator)
+    if how and how.mixup:
+        mixed(black.float(), torch.zeros(2, dtype=torch.long), 2, how.mixup, generator)
 
 
 def seen_by(start: str) -> tuple[str, ...]:
@@ -618,8 +649,6 @@ class _MetaRun(_ClassifierRun):
             for name, value in self.hypernet.named_parameters():
                 value.requires_grad_(not self.is_ordinary(f'hypernet.{name}'))
         if self.recipe.schedule.fixed_encoder:
-            if started is None:
-                raise InputError('schedule: fixed_encoder needs a hypernetwork as start, whose encoder it is')
             self.hypernet.encoder.requires_grad_(False)
         self.undoing = self._channel_undoing(started) if self.recipe.losses.undoing else None
         self.teacher = None  # lends its forward pass to the network of `start`, where its features are wanted
@@ -631,8 +660,7 @@ class _MetaRun(_ClassifierRun):
 
     def _channel_undoing(self, started: PudNet | None) -> ChannelUndoing:
         """What the first layers are to give, by what `start` gives for the mean sketch of groups without conditions."""
-        if started is None:
-            raise InputError('losses: undoing needs a hypernetwork as start, whose sketch tells conditions apart')
+        assert started is not None
         sampler = group_sampler(self.recipe, self.sampler.banks)
         sampler.groups = dataclasses.replace(self.recipe.groups, conditions=0.0)
         weights = {key: value.to(self.device) for key, value in _usual_weights(started, sampler).items()}

@@ -149,8 +149,8 @@ class Schedule:
     """How long and how fast.
 
     Args:
-        images: Images seen in all, at most: groups of a set with fewer classes than `n_way` may hold fewer. Those of
-            the sketches that `undoing` learns from before are not counted.
+        images: Images seen in all, in whole steps; groups of a set with fewer classes than `n_way` may hold fewer.
+            Those of the sketches that `undoing` learns from before are not counted.
         optimizer: `adamw` for all; or `sgd` (Nesterov, 0.9) for what an ordinary training of the target would train,
             base kernels, shared weights and the full head, and AdamW for the rest.
         rate: Largest rate: AdamW's, or SGD's where that is the optimizer; there 0 leaves what an ordinary training of

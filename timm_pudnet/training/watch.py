@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from timm_pudnet.config import InputError, PudNetWarning
+from timm_pudnet.files import local_path
 from timm_pudnet.hypernet import written_whole
 
 NO_LOSS = ('step', 'rate', 'skipped')  # what an entry of the log holds beside the terms of the loss
@@ -38,7 +39,7 @@ def plot_losses(log: Iterable[Mapping[str, float]], path: str | os.PathLike[str]
     Raises:
         InputError: No entry of the log holds a term.
     """
-    path, entries = Path(path), list(log)
+    path, entries = local_path(path), list(log)
     terms = dict.fromkeys(name for entry in entries for name in entry if name not in NO_LOSS)
     if not terms:
         raise InputError(f'{path}: the log of {len(entries)} steps holds no loss to draw')
