@@ -351,7 +351,7 @@ def test_names_that_the_terminal_cannot_write_are_written_otherwise(images, work
 
 def test_a_pass_over_many_images_shows_a_bar(images, work, predict, monkeypatch):
     assert 'Reading' not in succeeds(*predict(images, out='quick')).stderr  # within two seconds
-    monkeypatch.setattr('timm_pudnet.images.tqdm', lambda **kwargs: tqdm.tqdm(**{**kwargs, 'delay': 0}))
+    monkeypatch.setattr('timm_pudnet.images.source.tqdm', lambda **kwargs: tqdm.tqdm(**{**kwargs, 'delay': 0}))
     assert re.search(r'Reading: .* 0/18 ', succeeds(*predict(images, out='slow')).stderr)
 
 

@@ -39,9 +39,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from timm_pudnet import images as images_room
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetError, PudNetWarning
 from timm_pudnet.images import open_images, reorders
+from timm_pudnet.images import source as images_room
 
 RGB = InputConfig(input_size=(3, 16, 16), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
 GREY = InputConfig(input_size=(1, 16, 16), mean=(0.4,), std=(0.2,))
@@ -1195,7 +1195,7 @@ def test_damaged_files_are_skipped_and_named_once(damaged, action):
 
 
 def test_another_thread_is_heard_while_images_are_decoded(folder, monkeypatch):
-    original = images_room._Preprocess.any_image
+    original = images_room.Preprocess.any_image
 
     def decode(*arguments):
         other = threading.Thread(target=warnings.warn, args=('ours', PudNetWarning))
@@ -1203,7 +1203,7 @@ def test_another_thread_is_heard_while_images_are_decoded(folder, monkeypatch):
         other.join()
         return original(*arguments)
 
-    monkeypatch.setattr(images_room._Preprocess, 'any_image', decode)
+    monkeypatch.setattr(images_room.Preprocess, 'any_image', decode)
     with pytest.warns(PudNetWarning, match='ours'):
         read(open_images(folder, input=RGB))
 
@@ -1211,9 +1211,9 @@ def test_another_thread_is_heard_while_images_are_decoded(folder, monkeypatch):
 def count_decoded(monkeypatch):
     """Counts images decoded from here on."""
     counted = []
-    original = images_room._Preprocess.any_image
+    original = images_room.Preprocess.any_image
     monkeypatch.setattr(
-        images_room._Preprocess,
+        images_room.Preprocess,
         'any_image',
         lambda self, image, name: (counted.append(name), original(self, image, name))[1],
     )
