@@ -29,7 +29,8 @@ from timm_pudnet.config import (
     PudNetWarning,
     UnsupportedTargetError,
 )
-from timm_pudnet.hypernet import CONFIG_NAME, WEIGHTS_NAME, PudNet, folder_written_whole, plan_hypernet, written_whole
+from timm_pudnet.files import folder_written_whole, written_whole
+from timm_pudnet.hypernet import CONFIG_NAME, WEIGHTS_NAME, PudNet, plan_hypernet
 from timm_pudnet.predict import check_output
 
 SMALL = InputConfig(input_size=(3, 32, 32))
@@ -473,7 +474,7 @@ def test_a_folder_may_have_timm_s_prefix(tiny, tmp_path, monkeypatch, one_line):
 
 def test_one_in_double_precision_is_saved_in_single(tiny, tmp_path):
     expected = {key: value.clone() for key, value in tiny.state_dict().items()}
-    found = PudNet.from_pretrained(tiny.double().save_pretrained(tmp_path / 'net')).state_dict()
+    found = PudNet.from_pretrained(copy.deepcopy(tiny).double().save_pretrained(tmp_path / 'net')).state_dict()
     assert_close(found, expected, rtol=0, atol=0)
 
 

@@ -47,7 +47,9 @@ from timm_pudnet import (
 )
 from timm_pudnet import predict as room
 from timm_pudnet.adapt import HEADS, ridge_classifier, self_training_classifier
-from timm_pudnet.hypernet import folder_written_whole, on_device, usable_device, written_whole
+from timm_pudnet.devices import usable_device
+from timm_pudnet.files import folder_written_whole, written_whole
+from timm_pudnet.hypernet import on_device
 from timm_pudnet.predict import _write_head, in_memory
 from timm_pudnet.sketch import ImageSample
 from timm_pudnet.target import batch_norms, pretrained_cfg_of

@@ -16,7 +16,8 @@ from torch.testing import assert_close
 
 from timm_pudnet import PudNet, load_hypernet, save_model
 from timm_pudnet.config import InputConfig, InputError, OutputExistsError, PudNetWarning
-from timm_pudnet.hypernet import forked_rng, save_tensors
+from timm_pudnet.devices import forked_rng
+from timm_pudnet.files import save_tensors
 from timm_pudnet.target import with_own_config
 from timm_pudnet.training import (
     Data,

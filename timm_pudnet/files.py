@@ -1,7 +1,8 @@
 """The files of a hypernetwork, read as if a stranger had written them: nothing is allocated before it is checked.
 
 A weights file is safetensors: eight bytes with the length of a JSON header, the header (name, type, shape and place of
-every tensor), the tensors. No pickle and no code is read from anywhere.
+every tensor), the tensors. No pickle and no code is read from anywhere. What is written, here and in other rooms,
+appears whole or not at all (`written_whole`, `folder_written_whole`).
 """
 
 from __future__ import annotations
@@ -11,16 +12,22 @@ import json
 import math
 import os
 import re
+import shutil
+import tempfile
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from timm_pudnet.config import DamagedFileError, InputError, NotFoundError, shown
+from timm_pudnet.config import DamagedFileError, InputError, NotFoundError, OutputExistsError, PudNetConfig, shown
 
 CONFIG_NAME = 'config.json'
 WEIGHTS_NAME = 'model.safetensors'
@@ -44,6 +51,7 @@ DTYPES = {
     'U8': torch.uint8,
     'BOOL': torch.bool,
 }
+OF_THE_SYSTEM = ('.DS_Store', 'desktop.ini', 'Thumbs.db')  # that macOS and Windows leave in folders
 
 
 @dataclass(frozen=True)
@@ -319,3 +327,100 @@ def config_sha256(folder: str | os.PathLike[str]) -> str:
     config = read_json(Path(folder) / CONFIG_NAME)
     settings = {key: value for key, value in config.items() if key not in HISTORY}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file; a failure, a full disk for instance, is an OSError."""
+    try:
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f'{path.parent} cannot be written: {error}') from error
+
+
+def read_config(path: Path) -> PudNetConfig:
+    """The config of a hypernetwork.
+
+    Raises:
+        DamagedFileError: It is no JSON, of a newer format, or a value is missing or out of range.
+    """
+    try:
+        return PudNetConfig.from_dict(read_json(path))
+    except DamagedFileError as error:
+        text = str(error)
+        raise DamagedFileError(text if text.startswith(str(path)) else f'{path}: {text}') from error
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a path beside `path` to write to, renamed when the block ends well; nothing is left when it fails."""
+    handle, name = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
+    os.close(handle)
+    beside = Path(name)
+    try:
+        yield beside
+        with suppress(OSError):  # some file systems have no modes
+            beside.chmod(0o666 & ~_umask())
+        _replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def names_in(folder: Path) -> set[str]:
+    """Names of what lies in a folder, but for what an operating system leaves there."""
+    return {path.name for path in folder.iterdir()} - {*OF_THE_SYSTEM}
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """Gives a folder to fill, beside `folder` and renamed when the block ends well; nothing is left when it fails.
+
+    An empty folder that is there already, which may be a mount or a link, stays itself: it is filled.
+    """
+    there = folder.is_dir()
+    beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder if there else folder.parent))
+    try:
+        yield beside
+        mask = _umask()
+        for path in (beside, *beside.rglob('*')):  # safetensors and mkdtemp make them for their owner alone
+            with suppress(OSError):  # some file systems have no modes
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        if not there:
+            try:
+                _replace(beside, folder)
+            except OSError as error:
+                if not os.path.lexists(folder):
+                    raise
+                raise OutputExistsError(f'{folder} was made meanwhile: choose another output folder') from error
+            return
+        if others := names_in(folder) - {beside.name}:
+            raise OutputExistsError(f'{folder} has got {min(others)} meanwhile: choose another output folder')
+        names = [path.name for path in beside.iterdir()]
+        try:
+            for name in names:
+                _replace(beside / name, folder / name)
+        except OSError:
+            for name in names:
+                if (folder / name).exists():
+                    _replace(folder / name, beside / name)
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """`os.replace`; on Windows again and again for some seconds, where a virus scanner or an indexer holds a file."""
+    for wait in (0.1, 0.3, 1.0, 3.0):
+        try:
+            os.replace(source, target)
+            return
+        except OSError as error:
+            if getattr(error, 'winerror', None) not in (5, 32, 33):
+                raise
+            time.sleep(wait)
+    os.replace(source, target)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

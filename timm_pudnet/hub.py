@@ -36,13 +36,14 @@ from timm_pudnet.files import (
     config_sha256,
     has_separator,
     local_path,
+    read_config,
     read_header,
     read_json,
     sha256,
     weight_files,
     weights_sha256,
 )
-from timm_pudnet.hypernet import PudNet, read_config
+from timm_pudnet.hypernet import PudNet
 from timm_pudnet.target import check_architecture, describe_target, is_ours
 
 # Which of several that ship with the package serves an architecture: the one for the widest kind of images.

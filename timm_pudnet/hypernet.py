@@ -8,25 +8,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shutil
-import tempfile
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from timm_pudnet import remote
@@ -39,10 +33,10 @@ from timm_pudnet.config import (
     OutputExistsError,
     PudNetConfig,
     PudNetWarning,
-    __version__,
     first_line,
     shown,
 )
+from timm_pudnet.devices import library_versions, own_defaults
 from timm_pudnet.files import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -50,10 +44,13 @@ from timm_pudnet.files import (
     WEIGHTS_NAME,
     as_tensors,
     folder_path,
+    read_config,
     read_header,
     read_json,
     read_weights,
+    save_tensors,
     weight_files,
+    written_whole,
 )
 from timm_pudnet.generators import create_generator
 from timm_pudnet.images import open_images
@@ -82,7 +79,6 @@ RESIDUAL_SIZES = ((128, 4), (64, 4), (32, 4), (16, 4), (16, 2), (16, 1), (8, 1))
 MOST_OF_TARGET = 1.1
 _EXACT = ('norm_statistics.', 'whitening', 'gate.')  # what half precision leaves alone
 MOST_UNSAVED = 8192  # features whose whitening is not saved where it is the identity
-OF_THE_SYSTEM = ('.DS_Store', 'desktop.ini', 'Thumbs.db')  # that macOS and Windows leave in folders
 
 
 def on_device(network: PudNet, device: torch.device, given: Any) -> PudNet:
@@ -104,27 +100,6 @@ def with_hypernet_as_saved(
             return function(on_device(hypernet, hypernet.device, hypernet), *args, **kwargs)
 
     return wrapped
-
-
-@contextmanager
-def own_defaults() -> Iterator[None]:
-    """Torch's defaults as they are at first, whatever the caller has set.
-
-    That is float32, tensors on the CPU, no autocast, and gradients.
-    """
-    dtype = torch.get_default_dtype()
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        if torch.get_default_device() != torch.device('cpu'):
-            stack.enter_context(torch.device('cpu'))
-        for kind in ('cpu', 'cuda', 'mps'):
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        if dtype != torch.float32:
-            torch.set_default_dtype(torch.float32)
-            stack.callback(torch.set_default_dtype, dtype)
-        yield
 
 
 class PudNet(nn.Module):
@@ -750,159 +725,6 @@ def pretrained_model(source: str | Path, model_kwargs: Mapping[str, Any]) -> nn.
         if folder:
             raise InputError(f'{source} holds no timm model that can be loaded: {first_line(error)}') from error
         raise NotFoundError(f'the pretrained weights of {source} cannot be had: {first_line(error)}') from error
-
-
-def usable_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name, or CUDA where there is one, tried out.
-
-    Raises:
-        InputError: There is no such device here, or it holds no values.
-
-    Warns:
-        PudNetWarning: No device was named, and the CUDA that is here cannot be used: the CPU is taken.
-    """
-    try:
-        found = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        torch.zeros(1, device=found).item()
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        if not device:
-            warnings.warn(
-                f'CUDA is here, but cannot be used ({first_line(error)}): going on with the CPU',
-                PudNetWarning,
-                stacklevel=2,
-            )
-            return torch.device('cpu')
-        raise InputError(f'device {str(device)!r} cannot be used here: use cpu, or cuda where there is one') from error
-    return found
-
-
-def forked_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Random numbers drawn in here, after a `torch.manual_seed` too, leave those outside as they were.
-
-    Torch's `fork_rng` by itself would wake CUDA for work on the CPU, and warn of every further GPU.
-    """
-    awake = device.type == 'cuda' or torch.cuda.is_initialized()
-    return torch.random.fork_rng(list(range(torch.cuda.device_count())) if awake else [])
-
-
-def copy_speed() -> float:
-    """Bytes a second that this machine reads and writes in memory, measured in a fraction of a second."""
-    source, target = torch.ones(2**23), torch.ones(2**23)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        source.sum()
-        target.fill_(2.0)
-        seconds.append(time.perf_counter() - started)
-    return 2**26 / min(seconds)
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file; a failure, a full disk for instance, is an OSError."""
-    try:
-        safetensors.torch.save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f'{path.parent} cannot be written: {error}') from error
-
-
-def read_config(path: Path) -> PudNetConfig:
-    """The config of a hypernetwork.
-
-    Raises:
-        DamagedFileError: It is no JSON, of a newer format, or a value is missing or out of range.
-    """
-    try:
-        return PudNetConfig.from_dict(read_json(path))
-    except DamagedFileError as error:
-        text = str(error)
-        raise DamagedFileError(text if text.startswith(str(path)) else f'{path}: {text}') from error
-
-
-def machine(device: torch.device) -> str:
-    """What a result was measured on, in words."""
-    return f'{platform.machine()}, {torch.get_num_threads()} threads, {device.type}'
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that shape a result."""
-    others = ('torch', 'timm', 'torchvision', 'safetensors')
-    return {'timm-pudnet': __version__, **{name: importlib.metadata.version(name) for name in others}}
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, renamed when the block ends well; nothing is left when it fails."""
-    handle, name = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
-    os.close(handle)
-    beside = Path(name)
-    try:
-        yield beside
-        with suppress(OSError):  # some file systems have no modes
-            beside.chmod(0o666 & ~_umask())
-        _replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def names_in(folder: Path) -> set[str]:
-    """Names of what lies in a folder, but for what an operating system leaves there."""
-    return {path.name for path in folder.iterdir()} - {*OF_THE_SYSTEM}
-
-
-@contextmanager
-def folder_written_whole(folder: Path) -> Iterator[Path]:
-    """Gives a folder to fill, beside `folder` and renamed when the block ends well; nothing is left when it fails.
-
-    An empty folder that is there already, which may be a mount or a link, stays itself: it is filled.
-    """
-    there = folder.is_dir()
-    beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder if there else folder.parent))
-    try:
-        yield beside
-        mask = _umask()
-        for path in (beside, *beside.rglob('*')):  # safetensors and mkdtemp make them for their owner alone
-            with suppress(OSError):  # some file systems have no modes
-                path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        if not there:
-            try:
-                _replace(beside, folder)
-            except OSError as error:
-                if not os.path.lexists(folder):
-                    raise
-                raise OutputExistsError(f'{folder} was made meanwhile: choose another output folder') from error
-            return
-        if others := names_in(folder) - {beside.name}:
-            raise OutputExistsError(f'{folder} has got {min(others)} meanwhile: choose another output folder')
-        names = [path.name for path in beside.iterdir()]
-        try:
-            for name in names:
-                _replace(beside / name, folder / name)
-        except OSError:
-            for name in names:
-                if (folder / name).exists():
-                    _replace(folder / name, beside / name)
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _replace(source: Path, target: Path) -> None:
-    """`os.replace`; on Windows again and again for some seconds, where a virus scanner or an indexer holds a file."""
-    for wait in (0.1, 0.3, 1.0, 3.0):
-        try:
-            os.replace(source, target)
-            return
-        except OSError as error:
-            if getattr(error, 'winerror', None) not in (5, 32, 33):
-                raise
-            time.sleep(wait)
-    os.replace(source, target)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -43,17 +43,10 @@ from timm_pudnet.config import (
     first_line,
     shown,
 )
-from timm_pudnet.files import folder_path
+from timm_pudnet.devices import own_defaults, usable_device
+from timm_pudnet.files import folder_path, folder_written_whole, names_in
 from timm_pudnet.hub import Pushed, push, resolve_hypernet
-from timm_pudnet.hypernet import (
-    PudNet,
-    folder_written_whole,
-    names_in,
-    on_device,
-    own_defaults,
-    target_of,
-    usable_device,
-)
+from timm_pudnet.hypernet import PudNet, on_device, target_of
 from timm_pudnet.images import ImageSource, check_root, open_images
 from timm_pudnet.sketch import Balance, ImageSample, content_keys
 from timm_pudnet.target import TargetSpec, check_loadable, keep_arguments, of_one_size, pretrained_cfg_of

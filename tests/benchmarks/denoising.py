@@ -19,7 +19,7 @@ from torch.nn import functional
 
 import timm_pudnet
 from timm_pudnet.denoising import fused
-from timm_pudnet.hypernet import library_versions
+from timm_pudnet.devices import library_versions
 
 SIDES = 1024, 4096  # of the images whose peak memory is compared
 

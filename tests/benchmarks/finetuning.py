@@ -18,7 +18,7 @@ import torch
 
 import timm_pudnet
 from timm_pudnet.evaluation import mean_interval
-from timm_pudnet.hypernet import written_whole
+from timm_pudnet.files import written_whole
 
 ARMS = ('fine_tuned', 'adam_centralised', 'random')
 SETTING = (

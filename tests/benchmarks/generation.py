@@ -22,7 +22,7 @@ from prediction import in_its_own_process, median_seconds, moves_its_bytes, peak
 from torchvision.io import write_jpeg
 
 import timm_pudnet
-from timm_pudnet.hypernet import library_versions
+from timm_pudnet.devices import library_versions
 from timm_pudnet.target import create_feature_model
 
 TARGETS = {

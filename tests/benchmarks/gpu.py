@@ -20,7 +20,7 @@ from generation import TARGETS, steered
 from prediction import median_seconds, show
 
 import timm_pudnet
-from timm_pudnet.hypernet import library_versions
+from timm_pudnet.devices import library_versions
 from timm_pudnet.training import Data, ImageBank, Recipe
 from timm_pudnet.training.meta_train import _MetaRun, _PlainRun
 

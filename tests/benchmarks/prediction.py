@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 import timm_pudnet
-from timm_pudnet.hypernet import library_versions
+from timm_pudnet.devices import library_versions
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / 'examples' / 'fashion'

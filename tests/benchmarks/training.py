@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from timm_pudnet.hypernet import library_versions, machine
+from timm_pudnet.devices import library_versions, machine
 from timm_pudnet.training import Data, ImageBank, Recipe
 from timm_pudnet.training.meta_train import _MetaRun, _PlainRun
 

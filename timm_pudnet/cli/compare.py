@@ -18,7 +18,8 @@ from timm_pudnet.cli.group import (
     main,
     strict_option,
 )
-from timm_pudnet.hypernet import usable_device, written_whole
+from timm_pudnet.devices import usable_device
+from timm_pudnet.files import written_whole
 
 
 @main.command()

@@ -16,9 +16,10 @@ from tqdm import tqdm
 from timm_pudnet.cli.group import FOLDER, check_outside, device_option, main, strict_option
 from timm_pudnet.config import InputError, NotFoundError, PudNetWarning
 from timm_pudnet.denoising import metrics, pictures, predict_denoiser, tiles
+from timm_pudnet.devices import usable_device
 from timm_pudnet.evaluation import mean_interval
+from timm_pudnet.files import folder_written_whole
 from timm_pudnet.hub import resolve_hypernet
-from timm_pudnet.hypernet import folder_written_whole, usable_device
 from timm_pudnet.predict import check_output
 
 HARDLY_ANY = 0.003  # noise, of white; the rounding to 8 bits alone is 0.001

@@ -28,9 +28,10 @@ from timm_pudnet.cli.group import (
     was_given,
 )
 from timm_pudnet.config import InputError, same_names, shown, spelled
-from timm_pudnet.files import config_sha256, weights_sha256
+from timm_pudnet.devices import usable_device
+from timm_pudnet.files import config_sha256, weights_sha256, written_whole
 from timm_pudnet.hub import load_hypernet
-from timm_pudnet.hypernet import PudNet, pretrained_model, usable_device, written_whole
+from timm_pudnet.hypernet import PudNet, pretrained_model
 from timm_pudnet.images import ImageSource, any_timm_name, check_root, open_images
 from timm_pudnet.target import arguments_of, create_feature_model, input_of, with_own_config
 from timm_pudnet.training import ImageBank, bank_input, whitening_path

@@ -14,8 +14,9 @@ import timm
 
 from timm_pudnet.cli.group import main, size_of, some, was_given
 from timm_pudnet.config import MIN_PREDICTED, InputError, shown
+from timm_pudnet.devices import copy_speed
 from timm_pudnet.hub import describe_hypernet, list_hypernets
-from timm_pudnet.hypernet import copy_speed, plan_hypernet, plan_of
+from timm_pudnet.hypernet import plan_hypernet, plan_of
 from timm_pudnet.target import check_architecture
 
 

@@ -29,12 +29,13 @@ from timm_pudnet.cli.group import (
     strict_option,
 )
 from timm_pudnet.config import InputError, PudNetWarning
+from timm_pudnet.devices import library_versions, machine, usable_device
 from timm_pudnet.evaluation.expectation import IN_WORDS, MOST_IMAGES, Expectation
 from timm_pudnet.evaluation.holdout import HeldOutTest
 from timm_pudnet.evaluation.report import Report, first_images
 from timm_pudnet.files import config_sha256, sha256
 from timm_pudnet.hub import resolve_hypernet
-from timm_pudnet.hypernet import PudNet, library_versions, machine, usable_device
+from timm_pudnet.hypernet import PudNet
 from timm_pudnet.images import ImageSource, open_images
 from timm_pudnet.predict import Head, predict_model, save_model
 
@@ -284,8 +285,8 @@ def predict(
         return
 
     run.notes += [note] if note else []
-    save_model(run.model, out)  # before anything can fail
     page = run.report(images) if report else None
+    save_model(run.model, out)
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     written = None
     if page is not None:

@@ -17,8 +17,8 @@ from timm_pudnet import denoising, training
 from timm_pudnet.cli.group import FOLDER, check_outside, device_option, main, size_of, some
 from timm_pudnet.config import InputError, OutputExistsError
 from timm_pudnet.denoising.training import PatchBank
-from timm_pudnet.files import local_path
-from timm_pudnet.hypernet import usable_device, written_whole
+from timm_pudnet.devices import usable_device
+from timm_pudnet.files import local_path, written_whole
 from timm_pudnet.images import TRAIN_OR_TEST, check_root, is_timm_name, takes_folder, torch_name
 from timm_pudnet.predict import save_model
 from timm_pudnet.training import Recipe

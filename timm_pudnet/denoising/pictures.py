@@ -24,8 +24,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from torch import Tensor
 
 from timm_pudnet.config import InputError, NotFoundError, PudNetError
-from timm_pudnet.files import local_path
-from timm_pudnet.hypernet import written_whole
+from timm_pudnet.files import local_path, written_whole
 from timm_pudnet.images import natural_key, open_file, quiet_pillow, reason_of, scan_folder
 
 # Formats that can hold again what was read from them, and how they are written. Those that are missing cannot (GIF has

@@ -25,8 +25,9 @@ from timm_pudnet.denoising.posterior import estimate_noise
 from timm_pudnet.denoising.scales import best_shares, halved
 from timm_pudnet.denoising.unet import MOST_WHITES, BlindSpotUNet
 from timm_pudnet.denoising.whitening import SharedNoise, Whitening, shared_noise
+from timm_pudnet.devices import own_defaults, usable_device
 from timm_pudnet.hub import resolve_hypernet
-from timm_pudnet.hypernet import PudNet, on_device, own_defaults, usable_device
+from timm_pudnet.hypernet import PudNet, on_device
 from timm_pudnet.images import to_bchw
 from timm_pudnet.predict import build_model
 

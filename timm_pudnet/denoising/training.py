@@ -21,8 +21,9 @@ from timm_pudnet.denoising.noise import add_noise, blind_spot_loss, blind_spots
 from timm_pudnet.denoising.pictures import check_whites, in_short, list_pictures, read_picture
 from timm_pudnet.denoising.predict import LEAST_SIDE, white_used
 from timm_pudnet.denoising.unet import MOST_WHITES
+from timm_pudnet.devices import own_defaults
 from timm_pudnet.files import local_path
-from timm_pudnet.hypernet import PudNet, own_defaults
+from timm_pudnet.hypernet import PudNet
 from timm_pudnet.images import scan_folder
 from timm_pudnet.training.recipe import Data, Denoising, Recipe
 from timm_pudnet.training.run import Run, config_fields, go

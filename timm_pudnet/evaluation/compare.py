@@ -23,20 +23,12 @@ from tqdm import tqdm
 
 from timm_pudnet.adapt import centroid_logits, class_centroids
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetWarning, close_names, first_line
+from timm_pudnet.devices import forked_rng, library_versions, machine, own_defaults, usable_device
 from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.evaluation.scratch import train_from_scratch
-from timm_pudnet.files import folder_path, local_path
+from timm_pudnet.files import folder_path, local_path, written_whole
 from timm_pudnet.hub import resolve_hypernet
-from timm_pudnet.hypernet import (
-    PudNet,
-    forked_rng,
-    library_versions,
-    machine,
-    own_defaults,
-    pretrained_model,
-    usable_device,
-    written_whole,
-)
+from timm_pudnet.hypernet import PudNet, pretrained_model
 from timm_pudnet.images import ImageSource, check_root, open_images, reorders
 from timm_pudnet.predict import predict_model
 from timm_pudnet.target import input_of

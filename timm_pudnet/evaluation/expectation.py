@@ -29,8 +29,8 @@ from timm_pudnet.adapt import class_centroids
 from timm_pudnet.config import DamagedFileError, InputError
 from timm_pudnet.evaluation.holdout import pre_logits
 from timm_pudnet.evaluation.metrics import rank_correlation
-from timm_pudnet.files import local_path, read_json
-from timm_pudnet.hypernet import PudNet, written_whole
+from timm_pudnet.files import local_path, read_json, written_whole
+from timm_pudnet.hypernet import PudNet
 from timm_pudnet.images import ImageSource
 from timm_pudnet.predict import in_memory
 from timm_pudnet.sketch import StreamingSketch, content_keys

@@ -28,10 +28,11 @@ from timm_pudnet.adapt import (
     self_training_classifier,
 )
 from timm_pudnet.config import PRIOR_IMAGES, Calibration, InputError, PudNetWarning, same_names
+from timm_pudnet.devices import forked_rng, library_versions, machine, own_defaults
 from timm_pudnet.evaluation.holdout import raw_pixels
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
-from timm_pudnet.hypernet import PudNet, forked_rng, library_versions, machine, own_defaults, with_hypernet_as_saved
+from timm_pudnet.hypernet import PudNet, with_hypernet_as_saved
 from timm_pudnet.target import channels_last, create_feature_model, normalised_otherwise
 from timm_pudnet.training.episodes import ImageBank
 

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from timm_pudnet.adapt import MOST_UNLABELLED
 from timm_pudnet.config import DamagedFileError, InputConfig, InputError, PudNetWarning
-from timm_pudnet.files import local_path
-from timm_pudnet.hypernet import written_whole
+from timm_pudnet.files import local_path, written_whole
 from timm_pudnet.images import channel_statistics
 from timm_pudnet.sketch import ImageSample
 from timm_pudnet.training.conditions import Condition

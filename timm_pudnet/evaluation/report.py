@@ -30,8 +30,7 @@ from timm_pudnet.config import InputError, NotFoundError, OutputExistsError
 from timm_pudnet.evaluation.expectation import IN_WORDS, Familiarity
 from timm_pudnet.evaluation.holdout import MOST_ON_A_MAP, REPEATED, HeldOutTest, as_pixels, pre_logits
 from timm_pudnet.evaluation.metrics import share_interval
-from timm_pudnet.files import local_path
-from timm_pudnet.hypernet import folder_written_whole
+from timm_pudnet.files import folder_written_whole, local_path
 from timm_pudnet.images import ImageSource
 
 PAGE_NAME = 'index.html'

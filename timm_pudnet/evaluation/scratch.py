@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from timm_pudnet.adapt import StreamingCentroids, centroid_logits
 from timm_pudnet.config import InputError
+from timm_pudnet.devices import forked_rng, own_defaults
 from timm_pudnet.evaluation.measure import accuracy_interval, group_sketch, support_features
 from timm_pudnet.evaluation.metrics import mean_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
-from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults, with_hypernet_as_saved
+from timm_pudnet.hypernet import PudNet, with_hypernet_as_saved
 from timm_pudnet.target import create_feature_model
 from timm_pudnet.training.episodes import ImageBank
 from timm_pudnet.training.finetune import even_parts, seconds_since

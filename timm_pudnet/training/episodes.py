@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
 
 from timm_pudnet.config import InputConfig, InputError, first_line
-from timm_pudnet.hypernet import forked_rng
+from timm_pudnet.devices import forked_rng
 from timm_pudnet.images import ImageSource, channel_statistics, open_images
 from timm_pudnet.sketch import ImageSample
 from timm_pudnet.training.conditions import Condition

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from timm_pudnet.adapt import class_centroids
 from timm_pudnet.config import InputConfig, InputError, PudNetWarning, as_plain
+from timm_pudnet.devices import forked_rng, own_defaults, usable_device
 from timm_pudnet.files import folder_path, has_separator
 from timm_pudnet.hub import resolve_hypernet
-from timm_pudnet.hypernet import PudNet, forked_rng, own_defaults, pretrained_model, usable_device
+from timm_pudnet.hypernet import PudNet, pretrained_model
 from timm_pudnet.images import channel_statistics, check_root, open_images
 from timm_pudnet.predict import predict_model
 from timm_pudnet.target import batch_norms, input_of

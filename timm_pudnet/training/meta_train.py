@@ -31,19 +31,10 @@ from timm_pudnet.config import (
     same_names,
     spelled,
 )
-from timm_pudnet.files import CONFIG_NAME, folder_path, local_path, read_json
+from timm_pudnet.devices import forked_rng, own_defaults
+from timm_pudnet.files import CONFIG_NAME, folder_path, local_path, read_config, read_json, save_tensors, written_whole
 from timm_pudnet.hub import embedded
-from timm_pudnet.hypernet import (
-    MOST_PARAMETERS,
-    PudNet,
-    forked_rng,
-    own_defaults,
-    read_config,
-    save_tensors,
-    start_model,
-    target_of,
-    written_whole,
-)
+from timm_pudnet.hypernet import MOST_PARAMETERS, PudNet, start_model, target_of
 from timm_pudnet.images import ImageSource, is_timm_name, open_images
 from timm_pudnet.predict import check_output, save_model
 from timm_pudnet.sketch import in_eval_mode

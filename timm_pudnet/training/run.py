@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_pudnet.config import DamagedFileError, InputError, PudNetConfig, PudNetWarning
-from timm_pudnet.files import local_path
-from timm_pudnet.hypernet import forked_rng, machine, save_tensors, target_of, usable_device, written_whole
+from timm_pudnet.devices import forked_rng, machine, usable_device
+from timm_pudnet.files import local_path, save_tensors, written_whole
+from timm_pudnet.hypernet import target_of
 from timm_pudnet.target import channels_last, create_feature_model
 from timm_pudnet.training.processes import Processes
 from timm_pudnet.training.recipe import Recipe

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from timm_pudnet.config import InputError, PudNetWarning
-from timm_pudnet.files import local_path
-from timm_pudnet.hypernet import written_whole
+from timm_pudnet.files import local_path, written_whole
 
 NO_LOSS = ('step', 'rate', 'skipped')  # what an entry of the log holds beside the terms of the loss
 SMOOTHED_SHARE = 0.02  # of the steps, over which the running mean goes
