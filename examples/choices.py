@@ -3,7 +3,7 @@
 import fcntl
 import json
 
-from timm_pudnet.hypernet import written_whole
+from timm_pudnet.files import written_whole
 
 
 def read(out, settings):

@@ -70,10 +70,10 @@ from timm_pudnet.denoising import (
 )
 from timm_pudnet.denoising.clipping import Unclip
 from timm_pudnet.denoising.pictures import list_pictures, read_picture
+from timm_pudnet.devices import library_versions
 from timm_pudnet.evaluation import mean_interval
 from timm_pudnet.evaluation.scratch import centralise_gradients
-from timm_pudnet.files import config_sha256, weights_sha256
-from timm_pudnet.hypernet import library_versions, written_whole
+from timm_pudnet.files import config_sha256, weights_sha256, written_whole
 
 EPOCHS = (1, 10, 30, 100, 300)  # of scratch, after which it is tested
 CROP = 128

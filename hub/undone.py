@@ -28,8 +28,7 @@ from timm_pudnet.adapt import calibrate, centroid_logits, class_centroids
 from timm_pudnet.config import PudNetError, same_names
 from timm_pudnet.evaluation import TestGroups, mean_interval
 from timm_pudnet.evaluation.measure import group_sketch
-from timm_pudnet.files import weights_sha256
-from timm_pudnet.hypernet import written_whole
+from timm_pudnet.files import weights_sha256, written_whole
 from timm_pudnet.target import create_feature_model
 from timm_pudnet.training import ImageBank
 from timm_pudnet.training.conditions import Condition

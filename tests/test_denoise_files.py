@@ -456,6 +456,16 @@ def test_a_folder_is_listed_below_in_natural_order_without_what_is_no_image(tmp_
     one_line(error, 'no images', '.txt')
 
 
+def test_a_folder_that_links_lead_to_is_listed_once(tmp_path, one_line):
+    (tmp_path / 'all' / 'run3').mkdir(parents=True)
+    (tmp_path / 'all' / 'run3' / 'a.png').touch()
+    (tmp_path / 'all' / 'latest').symlink_to('run3')
+    assert list(list_pictures(tmp_path / 'all')) == ['latest/a.png']
+    with pytest.raises(NotFoundError) as error:
+        list_pictures(tmp_path / 'gone.png')
+    one_line(error, 'gone.png: no such file or folder')
+
+
 def test_pictures_of_formats_that_are_not_read_are_told(tmp_path, one_line):
     for name in ('a.png', 'raw.dng', 'sub/b.CR2'):
         (tmp_path / name).parent.mkdir(exist_ok=True)

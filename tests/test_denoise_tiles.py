@@ -98,6 +98,16 @@ def test_memory_is_that_of_a_tile_whatever_the_size():
     assert [size[2:] for size in model.seen] == [(70, 48 + 24), (70, 85 - 48 + 24)]
 
 
+def test_bright_images_in_half_precision_are_no_error():
+    assert denoise(Stand().eval(), torch.full((1, 300, 300), 1.0, dtype=torch.float16)).isfinite().all()
+
+
+def test_a_model_in_training_mode_is_not_copied(one_line):
+    with pytest.raises(InputError) as error:
+        fused(timm.create_model('blindspot_unet', width=4, depth=1))
+    one_line(error, 'training mode', 'eval()')
+
+
 @pytest.mark.parametrize('wrong', [torch.nan, torch.inf, -torch.inf])
 def test_pixels_that_are_not_finite_are_refused(wrong, one_line):
     image = noise(1, 20, 20, dtype=torch.float32)

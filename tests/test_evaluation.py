@@ -1201,7 +1201,7 @@ def test_scratch_trains_under_the_condition_that_it_is_tested_under(hypernet, ba
 
 def test_classes_that_were_seen_are_told(hypernet, bank, groups):
     hypernet.config = dataclasses.replace(hypernet.config, class_names=('another', bank.class_names[1].upper()))
-    with pytest.warns(PudNetWarning, match=f'was trained on class {bank.class_names[1]!r}'):
+    with pytest.warns(PudNetWarning, match=f'was trained on a class named {bank.class_names[1]!r}'):
         evaluate(hypernet, bank, groups, without=('random_weights', 'raw_pixels'), progress=False)
 
 

@@ -660,6 +660,12 @@ def test_a_folder_of_another_network_is_refused(timm_folder, one_line):
     one_line(error, 'test_efficientnet', f'{timm_folder} holds test_resnet')
 
 
+def test_arguments_that_change_no_network_are_no_other_one(tmp_path):
+    model = timm.create_model('test_resnet', num_classes=3, output_stride=32, zero_init_last=False)
+    folder = timm_pudnet.save_model(model, tmp_path / 'same')
+    PudNet.for_target('test_resnet', pretrained=folder, sketch_width=16)
+
+
 @pytest.mark.parametrize('asked', [{}, {'act_layer': 'gelu', 'drop_path_rate': 0.1}])
 def test_a_folder_of_a_network_that_only_its_arguments_tell_apart_is_refused(asked, tmp_path, one_line):
     model = timm.create_model('test_resnet', num_classes=3, act_layer='gelu')

@@ -1,4 +1,4 @@
-"""images.py: every form of images people have, and every way in which they go wrong."""
+"""images/: every form of images people have, and every way in which they go wrong."""
 
 import dataclasses
 import enum
@@ -1586,3 +1586,20 @@ def test_sets_of_the_same_classes_are_one_and_those_of_others_are_refused(folder
         open_images(mixed, input=RGB)
     one_line(error, 'cat', 'bird', 'labels=...')
     assert open_images(mixed, ['cat', 'dog'] * (len(mixed) // 2), input=RGB).class_names == ('cat', 'dog')
+
+
+class Offset(ConcatDataset):
+    """A user's, whose second part has classes of its own."""
+
+    def __getitem__(self, position):
+        image, label = super().__getitem__(position)
+        return image, label + (2 if position >= self.cumulative_sizes[0] else 0)
+
+
+def test_a_join_of_a_user_s_own_tells_its_labels_itself(folder):
+    data = torchvision.datasets.ImageFolder(str(folder))
+    own = Offset([data, data])
+    assert read(open_images(own, input=RGB))[1].tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+    named = ConcatDataset([data, data])
+    named.classes, named.targets = ['a', 'b'], [*data.targets, *data.targets]
+    assert open_images(named, input=RGB).class_names == ('a', 'b')

@@ -550,6 +550,13 @@ def test_what_distillation_and_a_rate_of_zero_need(changes, needles, make_recipe
     one_line(error, *needles)
 
 
+def test_a_start_that_is_not_there_is_told_first(make_recipe, tmp_path, one_line):
+    recipe = make_recipe(start=str(tmp_path / 'gone'), schedule={'fixed_encoder': True})
+    with pytest.raises(InputError) as error:
+        check_start(recipe)
+    one_line(error, 'gone is neither the folder')
+
+
 def test_a_rate_of_zero_trains_no_control(learned, make_recipe, bank, one_line):
     with pytest.raises(InputError) as error:
         train_plain(frozen(learned[1], make_recipe, 1, distillation=1.0), banks=[bank], progress=False)

@@ -333,6 +333,9 @@ def _check_types(config: Any) -> None:
         key, value = field.name, as_plain(getattr(config, field.name))
         object.__setattr__(config, key, value)
         default = field.default_factory() if callable(field.default_factory) else field.default
+        if isinstance(default, tuple) and isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
+            value = tuple(value)
+            object.__setattr__(config, key, value)
         wanted = str if default is dataclasses.MISSING else list if isinstance(default, tuple) else type(default)
         if not _is_json(value, wanted):
             raise InputError(f'{key} must be a {wanted.__name__}, got {shown(value)}')

@@ -76,7 +76,7 @@ def local_path(text: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(os.fspath(text)))
 
 
-def folder_path(folder: str | os.PathLike[str]) -> Path:
+def folder_path(folder: str | os.PathLike[str], remedy: str = 'pull or load it by its name') -> Path:
     """The path of a folder, before which a text may have timm's prefix `local-dir:`.
 
     Raises:
@@ -84,7 +84,7 @@ def folder_path(folder: str | os.PathLike[str]) -> Path:
     """
     if isinstance(folder, str):
         if folder.startswith(('hf-hub:', 'hf_hub:')):
-            raise InputError(f'{folder} is no folder but a name on the Hub, where push_model and push_to_hub publish')
+            raise InputError(f'{folder} is no folder but a name on the Hub: {remedy}')
         folder = folder.removeprefix('local-dir:')
     return local_path(folder)
 

@@ -166,7 +166,7 @@ def describe_hypernet(name: str | os.PathLike[str]) -> HypernetInfo:
     """
     folder = _folder(name)
     for known, path in embedded().items():
-        if path == folder.resolve():
+        if path.resolve() == folder.resolve():
             return _describe(known, 'embedded', folder)
     for repo, (path, _) in _cached().items():
         if path == folder:

@@ -403,7 +403,7 @@ class PudNet(nn.Module):
         Raises:
             OutputExistsError: One of the files exists and `overwrite` is false.
         """
-        folder = folder_path(folder)
+        folder = folder_path(folder, 'PudNet.push_to_hub publishes a hypernetwork there')
         if not overwrite:
             for name in (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME):
                 if (folder / name).exists():
@@ -676,6 +676,8 @@ def _chosen(config: PudNetConfig, generator: str, given: Mapping[str, Any]) -> P
 # Arguments that change no weight's meaning: of the classifier, of training, or told by shapes.
 _NO_OTHER_NETWORK = {'num_classes', 'global_pool', 'in_chans', 'img_size'}
 _NO_OTHER_NETWORK |= {'drop_rate', 'drop_path_rate', 'drop_block_rate', 'proj_drop_rate', 'attn_drop_rate'}
+_NO_OTHER_NETWORK |= {'pos_drop_rate', 'patch_drop_rate', 'zero_init_last', 'weight_init'}
+_USUAL = {'output_stride': 32}
 
 
 def start_model(source: str | Path, config: PudNetConfig) -> nn.Module:
@@ -688,11 +690,13 @@ def start_model(source: str | Path, config: PudNetConfig) -> nn.Module:
     if isinstance(source, Path):  # tensors alone do not tell: an activation has none
         told, asked = read_json(source / CONFIG_NAME), config.model_kwargs
         name, own = told['architecture'], told.get('model_args') or asked
+        own, asked = ({**_USUAL, **arguments} for arguments in (own, asked))
         other = {key for key in {*own, *asked} - _NO_OTHER_NETWORK if own.get(key) != asked.get(key)}
         if name != config.model_name or other:
             its = {key: own.get(key) for key in sorted(other)}
             raise InputError(
-                f'{source} holds {name} with the arguments {its}, not {config.model_name} with the model_kwargs {asked}'
+                f'{source} holds {name} with the arguments {its}, not {config.model_name} with the model_kwargs '
+                f'{config.model_kwargs}'
             )
     return model
 

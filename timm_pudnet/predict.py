@@ -229,7 +229,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         InputError: Nothing can be written there; or it is no whole timm model, one of `features_only` for instance, or
             timm could not load it.
     """
-    folder = folder_path(folder)
+    folder = folder_path(folder, 'timm_pudnet.push_model publishes a model there')
     check_output(folder)
     model = getattr(model, '_orig_mod', model)  # of torch.compile
     if not hasattr(model, 'num_classes') or not hasattr(model, 'pretrained_cfg'):

@@ -286,7 +286,8 @@ def white_of(peak: float) -> int:
 
 def check_range(pixels: Tensor, name: str) -> None:
     """Raises InputError for NaN, and floats that cannot be meant as black 0 and white 1; bright files go up to 16."""
-    if not math.isfinite(float(pixels.sum())):  # isfinite() of each would take as much memory again
+    exact = torch.float32 if pixels.dtype == torch.float16 else pixels.dtype
+    if not math.isfinite(float(pixels.sum(dtype=exact))):  # isfinite() of each would take as much memory again
         raise InputError(f'{name} has pixels that are NaN or infinite')
     peak = max(float(pixels.max()), -float(pixels.min()))
     if 32 < peak < math.inf:

@@ -38,8 +38,8 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1)
             to that at the right and at the bottom) and `receptive_field` (pixels in each direction that an output
             depends on at most; of a `BlindSpotUNet` that of its network for full size).
         image: Float `[c, h, w]` in 0-1, noise may go beyond; 1 or 3 channels.
-        tile: About the height and width of a tile in pixels, without its margin; those of an image are alike, on the
-            pooling grid, and at most a quarter larger.
+        tile: About the height and width of a tile in pixels, without its margin; those of an image are alike, at most
+            a quarter larger, and rounded up to the pooling grid.
         turns: With 2 or 4, the mean of what the model makes of the image and of it turned by a half or by quarter
             turns, turned back: nearer to the clean image where noise is strong, in so many times the time.
 
@@ -81,8 +81,13 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1)
 def fused(model: nn.Module) -> nn.Module:
     """A copy of a denoiser in eval mode whose norms are part of its convs, with channels last: both are faster.
 
-    `denoise` makes one for each large image, unless it is given one: for many images make it once.
+    `denoise` makes one for each large image, unless it is given one: for many images make it once. It cannot be saved.
+
+    Raises:
+        InputError: The model is in training mode.
     """
+    if model.training:
+        raise InputError('the model is in training mode: call model.eval() first')
     return reparameterize_model(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

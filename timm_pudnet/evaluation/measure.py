@@ -107,9 +107,11 @@ def evaluate(
         its queries; `interval` says which.
     """
     groups.check(bank, support_bank)
-    if both := same_names(bank.class_names, hypernet.config.class_names):
+    numbered = list(bank.class_names) == [str(number) for number in range(len(bank.class_names))]  # which say nothing
+    if not numbered and (both := same_names(bank.class_names, hypernet.config.class_names)):
         warnings.warn(
-            f'{hypernet.name} was trained on class {sorted(both)[0]!r}: this is no measure of unseen classes',
+            f'{hypernet.name} was trained on a class named {sorted(both)[0]!r}: if it is the same, this is no measure '
+            'of unseen classes',
             PudNetWarning,
             stacklevel=2,
         )

@@ -240,7 +240,7 @@ def dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | None
     while isinstance(base, Subset):
         indices = base.indices.tolist() if isinstance(base.indices, Tensor) else list(base.indices)
         base, chosen = base.dataset, indices if chosen is None else [indices[place] for place in chosen]
-    if isinstance(base, ConcatDataset):
+    if type(base) is ConcatDataset and not (hasattr(base, 'targets') or hasattr(base, 'classes')):
         parts, its_names = zip(*map(dataset_targets, base.datasets), strict=True)
         if len(known := [*dict.fromkeys(names for names in its_names if names is not None)]) > 1:
             some = '; '.join(', '.join(map(shown, names[:3])) for names in known[:2])
@@ -280,8 +280,9 @@ def check_root(data_dir: str | None, *images: Any, option: str = 'data_dir') -> 
     """Refuses a `data_dir` where none of the images is the name of a timm dataset."""
     if data_dir is not None and not any_timm_name(*images):
         given = f'{images[0]} is not' if isinstance(images[0], str) else 'these images are not'
+        said = option if option.startswith('--') else f'{option}={data_dir!r}'
         raise InputError(
-            f'{option} {data_dir!r} is the root of a timm dataset, and {given} the name of one: leave it out, or name '
+            f'{said} is the root of a timm dataset, and {given} the name of one: leave it out, or name '
             'one, torch/image_folder for instance'
         )
 

@@ -44,16 +44,18 @@ def scan_folder(
     parent, name = os.path.split(os.path.abspath(root))
     if not os.path.exists(root):
         near = close_names(name, os.listdir(parent)) if os.path.isdir(parent) else ''
-        raise NotFoundError(f'{root}: no such folder.{near}')
+        raise NotFoundError(f'{root}: no such {"folder" if with_labels else "file or folder"}.{near}')
     if not os.path.isdir(root):
         raise InputError(f'{root} is one file: pass a list of paths, or the folder that holds the images')
     loose: list[str] = []
     found: dict[str, list[str]] = {}
     others: collections.Counter[str] = collections.Counter()
     unread: collections.Counter[str] = collections.Counter()
+    seen = {os.path.realpath(root)}
     for name in _visible_names(root):
         path = os.path.join(root, name)
-        files = list(walk_files(path, {os.path.realpath(root)})) if os.path.isdir(path) else [path]
+        # What is the same below two classes is of both.
+        files = list(_walk_files(path, {*seen} if with_labels else seen)) if os.path.isdir(path) else [path]
         pictures = [file for file in files if file.lower().endswith(IMAGE_EXTENSIONS)]
         rest = [os.path.splitext(file) for file in set(files).difference(pictures)]
         others.update(kind or 'no extension' for _, kind in rest)
@@ -126,7 +128,7 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     return [int(part) if part.isdecimal() else part for part in parts], name
 
 
-def walk_files(folder: str, seen: set[str]) -> Iterator[str]:
+def _walk_files(folder: str, seen: set[str]) -> Iterator[str]:
     """Every visible file below; a folder that links lead to twice is read once."""
     real = os.path.realpath(folder)
     if real in seen:
@@ -135,7 +137,7 @@ def walk_files(folder: str, seen: set[str]) -> Iterator[str]:
     for name in _visible_names(folder):
         path = os.path.join(folder, name)
         if os.path.isdir(path):
-            yield from walk_files(path, seen)
+            yield from _walk_files(path, seen)
         else:
             yield path
 

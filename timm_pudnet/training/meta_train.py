@@ -364,8 +364,9 @@ def check_start(recipe: Recipe) -> None:
     """Looks at the target and at what its training starts from, before any image is read.
 
     Raises:
-        InputError: It is not there, is a hypernetwork of another make than `[hypernet]` says, or was trained on a class
-            that the recipe keeps for the test; or the target is no classifier, or not for images of that size.
+        InputError: It is not there, is a hypernetwork of another make than `[hypernet]` says, is none where one is
+            wanted, or was trained on a class that the recipe keeps for the test; or timm refuses the augmentation; or
+            the target is no classifier, or not for images of that size.
 
     Warns:
         PudNetWarning: The recipe keeps classes for the test, and what it starts from does not say which it has seen.
@@ -375,12 +376,6 @@ def check_start(recipe: Recipe) -> None:
         _check_target(config)
     _check_augmentation(recipe)
     folder = _hypernet_folder(start) if start else None
-    if folder is None and recipe.schedule.fixed_encoder:
-        raise InputError('schedule: fixed_encoder needs a hypernetwork as start, whose encoder it is')
-    if folder is None and recipe.losses.undoing:
-        raise InputError('losses: undoing needs a hypernetwork as start, whose sketch tells conditions apart')
-    if not start:
-        return
     if folder is not None:
         found = read_config(folder / CONFIG_NAME)
         fields = [(name, found, config) for name in config_fields(config) if name not in _FREE]
@@ -392,11 +387,17 @@ def check_start(recipe: Recipe) -> None:
                 f'start {start} is a hypernetwork of another make than [hypernet] (and its input) says; set there: '
                 + ', '.join(wrong)
             )
-    elif not folder_path(start).is_dir() and start.partition('.')[0] != config.model_name:
+    elif start and not folder_path(start).is_dir() and start.partition('.')[0] != config.model_name:
         raise InputError(
             f'start {start} is neither the folder of a timm model or hypernetwork, nor a hypernetwork that ships '
             f'with the package, nor timm weights of {config.model_name} ({config.model_name}.TAG)'
         )
+    elif recipe.schedule.fixed_encoder:
+        raise InputError('schedule: fixed_encoder needs a hypernetwork as start, whose encoder it is')
+    elif recipe.losses.undoing:
+        raise InputError('losses: undoing needs a hypernetwork as start, whose sketch tells conditions apart')
+    if not start:
+        return
     names = seen_by(start)
     for data in recipe.data:
         known = same_names((*data.classes, *data.unseen), names)
