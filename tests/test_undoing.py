@@ -22,7 +22,7 @@ CONDITIONS = [None, *(Condition(order=order, inverted=inverted) for order in ORD
 def few_steps():
     """Sketches so small need no thousands."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('timm_pudnet.training.undoing.MOST_STEPS', 500)
+        patch.setattr('timm_pudnet.training.undoing.MOST_STEPS', 1000)
         yield
 
 
@@ -83,7 +83,7 @@ def test_the_loss_is_zero_for_what_is_wanted_and_grows_with_the_square_of_the_di
         assert float(undoing.loss(sketches, off).detach()) == pytest.approx(2 * factor**2, rel=1e-4)
 
 
-@pytest.mark.parametrize(('changes', 'left'), [({}, 0.05), ({'context': False}, 0.1), ({'generator': 'paper'}, 0.3)])
+@pytest.mark.parametrize(('changes', 'left'), [({}, 0.05), ({'context': False}, 0.05), ({'generator': 'paper'}, 0.3)])
 def test_a_hypernetwork_learns_it_from_sketches_that_tell_conditions_apart(target, changes, left):
     model, weights = target
     hypernet = make(**changes)
@@ -137,7 +137,7 @@ def coloured(bank):
 def earlier(make_recipe, coloured, tmp_path_factory):
     """A hypernetwork whose sketch tells conditions apart."""
     recipe = make_recipe(
-        30,
+        60,
         hypernet={'generator': 'residual', 'predict_norm': True},
         groups={'conditions': 1.0, 'sketch_groups': 6, 'sketch_images': 8},
         schedule={'rate': 1e-2},
@@ -167,7 +167,7 @@ def undoing_recipe(make_recipe, folder, steps=8, **schedule):
 @pytest.fixture(scope='module')
 def taught(earlier, make_recipe, coloured, tmp_path_factory):
     """What a training with it makes of the earlier hypernetwork, its recipe and the folder of its log."""
-    recipe, folder = undoing_recipe(make_recipe, earlier, 20), tmp_path_factory.mktemp('taught')
+    recipe, folder = undoing_recipe(make_recipe, earlier, 40), tmp_path_factory.mktemp('taught')
     return meta_train(recipe, folder, banks=[coloured], device='cpu', progress=False), recipe, folder
 
 
@@ -177,15 +177,15 @@ def test_training_learns_it_before_its_first_step_and_keeps_it(earlier, taught):
     for key, value in before.encoder.state_dict().items():
         assert_close(after.encoder.state_dict()[key], value, rtol=0, atol=0)
     losses = [json.loads(line)['undoing'] for line in (folder / 'log.jsonl').read_text().splitlines()]
-    assert sum(losses) / len(losses) < 0.8  # 2.0 where nothing is known
-    assert sum(losses[-5:]) < 1.5 * sum(losses[:5])
+    assert sum(losses) / len(losses) < 0.5  # 2.0 where nothing is known
+    assert sum(losses[-10:]) < 1.5 * sum(losses[:10])
     cost = after.config.training
     assert cost['images'] == cost['sketch_images'] == recipe.schedule.images  # as many groups before as after
 
 
 @pytest.mark.parametrize('ema', [0.0, 0.999])
 def test_what_it_learned_is_in_the_hypernetwork_for_new_groups_too(ema, earlier, taught, make_recipe, coloured):
-    recipe = undoing_recipe(make_recipe, earlier, 20, ema=ema)
+    recipe = undoing_recipe(make_recipe, earlier, 30, ema=ema)
     sampler = GroupSampler([coloured], recipe.hypernet.input, recipe.groups, seed=9)
     groups = [sampler.draw(number) for number in range(20)]
     before = PudNet.from_pretrained(earlier)

@@ -103,6 +103,16 @@ def same_names(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
     return {name: other for name, other in found.items() if other is not None}
 
 
+def are_numbers(names: Iterable[str]) -> bool:
+    """Whether class names are only the numbers of the classes, which say nothing of what these are.
+
+    Example:
+        >>> are_numbers(['0', '1']), are_numbers(['1', '2']), are_numbers(['cup', 'jar'])
+        (True, False, False)
+    """
+    return all(name == str(number) for number, name in enumerate(names))
+
+
 def spelled(name: str, other: str) -> str:
     """A class's name in an error line, with the spelling that it has elsewhere."""
     return repr(name) if name == other else f'{name!r} ({other!r} there)'

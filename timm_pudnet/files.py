@@ -326,7 +326,7 @@ def config_sha256(folder: str | os.PathLike[str]) -> str:
     """The sha256 of what in the config of a hypernetwork's folder changes its predictions, whatever it came from."""
     config = read_json(Path(folder) / CONFIG_NAME)
     settings = {key: value for key, value in config.items() if key not in HISTORY}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(settings, sort_keys=True).encode())
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

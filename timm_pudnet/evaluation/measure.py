@@ -27,7 +27,7 @@ from timm_pudnet.adapt import (
     ridge_classifier,
     self_training_classifier,
 )
-from timm_pudnet.config import PRIOR_IMAGES, Calibration, InputError, PudNetWarning, same_names
+from timm_pudnet.config import PRIOR_IMAGES, Calibration, InputError, PudNetWarning, are_numbers, same_names
 from timm_pudnet.devices import forked_rng, library_versions, machine, own_defaults
 from timm_pudnet.evaluation.holdout import raw_pixels
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
@@ -107,8 +107,8 @@ def evaluate(
         its queries; `interval` says which.
     """
     groups.check(bank, support_bank)
-    numbered = list(bank.class_names) == [str(number) for number in range(len(bank.class_names))]  # which say nothing
-    if not numbered and (both := same_names(bank.class_names, hypernet.config.class_names)):
+    both = same_names(bank.class_names, hypernet.config.class_names)
+    if both and not are_numbers(bank.class_names):
         warnings.warn(
             f'{hypernet.name} was trained on a class named {sorted(both)[0]!r}: if it is the same, this is no measure '
             'of unseen classes',

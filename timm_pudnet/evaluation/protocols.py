@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import warnings
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from timm_pudnet.adapt import MOST_UNLABELLED
 from timm_pudnet.config import DamagedFileError, InputConfig, InputError, PudNetWarning
-from timm_pudnet.files import local_path, written_whole
+from timm_pudnet.files import local_path, sha256, written_whole
 from timm_pudnet.images import channel_statistics
 from timm_pudnet.sketch import ImageSample
 from timm_pudnet.training.conditions import Condition
@@ -207,7 +206,7 @@ class TestGroups:
     @property
     def digest(self) -> str:
         """A short hash that tells one list of groups from another."""
-        return hashlib.sha256(json.dumps(self._lists()).encode()).hexdigest()[:16]
+        return sha256(json.dumps(self._lists()).encode())[:16]
 
     def _lists(self) -> dict[str, Any]:
         lists = {'support': 'all' if self.support is None else self.support.tolist(), 'query': self.query.tolist()}

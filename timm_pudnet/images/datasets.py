@@ -28,12 +28,7 @@ from torch.utils.data import (
     Subset,
 )
 
-from timm_pudnet.config import (
-    InputError,
-    NotFoundError,
-    first_line,
-    shown,
-)
+from timm_pudnet.config import InputError, NotFoundError, first_line, shown
 from timm_pudnet.images.folders import SPLIT_NAMES, are_splits, holds_images, natural_key, warn
 from timm_pudnet.images.pixels import open_image, values_of
 
@@ -241,25 +236,9 @@ def dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | None
         indices = base.indices.tolist() if isinstance(base.indices, Tensor) else list(base.indices)
         base, chosen = base.dataset, indices if chosen is None else [indices[place] for place in chosen]
     if type(base) is ConcatDataset and not (hasattr(base, 'targets') or hasattr(base, 'classes')):
-        parts, its_names = zip(*map(dataset_targets, base.datasets), strict=True)
-        if len(known := [*dict.fromkeys(names for names in its_names if names is not None)]) > 1:
-            some = '; '.join(', '.join(map(shown, names[:3])) for names in known[:2])
-            raise InputError(f'a ConcatDataset of sets with other classes ({some}; ...): give labels=...')
-        if any(part is None for part in parts):
-            return None, None
-        values = torch.cat(parts)
-        return values if chosen is None else values[chosen], None if None in its_names else its_names[0]
-    names = class_names_of(base)
-    # The names that torchvision's datasets have for them.
-    known = (getattr(base, name, None) for name in ('targets', 'labels', '_labels'))
-    targets = next(
-        (found for found in known if isinstance(found, Iterable) and not isinstance(found, (str, bytes, Mapping))), None
-    )
-    reader: Any = getattr(base, 'reader', None)  # timm's: of a folder, of Hugging Face
-    if targets is None and hasattr(reader, 'samples'):
-        targets = [target for _, target in reader.samples]
-    elif targets is None and hasattr(reader, 'iter_targets'):
-        targets = list(reader.iter_targets())
+        targets, names = _joined_targets(base.datasets)
+    else:
+        targets, names = _own_targets(base)
     if targets is None or getattr(base, 'target_transform', None) is not None:
         return None, names
     try:
@@ -274,6 +253,32 @@ def dataset_targets(dataset: Any) -> tuple[Tensor | None, tuple[str, ...] | None
             'labels=..., or only the images that have one (torch.utils.data.Subset)'
         )
     return values, names
+
+
+def _own_targets(dataset: Any) -> tuple[Iterable[Any] | None, tuple[str, ...] | None]:
+    """Targets and names of classes as a dataset itself tells them, none where it does not."""
+    # The names that torchvision's datasets have for them.
+    known = (getattr(dataset, name, None) for name in ('targets', 'labels', '_labels'))
+    targets = next(
+        (found for found in known if isinstance(found, Iterable) and not isinstance(found, (str, bytes, Mapping))), None
+    )
+    reader: Any = getattr(dataset, 'reader', None)  # timm's: of a folder, of Hugging Face
+    if targets is None and hasattr(reader, 'samples'):
+        targets = [target for _, target in reader.samples]
+    elif targets is None and hasattr(reader, 'iter_targets'):
+        targets = list(reader.iter_targets())
+    return targets, class_names_of(dataset)
+
+
+def _joined_targets(datasets: Sequence[Any]) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """Those of datasets that are joined; none where one of them does not tell."""
+    targets, names = zip(*map(dataset_targets, datasets), strict=True)
+    if len(named := [*dict.fromkeys(one for one in names if one is not None)]) > 1:
+        some = '; '.join(', '.join(map(shown, one[:3])) for one in named[:2])
+        raise InputError(f'a ConcatDataset of sets with other classes ({some}; ...): give labels=...')
+    if any(part is None for part in targets):
+        return None, None
+    return torch.cat(targets), None if None in names else names[0]
 
 
 def check_root(data_dir: str | None, *images: Any, option: str = 'data_dir') -> None:

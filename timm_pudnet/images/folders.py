@@ -11,13 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from timm_pudnet.config import (
-    InputError,
-    NotFoundError,
-    PudNetWarning,
-    close_names,
-    shown,
-)
+from timm_pudnet.config import InputError, NotFoundError, PudNetWarning, close_names, shown
 
 IMAGE_EXTENSIONS = (
     *('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif', '.jfif', '.jpe', '.apng', '.dib'),

@@ -21,11 +21,7 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from timm_pudnet.config import (
-    InputConfig,
-    InputError,
-    first_line,
-)
+from timm_pudnet.config import InputConfig, InputError, first_line
 
 # A file's content decides its format, not its name: without this list PIL would hand an EPS to Ghostscript.
 _FORMATS = (

@@ -24,22 +24,10 @@ import torch
 from PIL import Image
 from timm.data.loader import PrefetchLoader
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    Subset,
-)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
-from timm_pudnet.config import (
-    InputConfig,
-    InputError,
-    PudNetError,
-    PudNetWarning,
-    first_line,
-    shown,
-)
+from timm_pudnet.config import InputConfig, InputError, PudNetError, PudNetWarning, first_line, shown
 from timm_pudnet.images.datasets import (
     class_names_of,
     dataset_targets,

@@ -27,6 +27,7 @@ from timm_pudnet.config import (
     InputError,
     PudNetConfig,
     PudNetWarning,
+    are_numbers,
     first_line,
     same_names,
     spelled,
@@ -204,9 +205,11 @@ def _checked(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
 
 
 def _banks(recipe: Recipe, banks: Sequence[ImageBank] | None) -> Sequence[ImageBank]:
-    if banks and len(banks) == len(recipe.data):  # as they are, classes that are not to be seen among them or not
+    if not banks:
+        return load_banks(recipe)
+    if len(banks) == len(recipe.data):  # `GroupSampler` tells of another number
         _refuse_overlap(recipe, [bank.class_names for bank in banks])
-    return banks or load_banks(recipe)
+    return banks
 
 
 def check_control(config: PudNetConfig) -> None:
@@ -434,7 +437,7 @@ def seen_by(start: str) -> tuple[str, ...]:
         config = read_json(path / CONFIG_NAME)
         labels = config.get('label_names') or config['pretrained_cfg'].get('label_names') or ()
         labels = [*(labels.values() if isinstance(labels, dict) else labels)]
-        names += [] if labels == [str(number) for number in range(len(labels))] else labels  # which say nothing
+        names += [] if are_numbers(labels) else labels
     classes = _beside(path, 'classes')
     names += classes if isinstance(classes, list) else []
     return tuple(str(name) for name in names)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from timm_pudnet.config import (
     reject_unknown_keys,
     shown,
 )
-from timm_pudnet.files import local_path
+from timm_pudnet.files import local_path, sha256
 from timm_pudnet.target import img_size_of, of_one_size
 from timm_pudnet.training.episodes import Augmentation, Groups
 
@@ -364,7 +363,7 @@ class Recipe:
     @property
     def digest(self) -> str:
         """A short hash that tells one recipe from another; new fields of later versions, left alone, change nothing."""
-        return hashlib.sha256(json.dumps(_told(self), sort_keys=True).encode()).hexdigest()[:16]
+        return sha256(json.dumps(_told(self), sort_keys=True).encode())[:16]
 
 
 def _told(value: Any) -> Any:
