@@ -32,6 +32,9 @@ Accuracy in percent on classes that were never seen in training, with its 95 % i
 (other classes would spread more: `resnet18.cifar100_superclass` has six choices of them). Each line is from a results file that
 `timm-pudnet evaluate` wrote on the committed weights; the commands are in the README of each folder. A dash: not measured.
 
+In short: *predicted* against *ordinary training* says whether a hypernetwork is worth it. *Own sketch over another's* says whether looking
+at your images is; it is near zero but under *conditions*. The rest is for those who check.
+
 - *Protocol*: `cifar100-set` is of the 20 unseen classes of CIFAR-100; `1-label`, `5-labels`, `conditions` (each group under a random
   imaging condition), `train-support` (labels from the training images) are of the same classes. `cifar10`: all ten classes;
   `cifar10-all`: the same with the first 1,000 training images of each class as labels, some of them nearly the same picture (one group,
@@ -85,8 +88,8 @@ of what every denoiser gives, and of the noisy images, clipped to 0-1.
 - *Noise*: Gaussian, or that of counted *photons*, which grows with the root of brightness (sigma is that of a grey of 0.5). It is added to
   floats and goes beyond 0-1, but where it is *clipped*, as a file of 8 bits holds it, or *JPEG*, as one of that quality does. *Camera*:
   noise of a simulated sensor behind a Bayer mosaic, clipped to 0-1, whose missing colours are interpolated (bilinear), beside clean images
-  that went the same way; sigma is that of the sensor's pixels, and of both the other sigmas are 0.2, 0.025 and 0.05. Sigma is in units of the set's standard deviation
-  (*standard*; in brackets what that is in 0-1), or of pixels in 0-1 (*unit*).
+  that went the same way; sigma is that of the sensor's pixels. (Of camera and JPEG *another sigma* is 0.2, 0.025 and 0.05.) Sigma is in
+  units of the set's standard deviation (*standard*; in brackets what that is in 0-1), or of pixels in 0-1 (*unit*).
 - *Gaussian filter* and *non-local means* are told their best strength, the latter sigma too. Of photons they work behind Anscombe's transform; of clipped
   noise, and that of JPEG and cameras, they are told what strength is left, and stand in brackets with the mean that clipping moves put back by the true sigma, which ours
   estimates.
@@ -307,7 +310,7 @@ def text() -> str:
         for path in sorted(HUB.glob('*/bm3d.*.json'))
         for line in bm3d_rows(path.parent.name, json.loads(path.read_text(encoding='utf-8')))
     ]
-    notes = [HUB / name for name in ('heads.md', 'data.md', 'not_run.md')]
+    notes = [HUB / name for name in ('heads.md', 'publish.md', 'data.md', 'not_run.md')]
     tail = ''.join(f'\n{path.read_text(encoding="utf-8")}' for path in notes if path.exists())
     further = f'{UNLABELLED}{chr(10).join(unlabelled)}\n' if unlabelled else ''
     bm3d = f'{BM3D}{chr(10).join(rivals)}\n' if rivals else ''

@@ -1,4 +1,10 @@
-"""Predicts the weights of timm's convolutional networks for images that they have never seen (PudNet)."""
+"""Predicts the weights of timm's convolutional networks for images that they have never seen (PudNet).
+
+Predict: `predict_model`, `create_model`, `predict_state_dict`; keep: `save_model`, `push_model`. Which hypernetworks
+there are: `list_hypernets`, `load_hypernet`, `pull`, `push`. Improve and compare: `finetune`, `compare`. Denoise:
+`predict_denoiser`, `denoise`. Train your own: `Recipe`, `meta_train`, `evaluate`. Look inside: `describe_target`,
+`plan_hypernet`, `PudNet`. Errors: `PudNetError` and those that follow from it.
+"""
 
 import timm_pudnet.convnet3  # noqa: F401  (registers the architecture convnet3 with timm)
 from timm_pudnet.config import (

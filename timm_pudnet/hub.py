@@ -158,7 +158,7 @@ def describe_hypernet(name: str | os.PathLike[str]) -> HypernetInfo:
     """What is known of a hypernetwork, by any name that `load_hypernet` takes, without reading its weights.
 
     Raises:
-        NotFoundError: As `load_hypernet`, and so are the others.
+        NotFoundError, UnsupportedTargetError, DamagedFileError, HubError: As `load_hypernet`.
 
     Example:
         >>> describe_hypernet('resnet18.fashion_set').license
@@ -283,7 +283,7 @@ def pull(name: str) -> Path:
 
     Raises:
         InputError: It is no name on the Hub.
-        NotFoundError: As `load_hypernet`, and so are the others.
+        NotFoundError, UnsupportedTargetError, DamagedFileError, HubError: As `load_hypernet`.
     """
     if '/' in name:
         return remote.fetch(*remote.repo_of(name), refresh=True)

@@ -289,7 +289,7 @@ class PudNet(nn.Module):
         return self._generated(self.codes(sketch))
 
     def base(self) -> dict[str, Tensor]:
-        """The network that the sketch changes, as `forward` gives it: that of codes of zeros."""
+        """The network that the sketch changes: what `forward` gives where the code of every layer is zero."""
         return self._generated(self.temperature.new_zeros(len(self.target.layers), self.config.sketch_width))
 
     def _generated(self, codes: Tensor) -> dict[str, Tensor]:

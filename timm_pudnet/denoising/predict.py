@@ -139,7 +139,7 @@ def denoiser_of(
     One of each for every size of the images, each half of the last: the patches as `shrunk` gives them, and what
     `sketch_of` makes of them. It is one for images `scale` times as bright as these patches.
 
-    The noise that it takes the pixels themselves into account by is what the patches have beside its blind guesses;
+    How much a noisy pixel counts follows from the noise, which is what the patches differ by from the blind guesses;
     whether it was clipped, their black and white pixels tell. Of images whose pixels share noise the patches are
     `whitened`, and `shared` is what their noise was and is.
     """
@@ -155,7 +155,10 @@ def calibrated_denoiser(
     scale: float = 1.0,
     shared: SharedNoise | None = None,
 ) -> BlindSpotUNet:
-    """The same of weights for every size that may come from elsewhere; of `network` how its target is made."""
+    """A denoiser from given weights, those of each size, calibrated on the patches as `denoiser_of` does.
+
+    `network` says only how the target is made.
+    """
     models: list[BlindSpotUNet] = []
     guesses: list[Tensor] = []
     for own, shown in zip(weights, patches, strict=True):
@@ -173,7 +176,7 @@ def joined(
     shared: SharedNoise | None = None,
     guesses: Tensor | None = None,
 ) -> BlindSpotUNet:
-    """Makes one denoiser of those for every size, in the first: it learns of the noise, and gets the others as coarser.
+    """Joins the denoisers of all sizes into the first, which is told the noise and has the others as coarser ones.
 
     Args:
         models: In eval mode, with norm statistics that are right for the patches.

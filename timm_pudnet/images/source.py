@@ -488,7 +488,9 @@ def open_images(
         input: Size, mean, std and resizing that the target network wants.
         split: Which part of a timm dataset.
         data_dir: Where a timm dataset lies.
-        strict: Raise for an image that cannot be read, instead of skipping it with a warning.
+        strict: Raise for an image that cannot be read, or a picture whose format Pillow lacks (HEIC, JPEG XL, raw),
+            instead of skipping it with a warning. `wds/...` sets leave such images out themselves. A DataLoader of
+            timm's `ImageDataset` puts the next image in their place: pass the dataset where that matters.
         with_labels: False takes the images alone: all that lie below a folder, and no label is looked at.
 
     Returns:
