@@ -605,7 +605,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(images, work, predict, full_
             raise OSError(errno.ENOSPC, 'No space left on device')
 
         monkeypatch.setattr(timm.models, 'save_for_hf', fails_midway)
-        fails(*predict(images), needles=['No space left on device'])
+        fails(*predict(images), needles=['model cannot be written: No space left on device'])
 
 
 def test_a_folder_among_the_images_is_no_place_for_output(images, predict, work, nothing_written, tiny_folder):

@@ -816,7 +816,7 @@ def test_of_jpeg_files_it_is_said_that_their_noise_is_smeared(tmp_path, predicte
 
 def test_nothing_is_left_when_it_breaks_on_the_way(folders, predicted, monkeypatch, nothing_written, full_disk):
     with nothing_written(folders), full_disk(3000):
-        fails(folders / 'noisy', '--out', folders / 'out', needles=['too large'])
+        fails(folders / 'noisy', '--out', folders / 'out', needles=[str(folders / 'out'), 'too large'])
     forward = Average.forward
     monkeypatch.setattr(Average, 'forward', lambda self, x: forward(self, x) * torch.nan)
     with nothing_written(folders):

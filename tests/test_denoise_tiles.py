@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional
 from torch.testing import assert_close
@@ -165,6 +166,10 @@ def test_what_is_no_image_is_refused_in_one_line(one_line):
         with pytest.raises(InputError) as error:
             denoise(model, wrong)
         one_line(error, tuple(wrong.shape), '[c, h, w]')
+    for wrong in (noise(1, 9, 9).numpy(), Image.new('RGB', (9, 9)), 'noisy/a.png'):
+        with pytest.raises(InputError) as error:
+            denoise(model, wrong)
+        one_line(error, type(wrong).__name__, 'float tensor [c, h, w]')
     with pytest.raises(InputError) as error:
         denoise(model, noise(1, 9, 9), tile=0)
     one_line(error, 'tile', 0)

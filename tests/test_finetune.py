@@ -85,6 +85,8 @@ def test_a_folder_may_be_named_as_timm_names_it(model, pictures, tmp_path):
     found = state(FineTuning(f'local-dir:{folder}', *pictures(24), epochs=1).model)
     wanted = state(FineTuning(folder, *pictures(24), epochs=1).model)
     assert_close(found, wanted, rtol=0, atol=0)
+    with pytest.raises(InputError, match=r'hf-hub:org/m is no folder .* timm\.create_model, save_model it'):
+        finetune('hf-hub:org/m', *pictures(24))
     with pytest.raises(NotFoundError, match='nowhere: no such folder of a timm model'):
         finetune('local-dir:nowhere', *pictures(24))
 

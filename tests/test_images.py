@@ -187,6 +187,27 @@ def test_pictures_that_cannot_be_read_are_counted_before_reading(folder, one_lin
     one_line(error, str(folder), '4 pictures', 'convert or rename them')
 
 
+def test_a_picture_without_its_extension_is_told_by_its_first_bytes(folder, one_line):
+    picture = next((folder / 'cat').iterdir()).read_bytes()
+    for name in ('photo', 'IMG_1.3', 'photo.txt'):  # a text is not looked into
+        (folder / 'cat' / name).write_bytes(picture)
+    (folder / 'cat' / 'LICENSE').write_bytes(b'MIT')
+    for with_labels in (True, False):
+        with pytest.warns(PudNetWarning, match=r'ignored 2 pictures .*\(\.3, no extension\)$'):
+            open_images(folder, input=RGB, with_labels=with_labels)
+        with pytest.raises(InputError) as error:
+            open_images(folder, input=RGB, with_labels=with_labels, strict=True)
+        one_line(error, str(folder), '2 pictures')
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='names of files are no bytes there')
+def test_a_class_name_that_the_locale_cannot_decode_is_text_all_the_same(folder):
+    for name, wanted in ((b'na\xc3\xafve', 'naïve'), (b'caf\xe9', 'caf\ufffd')):
+        (folder / 'cat').rename(folder / name.decode('ascii', 'surrogateescape'))
+        assert wanted in open_images(folder, input=RGB).class_names
+        (folder / name.decode('ascii', 'surrogateescape')).rename(folder / 'cat')
+
+
 def test_splits_beside_a_folder_that_is_none_are_named(tmp_path):
     for name in ('Train', 'dev', 'extra'):
         save(tmp_path / name / 'x.png', noise(16, 16, 3))

@@ -491,6 +491,7 @@ def pulled(pushed, server, client, tiny_files, tmp_path_factory):
     server.commit('org/hostile-shards', {**in_shards, 'mine-00001-of-00002.safetensors': b'', **evil})
     server.commit('org/bent', server.files('org/test_resnet.tiny'))
     server.commit('org/llm', {'config.json': b'{"model_type": "llama"}', 'model.safetensors': bytes(10)})
+    server.commit('org/timm', {'config.json': b'{"architecture": "resnet18"}', 'model.safetensors': bytes(10)})
     server.commit('org/halves', {'config.json': tiny_files['config.json'], 'model.safetensors': b'\x08'})
     first = server.refs['org/test_resnet.tiny']['main']
     steps = {
@@ -504,6 +505,7 @@ def pulled(pushed, server, client, tiny_files, tmp_path_factory):
         'altered config': ['bent', 'org/bent', 0],
         'cut config': ['bent', 'org/bent', 100],
         'other': ['pull', 'org/llm'],
+        'timm': ['pull', 'org/timm'],
         'published damaged': ['pull', 'org/halves'],
         'flaky': ['digest', 'org/flaky'],
         'cut': ['digest', 'org/cut'],
@@ -613,7 +615,8 @@ def test_nothing_but_our_files_is_fetched(pulled, server):
     home, outcomes = pulled
     assert server.gets('evil.py') == server.gets('pytorch_model.bin') == server.gets('escape') == 0
     assert not [path for path in home.rglob('*') if path.suffix in ('.py', '.bin') or 'escape' in path.name]
-    assert 'no hypernetwork' in outcomes['other']['error']
+    assert 'no hypernetwork, by its config.json' in outcomes['other']['error']
+    assert "but a timm model, for timm.create_model('hf-hub:org/timm')" in outcomes['timm']['error']
     fetched = [path for _, path in server.asked if path.startswith('/org/llm/resolve/')]
     assert fetched, 'its config was looked at'
     assert not [path for path in fetched if 'model.safetensors' in path], 'weights of another kind are not downloaded'

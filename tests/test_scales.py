@@ -206,6 +206,13 @@ class TestPredicted:
         alone = torch.stack([denoise(model, image) for image in noisy])
         assert psnr(found.clamp(0, 1), clean).mean() > psnr(alone.clamp(0, 1), clean).mean() + 1
 
+    @pytest.mark.filterwarnings('ignore:`torch.jit.trace` is:FutureWarning')
+    def test_torch_can_trace_what_has_other_sizes(self):
+        noisy = self.noisy(side=64, count=2)[1]
+        model = predict_denoiser(noisy, device='cpu')
+        with torch.no_grad():
+            assert_close(torch.jit.trace(model, noisy)(noisy), model(noisy))
+
     @pytest.mark.parametrize(('side', 'sizes'), [(20, 1), (32, 2), (60, 2), (64, 3), (200, 3)])
     def test_small_images_have_fewer_sizes(self, side, sizes):
         noisy = self.noisy(side=side)[1]

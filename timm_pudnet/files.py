@@ -7,6 +7,7 @@ appears whole or not at all (`written_whole`, `folder_written_whole`).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -379,7 +380,12 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
     there = folder.is_dir()
     beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder if there else folder.parent))
     try:
-        yield beside
+        try:
+            yield beside
+        except OSError as error:
+            if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EFBIG):
+                raise
+            raise OSError(f'{folder} cannot be written: {error.strerror}') from error
         mask = _umask()
         for path in (beside, *beside.rglob('*')):  # safetensors and mkdtemp make them for their owner alone
             with suppress(OSError):  # some file systems have no modes

@@ -249,7 +249,9 @@ def _download(repo: str, revision: str) -> Path:
 
     config = read_json(get(CONFIG_NAME))  # before anything large is fetched
     if not isinstance(config, dict) or 'format_version' not in config:
-        raise NotFoundError(f'{repo}@{revision} is no hypernetwork: its {CONFIG_NAME} has no format_version')
+        known = isinstance(config, dict) and 'architecture' in config
+        what = f"but a timm model, for timm.create_model('hf-hub:{repo}')" if known else f'by its {CONFIG_NAME}'
+        raise NotFoundError(f'{repo}@{revision} is no hypernetwork, {what}')
     if WEIGHTS_NAME in there:
         wanted = [WEIGHTS_NAME]
     elif INDEX_NAME in there:

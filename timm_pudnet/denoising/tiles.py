@@ -58,6 +58,10 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1)
         >>> denoise(model, torch.ones(3, 1, 50), tile=8).unique()
         tensor([0.5000])
     """
+    if not isinstance(image, Tensor):
+        raise InputError(
+            f'a {type(image).__name__} cannot be denoised: pass a float tensor [c, h, w] (the command takes files)'
+        )
     if image.ndim != 3 or image.shape[0] not in (1, 3) or not image.numel() or not image.is_floating_point():
         raise InputError(
             f'an image of shape {tuple(image.shape)} and {image.dtype} cannot be denoised: float [c, h, w], 1 or 3 '
@@ -108,7 +112,7 @@ def _by_sizes(model: Any, image: Tensor, tile: int) -> Tensor:
     if model.coarser is not None:
         coarse = _by_sizes(model.coarser, halved(seen[None])[0], tile)
         # Of the mean of three channels brightness is all there is.
-        matrix = model.share[:1, None] if len(image) < model.in_chans else model.matrix
+        matrix = model.share[:1, None] if len(image) < model.in_chans else model.matrix()
         planes = (result[:, None], coarse[:, None]) if len(matrix) == 1 else (result[None], coarse[None])
         add_difference(*planes, matrix)
     return result if model.whitening is None else model.whitening.undo(result[None], seen[None], image[None])[0]

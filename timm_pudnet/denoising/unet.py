@@ -288,7 +288,7 @@ class BlindSpotUNet(nn.Module):
         seen = self.seen(x)
         answers = self.fine(seen)
         if (coarser := self.coarser) is not None:
-            answers = answers + mixed(difference_of(answers, coarser.by_sizes(halved(seen))), self.matrix)
+            answers = answers + mixed(difference_of(answers, coarser.by_sizes(halved(seen))), self.matrix())
         return answers if self.whitening is None else self.whitening.undo(answers, seen, x)
 
     def seen(self, x: Tensor) -> Tensor:
@@ -300,7 +300,6 @@ class BlindSpotUNet(nn.Module):
         """The network for half the size, where it has a part in the answers."""
         return None if self.training or self.posterior is None else self.coarse
 
-    @property
     def matrix(self) -> Tensor:
         """How much of each channel's difference is added to each channel `[c, c]` (`denoising.scales`)."""
         assert self.posterior is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import mimetypes
 import os
 import re
 import warnings
@@ -23,6 +24,7 @@ _OTHER_PICTURES = (  # that PIL cannot read
 )
 # With what follows in the names that some programs give to what they download: 'photo.jpg?w=300'.
 _PICTURE = re.compile(rf'({"|".join(map(re.escape, (*IMAGE_EXTENSIONS, *_OTHER_PICTURES)))})([^a-z0-9].*)?', re.DOTALL)
+_FIRST_BYTES = re.compile(rb'\x89PNG|\xff\xd8\xff|II\*\0|MM\0\*|RIFF....WEBP|GIF8', re.DOTALL)  # of pictures
 SPLIT_NAMES = {
     *('train', 'training', 'val', 'valid', 'validation', 'dev', 'eval', 'evaluation', 'test', 'testing', 'holdout'),
 }
@@ -51,11 +53,11 @@ def scan_folder(
         # What is the same below two classes is of both.
         files = list(_walk_files(path, {*seen} if with_labels else seen)) if os.path.isdir(path) else [path]
         pictures = [file for file in files if file.lower().endswith(IMAGE_EXTENSIONS)]
-        rest = [os.path.splitext(file) for file in set(files).difference(pictures)]
-        others.update(kind or 'no extension' for _, kind in rest)
-        if any(_PICTURE.fullmatch(kind.lower()) for _, kind in rest):
+        rest = [(*os.path.splitext(file), file) for file in set(files).difference(pictures)]
+        others.update(kind or 'no extension' for _, kind, _ in rest)
+        if missed := [(stem, kind) for stem, kind, file in rest if _is_picture(file, kind)]:
             read = {os.path.splitext(file)[0] for file in pictures}  # a raw file beside its JPEG is the same picture
-            unread.update(kind for stem, kind in rest if _PICTURE.fullmatch(kind.lower()) and stem not in read)
+            unread.update(kind or 'no extension' for stem, kind in missed if not kind or stem not in read)
         if os.path.isdir(path):
             found[name] = pictures
         else:
@@ -95,7 +97,25 @@ def scan_folder(
         )
     paths = [path for name in classes for path in found[name]]
     labels = torch.tensor([label for label, name in enumerate(classes) for _ in found[name]])
-    return paths, [os.path.relpath(path, root) for path in paths], labels, tuple(classes)
+    return paths, [os.path.relpath(path, root) for path in paths], labels, tuple(map(_decoded, classes))
+
+
+def _is_picture(file: str, kind: str) -> bool:
+    """Whether a file with an extension that is not read is a picture all the same, by that or by its first bytes."""
+    if _PICTURE.fullmatch(kind.lower()):
+        return True
+    if mimetypes.guess_type(file)[0] is not None:  # a text beside each picture, say, is not opened
+        return False
+    try:
+        with open(file, 'rb') as opened:
+            return _FIRST_BYTES.match(opened.read(12)) is not None
+    except OSError:
+        return False
+
+
+def _decoded(name: str) -> str:
+    """A file's name as UTF-8, where the locale could not decode it."""
+    return os.fsencode(name).decode('utf-8', 'replace') if any('\udc80' <= one <= '\udcff' for one in name) else name
 
 
 def _folders_of_images(folder: str, pictures: Sequence[str]) -> list[str]:

@@ -609,7 +609,20 @@ def _is_column(images: Any) -> bool:
     """Whether this is a table's column of paths or images: an array of paths, a pandas Series, a column of datasets."""
     if isinstance(images, np.ndarray):
         return bool(images.size) and isinstance(images.flat[0], (str, os.PathLike))
-    known = (str, os.PathLike, list, tuple, Tensor, Dataset, DataLoader, Mapping, Set, Image.Image)
+    known = (
+        str,
+        bytearray,
+        memoryview,
+        os.PathLike,
+        list,
+        tuple,
+        Tensor,
+        Dataset,
+        DataLoader,
+        Mapping,
+        Set,
+        Image.Image,
+    )
     listed = isinstance(images, Iterable) and hasattr(images, '__len__')
     return listed and not isinstance(images, known) and not _is_table(images)
 

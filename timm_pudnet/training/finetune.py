@@ -538,7 +538,7 @@ def _opened(model: nn.Module | str | os.PathLike[str]) -> nn.Module | str:
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(f'model must be a timm model, its folder or an architecture, not a {type(model).__name__}')
     named = isinstance(model, str) and model.startswith('local-dir:')
-    path = folder_path(model)
+    path = folder_path(model, 'make it with timm.create_model, save_model it, and name that folder')
     if isinstance(model, str) and not named and not has_separator(model) and not path.is_dir():
         return model
     with torch.random.fork_rng(devices=[]):
