@@ -20,10 +20,9 @@ import torch
 from timm_pudnet import PudNet
 from timm_pudnet.config import PudNetError
 from timm_pudnet.hypernet import pretrained_model
-from timm_pudnet.target import create_feature_model, with_own_config
+from timm_pudnet.target import create_feature_model, difference, with_own_config
 from timm_pudnet.training import save_control
 from timm_pudnet.training.meta_train import seen_by
-from timm_pudnet.training.run import config_fields
 
 
 def main() -> None:
@@ -53,7 +52,7 @@ def main() -> None:
             'sketch_limit': 0.0,
             'training': {},
         }
-        hypernet = PudNet.for_target(**config_fields(hypernet.config, **fields))
+        hypernet = PudNet.for_target(**{**vars(hypernet.config), **fields})
         hypernet.encoder.load_state_dict(encoder.state_dict())
     config = hypernet.config
     classes = {folder: seen_by(folder) for folder in options.folders}
@@ -66,7 +65,7 @@ def main() -> None:
     kwargs = {**config.model_kwargs, 'num_classes': 0}
     networks = [pretrained_model(Path(folder), kwargs).state_dict() for folder in options.folders]
     for folder, network in zip(options.folders, networks, strict=True):
-        if {key: value.shape for key, value in network.items()} != {k: v.shape for k, v in networks[0].items()}:
+        if difference(network, networks[0]):
             parser.error(f'{folder} is another network than {options.folders[0]}')
     if networks:
         hypernet.start_from({key: torch.stack([one[key] for one in networks]).double().mean(0) for key in networks[0]})

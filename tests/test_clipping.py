@@ -3,16 +3,13 @@ import math
 import pytest
 import timm
 import torch
+from denoisers import generator
 from torch.testing import assert_close
 
 import timm_pudnet
 from timm_pudnet.denoising import add_noise, denoise, predict_denoiser, psnr
 from timm_pudnet.denoising.clipping import Unclip, clipped_moments, clipped_share, estimate_clipped, known_noise
 from timm_pudnet.denoising.posterior import Posterior
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def slopes(count=16, side=64, seed=0):

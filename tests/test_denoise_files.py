@@ -1,5 +1,6 @@
 """denoising/pictures.py and the command `denoise`: what is written is what was read but for the noise."""
 
+import functools
 import json
 import re
 import struct
@@ -7,21 +8,21 @@ import sys
 import zlib
 from pathlib import Path
 
+import commands
 import cv2
 import numpy as np
 import pytest
 import tifffile
 import torch
-from click.testing import CliRunner
 from PIL import Image, ImageCms, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from pngs import png
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 from torch.testing import assert_close
 
 from timm_pudnet import InputError, NotFoundError, PudNetError, PudNetWarning
 from timm_pudnet.cli import denoise as room
-from timm_pudnet.cli import main
 from timm_pudnet.denoising.pictures import (
     _encode_png,
     _png_chunks,
@@ -81,14 +82,10 @@ def jpeg_of_long_exif(path):
 def png_of_small_grey(bits, values, transparent):
     """A grey PNG of 2 or 4 bits, by hand, of one row, with one grey that stands for transparent."""
 
-    def chunk(kind, data):
-        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-
     row = int(''.join(f'{value:0{bits}b}' for value in values), 2).to_bytes(len(values) * bits // 8, 'big')
     head = struct.pack('>IIBBBBB', len(values), 1, bits, 0, 0, 0, 0)
     chunks = {b'IHDR': head, b'tRNS': struct.pack('>H', transparent)}
-    chunks |= {b'IDAT': zlib.compress(b'\0' + row), b'IEND': b''}
-    return b'\x89PNG\r\n\x1a\n' + b''.join(chunk(kind, data) for kind, data in chunks.items())
+    return png([*chunks.items(), (b'IDAT', zlib.compress(b'\0' + row)), (b'IEND', b'')])
 
 
 # name: (writes it, format, depth, the samples that it holds [h, w] or [h, w, c] with alpha last)
@@ -539,27 +536,7 @@ def predicted(monkeypatch):
     return calls
 
 
-def run(*args):
-    result = CliRunner().invoke(main, ['denoise', *map(str, args)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise AssertionError(f'a user would see a traceback: {result.exception!r}') from result.exception
-    return result
-
-
-def succeeds(*args):
-    result = run(*args)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def fails(*args, needles=()):
-    result = run(*args)
-    lines = [line for line in result.stderr.splitlines() if line and not line.startswith(('Warning', 'Usage', 'Try'))]
-    assert result.exit_code == 2, result.output
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith('Error: ')
-    for needle in needles:
-        assert str(needle) in lines[0], f'{needle!r} is not in: {lines[0]}'
+run, succeeds, fails = (functools.partial(how, 'denoise') for how in (commands.run, commands.succeeds, commands.fails))
 
 
 def smooth(height, width, channels=3):

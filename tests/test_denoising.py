@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
+from denoisers import SMALL, generator
 from huggingface_hub import ModelCard
 from PIL import Image
 from torch.testing import assert_close
@@ -35,12 +36,6 @@ from timm_pudnet.files import weights_sha256
 from timm_pudnet.hub import describe_hypernet, hypernet_files
 from timm_pudnet.training.recipe import Data, Denoising, Recipe
 from timm_pudnet.training.run import CHECKPOINT_NAME, LOG_NAME
-
-SMALL = {'width': 4, 'depth': 2}
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def smooth_images(count=12, side=40, channels=3, seed=0):

@@ -365,7 +365,8 @@ def test_a_network_that_no_group_changes_sees_each_image_once_and_gives_the_same
     monkeypatch.setattr(measure, 'support_features', counting)
     once = evaluate(hypernet, bank, many, controls=control, progress=False)
     assert [size for own, size in seen if own] == [40]
-    few = evaluate(hypernet, bank, many.first(1), controls=control, progress=False)
+    first = TestGroups.draw(bank, count=1, n_way=4, n_shot=5, n_query=4)
+    few = evaluate(hypernet, bank, first, controls=control, progress=False)
     assert seen[-1] == (True, 20)  # 36 images in all: fewer than there are
     seen.clear()
     shown = dataclasses.replace(many, conditions=(Condition(order=(2, 1, 0)),) * 5)
@@ -395,7 +396,13 @@ def test_random_weights_are_calibrated_by_the_images_for_their_own_statistics_sa
     monkeypatch.setattr(measure, 'calibrate', recording)
     config = InputConfig(input_size=(3, 16, 16))
     network = PudNet.for_target('test_resnet', sketch_width=8, input=config, prior_images=400.0, deep_share=0.1)
-    evaluate(network, bank, groups.first(1), without=['raw_pixels'], progress=False)
+    evaluate(
+        network,
+        bank,
+        TestGroups.draw(bank, count=1, n_way=3, n_shot=3, n_query=2),
+        without=['raw_pixels'],
+        progress=False,
+    )
     assert found == [{'prior_images': 400.0, 'deep_share': 0.1}, {'prior_images': 8.0, 'deep_share': 1.0}]
 
 
@@ -721,7 +728,6 @@ def test_conditions_change_no_image_and_travel_in_the_file(bank, tmp_path):
     assert loaded.conditions == groups.conditions
     assert loaded.digest == groups.digest
     assert TestGroups.load(tmp_path / 'plain.json').conditions is None
-    assert loaded.first(2).conditions == groups.conditions[:2]
 
 
 @pytest.mark.parametrize('size', [100, 4])
@@ -836,9 +842,11 @@ def test_training_from_scratch_learns_and_is_the_same_again(centralise, bank, su
     monkeypatch.setattr(scratch, 'centralise_gradients', lambda p: calls.append(1) or centralised(p))
     before = torch.get_rng_state()
 
+    monkeypatch.setattr(scratch, 'BATCH_SIZE', 16)
+
     def train(epochs=12):
         arguments = ('test_resnet', {}, *colours_as_tensors(support_bank), *colours_as_tensors(bank))
-        return list(train_from_scratch(*arguments, num_epochs=epochs, centralise=centralise, batch_size=16))
+        return list(train_from_scratch(*arguments, num_epochs=epochs, centralise=centralise))
 
     curve = train()
     assert torch.equal(torch.get_rng_state(), before)
@@ -852,9 +860,10 @@ def test_training_from_scratch_learns_and_is_the_same_again(centralise, bank, su
     assert len(calls) == (60 if centralise else 0)  # 4 batches in 15 epochs
 
 
-def test_a_last_batch_of_one_image_does_not_stop_training():
+def test_a_last_batch_of_one_image_does_not_stop_training(monkeypatch):
+    monkeypatch.setattr(scratch, 'BATCH_SIZE', 8)
     images, labels = torch.randn(17, 3, 32, 32), torch.arange(17) % 2
-    curve = train_from_scratch('test_resnet', {}, images, labels, images, labels, num_epochs=1, batch_size=8)
+    curve = train_from_scratch('test_resnet', {}, images, labels, images, labels, num_epochs=1)
     assert len(list(curve)) == 1
     with pytest.raises(InputError, match='num_epochs'):
         list(train_from_scratch('test_resnet', {}, images, labels, images, labels, num_epochs=0))
@@ -869,13 +878,15 @@ def test_scratch_stands_beside_the_predicted_network(hypernet, bank, support_ban
         return train(name, kwargs, images, labels, tested, answers, **more)
 
     monkeypatch.setattr(scratch, 'train_from_scratch', recording)
-    result = compare_scratch(hypernet, bank, groups, support_bank, 2, num_epochs=8, batch_size=8, progress=False)
+    monkeypatch.setattr(scratch, 'BATCH_SIZE', 8)
+    result = compare_scratch(hypernet, bank, groups, support_bank, 2, num_epochs=8, progress=False)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     counts = [[[6, 12, 18, 24][label] for label in groups.classes(number, bank)] for number in range(2)]
     expected = [(sum(c), c, 16, centralise) for c in counts for centralise in (False, True)]
     assert sizes == expected
     assert (result['groups'], result['epochs'], result['training_images']) == (2, 8, sum(map(sum, counts)) / 2)
-    accuracies = evaluate(hypernet, bank, groups.first(2), support_bank=support_bank, progress=False)['accuracy']
+    measured = TestGroups(groups.support[:2], groups.query[:2], groups.conditions[:2])
+    accuracies = evaluate(hypernet, bank, measured, support_bank=support_bank, progress=False)['accuracy']
     assert result['predicted']['accuracy'] == accuracies['predicted']
     assert 'all images' in result['setting']
     for name in ('adam', 'adam_centralised'):
@@ -894,7 +905,8 @@ def test_scratch_stands_beside_the_predicted_network(hypernet, bank, support_ban
 def test_scratch_that_never_gets_there_says_so(hypernet, bank, support_bank, monkeypatch):
     groups = TestGroups.draw(bank, count=1, n_way=2, n_shot=5, n_query=8, support_bank=support_bank)
     monkeypatch.setattr(scratch, '_predicted', lambda *args: (torch.ones(16, dtype=torch.bool), 0.5))
-    settings = {'num_epochs': 1, 'rate': 1e-9, 'progress': False}
+    monkeypatch.setattr(scratch, 'RATE', 1e-9)
+    settings = {'num_epochs': 1, 'progress': False}
     result = compare_scratch(hypernet, bank, groups, support_bank, 1, **settings)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert result['predicted']['seconds'] == {'mean': 0.5, 'interval': None}
@@ -922,7 +934,6 @@ def test_unlabelled_images_are_in_neither_support_nor_query(with_bank, bank, sup
     groups.save(tmp_path / 'groups.json')
     loaded = TestGroups.load(tmp_path / 'groups.json')
     assert (loaded.digest, loaded.n_unlabelled) == (groups.digest, 4)
-    assert groups.first(3).n_unlabelled == 4
     seen = []
     for number in range(8):
         support, query = loaded.images(number, bank, given, InputConfig(), torch.device('cpu'))
@@ -1035,14 +1046,13 @@ def test_hidden_labels_are_hidden(hypernet, bank, monkeypatch):
         return self_training_classifier(labelled, unlabelled, whitening)
 
     monkeypatch.setattr(measure, 'self_training_classifier', record)
-    groups = TestGroups.draw(bank, count=4, n_way=4, n_shot=2, n_query=2, n_unlabelled=3)
+    groups = TestGroups.draw(bank, count=1, n_way=4, n_shot=2, n_query=2, n_unlabelled=3)
     hidden = groups.unlabelled(0, bank, None, InputConfig(), torch.device('cpu')).places
-    first = groups.first(1)
-    before = evaluate(hypernet, bank, first, progress=False)
+    before = evaluate(hypernet, bank, groups, progress=False)
     # The images of hidden labels change places with each other: other images in these classes, the same set.
     images = bank.images.clone()
     images[hidden] = bank.images[hidden[torch.randperm(12, generator=torch.Generator().manual_seed(0))]]
-    after = evaluate(hypernet, ImageBank(images, bank.labels, bank.class_names), first, progress=False)
+    after = evaluate(hypernet, ImageBank(images, bank.labels, bank.class_names), groups, progress=False)
     assert after['accuracy_self_training'] == before['accuracy_self_training']
     half = len(given) // 2
     assert half == len(before['accuracy_self_training'])
@@ -1098,11 +1108,10 @@ def test_a_hypernetwork_in_training_or_in_another_type_is_measured_and_left_as_i
     assert other.eval().sketch(bank.images).dtype == torch.float32
 
 
-def test_training_from_scratch_takes_two_images_at_least_at_a_time(bank):
+def test_training_from_scratch_takes_two_images_at_least_at_a_time(bank, monkeypatch):
+    monkeypatch.setattr(scratch, 'BATCH_SIZE', 1)
     images = bank.images[:5].float() / 255
-    points = list(
-        train_from_scratch('resnet18', {}, images, bank.labels[:5], images, bank.labels[:5], num_epochs=1, batch_size=1)
-    )
+    points = list(train_from_scratch('resnet18', {}, images, bank.labels[:5], images, bank.labels[:5], num_epochs=1))
     assert points[0]['epoch'] == 1
 
 

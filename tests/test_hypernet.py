@@ -4,8 +4,6 @@ import hashlib
 import json
 import math
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -213,7 +211,7 @@ def test_the_sketch_of_images_is_the_mean_feature_of_the_normalised_ones(tiny):
     assert_close(tiny.sketch(images, labels, balance='none'), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_fresh_process_predicts_the_same_bits(trained, tmp_path):
+def test_a_fresh_process_predicts_the_same_bits(trained, tmp_path, fresh_process):
     trained.save_pretrained(tmp_path / 'net')
     images = torch.rand(5, 3, 32, 32)
     safetensors.torch.save_file({'images': images}, tmp_path / 'images.safetensors')
@@ -229,17 +227,9 @@ def test_a_fresh_process_predicts_the_same_bits(trained, tmp_path):
         'safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, folder + "/out.safetensors")\n'
         'print(hypernet.name, hypernet.training)\n'
     )
-    root = str(Path(timm_pudnet.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, '-c', script, str(tmp_path)],
-        env={**os.environ, 'PYTHONPATH': root, 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ['test_resnet.a_tag', 'False']
+    code, printed, errors = fresh_process('-c', script, tmp_path)
+    assert code == 0, errors
+    assert printed.split() == ['test_resnet.a_tag', 'False']
     with torch.no_grad():
         expected = trained(trained.sketch(images))
     assert digest(safetensors.torch.load_file(tmp_path / 'out.safetensors')) == digest(expected)

@@ -24,6 +24,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pngs import bomb, png
 from torch.testing import assert_close
 from torch.utils.data import (
     BatchSampler,
@@ -1151,19 +1152,6 @@ def test_subset_errors():
 
 
 # Things that cannot be read
-
-
-def bomb(side):
-    """A tiny PNG whose header claims `side` x `side` pixels."""
-    header = struct.pack('>IIBBBBB', side, side, 8, 0, 0, 0, 0)
-    return png([(b'IHDR', header), (b'IDAT', zlib.compress(b'\0' * 100)), (b'IEND', b'')])
-
-
-def png(chunks):
-    body = b''.join(
-        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data)) for kind, data in chunks
-    )
-    return b'\x89PNG\r\n\x1a\n' + body
 
 
 @pytest.fixture

@@ -55,9 +55,9 @@ def test_losses_are_those_of_a_plain_rewrite(smoothing):
         support, query, SUPPORT_CLASSES, QUERY_CLASSES, full_logits, temperature, label_smoothing=smoothing
     )
     metric, full, consistency = plain_losses(support, query, full_logits, 4.0, smoothing)
-    assert_close(float(found.metric), metric, rtol=1e-4, atol=1e-5)
-    assert_close(float(found.full), full, rtol=1e-4, atol=1e-5)
-    assert_close(float(found.consistency), consistency, rtol=1e-4, atol=1e-5)
+    assert_close(float(found['metric']), metric, rtol=1e-4, atol=1e-5)
+    assert_close(float(found['full']), full, rtol=1e-4, atol=1e-5)
+    assert_close(float(found['consistency']), consistency, rtol=1e-4, atol=1e-5)
 
 
 def test_logits_are_padded_with_zeros_to_all_classes():
@@ -67,10 +67,10 @@ def test_logits_are_padded_with_zeros_to_all_classes():
     logits[:, [2, 5, 7]] = temperature * torch.cosine_similarity(query[:, None], centroids[None], dim=-1)
     full_logits = torch.cat([torch.randn(6, 9), logits])
     found = group_losses(support, query, SUPPORT_CLASSES, QUERY_CLASSES, full_logits, temperature)
-    assert_close(found.consistency, torch.tensor(0.0), rtol=0, atol=1e-5)
+    assert_close(found['consistency'], torch.tensor(0.0), rtol=0, atol=1e-5)
     full_logits[6:, 0] += 1.0  # a class outside the group counts
     found = group_losses(support, query, SUPPORT_CLASSES, QUERY_CLASSES, full_logits, temperature)
-    assert found.consistency > 1e-3
+    assert found['consistency'] > 1e-3
 
 
 @pytest.mark.parametrize('term', ['metric', 'full', 'consistency'])
@@ -82,7 +82,7 @@ def test_gradients_reach_what_each_loss_teaches(term):
         tensor.requires_grad_()
     full_logits = head(torch.cat([support, query]))
     losses = group_losses(support, query, SUPPORT_CLASSES, QUERY_CLASSES, full_logits, temperature)
-    getattr(losses, term).backward()
+    losses[term].backward()
     reached = {name for name, tensor in tensors.items() if tensor.grad is not None and tensor.grad.abs().sum() > 0}
     reached |= {'head'} if head.weight.grad is not None and head.weight.grad.abs().sum() > 0 else set()
     everything = {'support', 'query', 'temperature', 'head'}

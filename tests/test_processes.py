@@ -17,7 +17,6 @@ from timm_pudnet import PudNet
 from timm_pudnet.config import InputError
 from timm_pudnet.training import Augmentation, LossWeights, meta_train
 from timm_pudnet.training.processes import Processes
-from timm_pudnet.training.run import config_fields
 
 pytest.importorskip('accelerate')
 
@@ -102,7 +101,7 @@ def recipes(make_recipe, tmp_path_factory):
     hypernet = {'generator': 'residual', 'predict_norm': True}
     schedule = {'optimizer': 'sgd', 'rate': 0.02, 'ema': 0.9}
     sgd = make_recipe(4, hypernet=hypernet, schedule=schedule, groups={'per_step': 3})
-    earlier = PudNet.for_target(**config_fields(sgd.hypernet))
+    earlier = PudNet.for_target(**vars(sgd.hypernet))
     undoing = make_recipe(
         4,
         hypernet=hypernet,
@@ -115,7 +114,7 @@ def recipes(make_recipe, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def two(recipes, bank, pictures, write_folder, tmp_path_factory):
+def two(recipes, bank, pictures, write_folder, tmp_path_factory, fresh_process):
     """The folder that two processes trained into, and what each of them found."""
     root = tmp_path_factory.mktemp('processes') / 'runs'
     write_folder(root / 'pictures', *pictures(15, size=16))
@@ -126,16 +125,9 @@ def two(recipes, bank, pictures, write_folder, tmp_path_factory):
     with socket.socket() as listener:
         listener.bind(('127.0.0.1', 0))
         port = listener.getsockname()[1]
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-addr', '127.0.0.1']
-    done = subprocess.run(
-        [*launch, '--master-port', str(port), root.parent / 'script.py', root],
-        env={**os.environ, 'PYTHONPATH': str(Path(timm_pudnet.__file__).parents[1]), 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[:8000]
+    launch = ('-m', 'torch.distributed.run', '--nproc-per-node', 2, '--master-addr', '127.0.0.1', '--master-port', port)
+    code, _, errors = fresh_process(*launch, root.parent / 'script.py', root)
+    assert code == 0, errors[:8000]
     results = root.with_name('runs-results')
     return root, [
         (

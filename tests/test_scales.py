@@ -1,6 +1,5 @@
 """What is denoised at half and at a quarter of the size, and how far it corrects what is denoised at full size."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -206,7 +205,7 @@ class TestPredicted:
         alone = torch.stack([denoise(model, image) for image in noisy])
         assert psnr(found.clamp(0, 1), clean).mean() > psnr(alone.clamp(0, 1), clean).mean() + 1
 
-    @pytest.mark.filterwarnings('ignore:`torch.jit.trace` is:FutureWarning')
+    @pytest.mark.filterwarnings('ignore:`torch.jit:FutureWarning')
     def test_torch_can_trace_what_has_other_sizes(self):
         noisy = self.noisy(side=64, count=2)[1]
         model = predict_denoiser(noisy, device='cpu')
@@ -259,17 +258,6 @@ class TestPredicted:
         for images in ([slope] * count, [slope.transpose(1, 2)] * count):
             for shown in noisy_patches(images, 3, 16):
                 assert abs(float(shown.mean()) - 0.5) < 0.06
-
-    def test_saved_and_loaded_by_timm_it_gives_the_same_bits(self, tmp_path):
-        noisy = self.noisy()[1]
-        model = predict_denoiser(noisy, device='cpu')
-        timm_pudnet.save_model(model, tmp_path / 'saved')
-        kept = json.loads((tmp_path / 'saved' / 'config.json').read_text())['model_args']['shares']
-        assert len(kept) == 2
-        assert max(kept[0]) > 0.3
-        again = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).eval()
-        with torch.no_grad():
-            assert torch.equal(again(noisy[:1]), model(noisy[:1]))
 
     def test_images_with_hardly_any_noise_come_back_nearly_as_they_are(self):
         clean = slopes(2, 96)

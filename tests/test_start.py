@@ -33,7 +33,6 @@ from timm_pudnet.training import (
 )
 from timm_pudnet.training.finetune import name_classes
 from timm_pudnet.training.meta_train import seen_by
-from timm_pudnet.training.run import config_fields
 
 loop = importlib.import_module('timm_pudnet.training.meta_train')  # the package's name for it is the function
 HUB = Path(__file__).parents[1] / 'hub'
@@ -79,7 +78,7 @@ def test_a_target_of_one_size_trains_at_that_of_the_recipe(train, make_recipe, b
 
 @pytest.mark.parametrize('train', [meta_train, train_plain])
 def test_a_start_that_was_trained_on_an_unseen_class_is_refused(train, make_recipe, bank, tmp_path, one_line):
-    known = PudNet.for_target(**config_fields(make_recipe(hypernet=RESIDUAL).hypernet, class_names=('cup', 'jar')))
+    known = PudNet.for_target(**{**vars(make_recipe(hypernet=RESIDUAL).hypernet), 'class_names': ('cup', 'jar')})
     folder = str(known.save_pretrained(tmp_path / 'known'))
 
     def with_unseen(*unseen):
@@ -208,7 +207,7 @@ def test_a_rate_of_zero_leaves_the_start_as_it_is_and_learns_the_change(learned,
         assert value.requires_grad, name  # of what is handed over, as of what is loaded
         changed += [name] if name.endswith('.steer') and value.abs().sum() > 0 else []
     assert changed
-    unmoved = PudNet.for_target(**config_fields(recipe.hypernet, class_names=tuple('abcdef')))
+    unmoved = PudNet.for_target(**{**vars(recipe.hypernet), 'class_names': tuple('abcdef')})
     unmoved.start_from(model.state_dict())
     for name, value in unmoved.named_parameters():
         if name.startswith('shared.') or name.endswith('.base'):
@@ -489,7 +488,7 @@ def test_one_that_ships_with_the_package_goes_on_with_new_classes(make_recipe, b
     small = dataclasses.replace(config.input, input_size=(3, 16, 16))
     fresh = {'class_names': (), 'training': {}, 'sketch_limit': 0.0, 'sketch_gate': False}
     fields = dataclasses.replace(config, input=small, tag='mine', **fresh)
-    recipe = make_recipe(1, start='resnet18.mixed56', hypernet=config_fields(fields), schedule=SLOW)
+    recipe = make_recipe(1, start='resnet18.mixed56', hypernet=vars(fields), schedule=SLOW)
     hypernet = meta_train(recipe, banks=[bank], device='cpu', progress=False)
     assert hypernet.name == 'resnet18.mine'
     assert hypernet.config.class_names == (*config.class_names, *bank.class_names)

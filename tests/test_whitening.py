@@ -284,7 +284,8 @@ class TestPredicted:
         model = predict_denoiser(noisy, device='cpu')
         timm_pudnet.save_model(model, tmp_path / 'saved')
         kept = json.loads((tmp_path / 'saved' / 'config.json').read_text())['model_args']
-        assert len(kept['covariance']) == 3
+        assert (len(kept['covariance']), len(kept['shares'])) == (3, 2)
+        assert max(kept['shares'][0]) > 0.3
         assert kept['clipped'] is None
         again = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).eval()
         with torch.no_grad():

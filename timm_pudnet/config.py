@@ -161,7 +161,7 @@ class InputConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        size = tuple(map(as_plain, self.input_size))
+        size = self.input_size
         if len(size) != 3 or not all(isinstance(side, int) and 0 < side <= 16384 for side in size):
             raise InputError(f'input_size must be (channels, height, width) with sides in 1-16384, got {size}')
         if size[0] not in (1, 3, 4):
@@ -183,7 +183,6 @@ class InputConfig:
             raise InputError(f'crop_pct must be in (0, 1], got {self.crop_pct}')
         if self.crop_mode not in ('center', 'squash', 'border'):
             raise InputError(f'crop_mode {self.crop_mode!r}: use center, squash or border')
-        object.__setattr__(self, 'input_size', size)
 
 
 class Calibration(TypedDict):
@@ -269,7 +268,7 @@ class PudNetConfig:
             raise InputError(f'tag must be letters, digits, dots, - and _, got {self.tag!r}')
         if any(_CONTROL.search(name) for name in self.class_names):
             raise InputError('class_names must be texts without control characters')
-        channels = tuple(map(as_plain, self.sketch_channels))
+        channels = self.sketch_channels
         if len(channels) != 2 or not all(isinstance(width, int) and 1 <= width <= 8192 for width in channels):
             raise InputError(f'sketch_channels must be two widths in 1-8192, got {channels}')
         for name in ('model_kwargs', 'generator_kwargs'):
@@ -283,8 +282,6 @@ class PudNetConfig:
                 raise InputError(f'{name} must be at least 0, got {getattr(self, name)}')
         if self.gain <= 0:
             raise InputError(f'gain must be above zero, got {self.gain}')
-        object.__setattr__(self, 'sketch_channels', channels)
-        object.__setattr__(self, 'class_names', tuple(self.class_names))
 
     @property
     def calibration(self) -> Calibration:
@@ -341,18 +338,15 @@ def _check_types(config: Any) -> None:
     """
     for field in dataclasses.fields(config):
         key, value = field.name, as_plain(getattr(config, field.name))
-        object.__setattr__(config, key, value)
         default = field.default_factory() if callable(field.default_factory) else field.default
         if isinstance(default, tuple) and isinstance(value, Iterable) and not isinstance(value, (str, Mapping)):
-            value = tuple(value)
-            object.__setattr__(config, key, value)
+            value = tuple(map(as_plain, value))
+        object.__setattr__(config, key, value)
         wanted = str if default is dataclasses.MISSING else list if isinstance(default, tuple) else type(default)
         if not _is_json(value, wanted):
             raise InputError(f'{key} must be a {wanted.__name__}, got {shown(value)}')
         kinds = str if key == 'class_names' else (int, float)
-        if wanted is list and any(
-            isinstance(item, bool) or not isinstance(item, kinds) for item in map(as_plain, value)
-        ):
+        if wanted is list and any(isinstance(item, bool) or not isinstance(item, kinds) for item in value):
             raise InputError(f'{key} holds values of a wrong type: {shown(value)}')
 
 

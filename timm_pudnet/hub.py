@@ -303,8 +303,6 @@ def _known() -> str:
 
 
 def _folder(name: str | os.PathLike[str]) -> Path:
-    if not isinstance(name, (str, os.PathLike)):
-        raise InputError(f'hypernet must be a PudNet, a folder or a name, not a {type(name).__name__}')
     if isinstance(name, str):
         # A name of ours goes before a folder of the same name, which ./NAME or a Path still reaches.
         if found := _shipped(name):

@@ -59,6 +59,7 @@ from timm_pudnet.target import (
     TargetSpec,
     create_feature_model,
     describe_target,
+    difference,
     fixed_size,
     img_size_of,
     input_of,
@@ -235,13 +236,9 @@ class PudNet(nn.Module):
         Raises:
             InputError: Its generators cannot take them, or a key is not there or of another shape.
         """
-        for key, role in self.target.roles.items():
-            found = tuple(weights[key].shape) if key in weights else None
-            if role != 'classifier' and found != self.target.shapes[key]:
-                raise InputError(
-                    f'{self.config.model_name}: cannot start from these weights: {key} is {found or "not there"}, '
-                    f'not {self.target.shapes[key]}'
-                )
+        wanted = self.target.kept
+        if wrong := difference({key: weights[key] for key in wanted if key in weights}, wanted):
+            raise InputError(f'{self.config.model_name}: cannot start from these weights: {wrong}')
         for layer, generator in zip(self.target.layers, self.generators, strict=True):
             if not hasattr(generator, 'start_from'):
                 raise InputError(f'generator {self.config.generator!r} cannot start from given weights: use residual')

@@ -49,7 +49,7 @@ from timm_pudnet.hub import Pushed, push, resolve_hypernet
 from timm_pudnet.hypernet import PudNet, on_device, target_of
 from timm_pudnet.images import ImageSource, check_root, open_images
 from timm_pudnet.sketch import Balance, ImageSample, content_keys
-from timm_pudnet.target import TargetSpec, check_loadable, keep_arguments, of_one_size, pretrained_cfg_of
+from timm_pudnet.target import TargetSpec, check_loadable, difference, keep_arguments, of_one_size, pretrained_cfg_of
 
 Head = Literal['centroid', 'ridge', 'blend', 'logistic', 'none']
 _HeadStream = StreamingCentroids | StreamingRidge | StreamingLogistic
@@ -296,13 +296,12 @@ def _target_asked_for(network: PudNet, model_name: str, timm_kwargs: dict[str, A
     if 'img_size' in kwargs:
         of_one_size(dataclasses.replace(network.config, model_kwargs={'img_size': kwargs['img_size']}))
     spec = target_of(network.config, **kwargs)
-    different = _difference(network, spec)
-    if different is not None:
+    if different := difference(spec.kept, network.target.kept):
         # Those that make it so by themselves; all of them where none does.
         alone = {}
         for key, value in kwargs.items():
             with contextlib.suppress(PudNetError):  # timm may take it beside the others only
-                if _difference(network, target_of(network.config, **{key: value})) is not None:
+                if difference(target_of(network.config, **{key: value}).kept, network.target.kept):
                     alone[key] = value
         given = ', '.join(f'{key}={value!r}' for key, value in (alone or kwargs).items())
         raise InputError(
@@ -310,18 +309,6 @@ def _target_asked_for(network: PudNet, model_name: str, timm_kwargs: dict[str, A
             f'leave {"that argument" if len(alone or kwargs) == 1 else "these arguments"} out'
         )
     return spec
-
-
-def _difference(network: PudNet, spec: TargetSpec) -> str | None:
-    """The first tensor in which a target is none of the hypernetwork's, in words; None where there is none."""
-    ours, asked = (
-        {key: shape for key, shape in target.shapes.items() if target.roles[key] != 'classifier'}
-        for target in (network.target, spec)
-    )
-    for key in [*ours, *asked]:
-        if ours.get(key) != asked.get(key):
-            return f'{key} is {asked.get(key, "not there")}, not {ours.get(key, "not there")}'
-    return None
 
 
 def _predict(

@@ -57,7 +57,7 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
         HubError: The Hub cannot be asked, or refuses.
     """
     if not isinstance(name, (str, os.PathLike)):
-        raise InputError(f'a hypernetwork is a folder or a name on the Hub, not a {type(name).__name__}')
+        raise InputError(f'hypernet must be a PudNet, a folder or a name, not a {type(name).__name__}')
     text = os.fspath(name)
     if isinstance(name, str) and (found := split_repo(text)):
         try:

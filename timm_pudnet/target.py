@@ -99,6 +99,11 @@ class TargetSpec:
     num_features: int
     in_chans: int
 
+    @property
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all keys but the classifier's."""
+        return {key: shape for key, shape in self.shapes.items() if self.roles[key] != 'classifier'}
+
     def keys(self, role: Role) -> Iterator[str]:
         """Keys of one role, in the order of the state dict; of tied ones the first alone."""
         return (key for key, value in self.roles.items() if value == role and key not in self.tied)
@@ -116,7 +121,7 @@ class TargetSpec:
     @property
     def ends_in_classifier(self) -> bool:
         """Whether timm's model of `num_classes=0` loses the classifier and nothing else."""
-        return self.headless == {key for key, role in self.roles.items() if role != 'classifier'}
+        return self.headless == self.kept.keys()
 
     @property
     def predicted_share(self) -> float:
@@ -333,6 +338,15 @@ def _check_size(model_name: str, model: nn.Module, in_chans: int, img_size: Any)
         ) from error
 
 
+def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first tensor, or shape of one, that is not as wanted, in words; an empty text where there is none."""
+    for key in [*wanted, *found]:
+        its, other = (tuple(getattr(one[key], 'shape', one[key])) if key in one else None for one in (found, wanted))
+        if its != other:
+            return f'{key} is {"not there" if its is None else its}, not {"there" if other is None else other}'
+    return ''
+
+
 def check_loadable(model: nn.Module) -> None:
     """Raises InputError where timm, told what a file of this model would say, makes other tensors than it has."""
     name, classes = str(model.pretrained_cfg['architecture']), int(cast(Any, model.num_classes))  # type: ignore[index]
@@ -482,7 +496,7 @@ def pretrained_cfg_of(config: InputConfig, usual: Mapping[str, Any]) -> dict[str
     pool, size = usual.get('pool_size'), usual.get('input_size')
     sides = zip(pool or (), config.input_size[1:], (size or (0,))[1:], strict=False)
     return {
-        **{field.name: getattr(config, field.name) for field in dataclasses.fields(config)},
+        **vars(config),
         **({'pool_size': tuple(math.ceil(one * side / old) for one, side, old in sides)} if pool and size else {}),
         # What the architecture's own pretrained weights would bring along does not hold for these.
         **dict.fromkeys(('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'test_input_size', 'test_crop_pct'), None),

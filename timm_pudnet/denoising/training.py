@@ -26,7 +26,7 @@ from timm_pudnet.files import local_path
 from timm_pudnet.hypernet import PudNet
 from timm_pudnet.images import scan_folder
 from timm_pudnet.training.recipe import Data, Denoising, Recipe
-from timm_pudnet.training.run import Run, config_fields, go
+from timm_pudnet.training.run import Run, go
 
 PIXELS_SEEN = 4_000_000  # about so many of a data set tell what serves as white
 
@@ -284,7 +284,7 @@ class _HypernetRun(_DenoiserRun):
     """The target lends its forward pass and its norm statistics; its weights are those that the sketch gives."""
 
     def build(self) -> dict[str, nn.Module]:
-        self.hypernet = PudNet.for_target(**config_fields(self.recipe.hypernet))
+        self.hypernet = PudNet.for_target(**vars(self.recipe.hypernet))
         self.target.requires_grad_(False)
         return {'hypernet': self.hypernet, 'target': self.target}
 

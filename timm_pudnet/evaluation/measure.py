@@ -33,7 +33,7 @@ from timm_pudnet.evaluation.holdout import raw_pixels
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
 from timm_pudnet.hypernet import PudNet, with_hypernet_as_saved
-from timm_pudnet.target import channels_last, create_feature_model, normalised_otherwise
+from timm_pudnet.target import channels_last, create_feature_model, difference, normalised_otherwise
 from timm_pudnet.training.episodes import ImageBank
 
 # Features of the support, with labels and in batches, of the query and of the images without labels, from their images.
@@ -350,14 +350,11 @@ def _alike(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
 def _check_controls(
     hypernet: PudNet, controls: Mapping[str, tuple[nn.Module, Tensor]], reserved: Iterable[str]
 ) -> None:
-    expected = {
-        key: shape for key, shape in hypernet.target.shapes.items() if hypernet.target.roles[key] != 'classifier'
-    }
     width = hypernet.target.num_features
     for name, (control, learned) in controls.items():
         if name in reserved or name.removesuffix('_own_statistics') in controls.keys() - {name}:
             raise InputError(f'a control cannot be called {name}: that is the name of another result')
-        if {key: tuple(value.shape) for key, value in control.state_dict().items()} != expected:
+        if difference(control.state_dict(), hypernet.target.kept):
             raise InputError(
                 f'control {name} is no {hypernet.config.model_name} without classifier, which {hypernet.name} predicts'
             )

@@ -124,15 +124,6 @@ class TestGroups:
     def __len__(self) -> int:
         return len(self.query)
 
-    def first(self, count: int) -> TestGroups:
-        """The first groups alone."""
-        return TestGroups(
-            None if self.support is None else self.support[:count],
-            self.query[:count],
-            None if self.conditions is None else self.conditions[:count],
-            self.n_unlabelled,
-        )
-
     def check(self, bank: ImageBank, support_bank: ImageBank | None = None) -> None:
         """Raises InputError unless these can be groups of these banks, none of whose images gives and is tested."""
         if support_bank is not None:

@@ -26,6 +26,8 @@ from timm_pudnet.target import create_feature_model
 from timm_pudnet.training.episodes import ImageBank
 from timm_pudnet.training.finetune import even_parts, seconds_since
 
+RATE, BATCH_SIZE = 1e-3, 64  # of Adam; most images in a step
+
 SETTING = (
     "scratch trains on all images of a group's classes in the support split, the predicted network gets the group's "
     'support alone; seconds are of training alone, and of sketch, weights, calibration and centroids'
@@ -41,9 +43,7 @@ def train_from_scratch(
     answers: Tensor,
     *,
     num_epochs: int,
-    rate: float = 1e-3,
     centralise: bool = False,
-    batch_size: int = 64,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Trains timm's freshly initialised model by Adam, with random flips and shifts, and tests it after every epoch.
@@ -56,9 +56,7 @@ def train_from_scratch(
         tested: `[n, c, h, w]`, normalised.
         answers: Their labels.
         num_epochs: Passes over the images.
-        rate: Adam's.
         centralise: Whether gradients are centralised (`centralise_gradients`).
-        batch_size: Most images in a step.
         seed: Of the initial weights, the order of the images, flips and shifts.
 
     Yields:
@@ -66,16 +64,15 @@ def train_from_scratch(
         tested images are classified rightly, bool `[n]`, and `accuracy`: their share in percent.
 
     Raises:
-        InputError: A number is out of range.
+        InputError: `num_epochs` is below 1.
     """
-    for name, value in (('num_epochs', num_epochs), ('batch_size', batch_size), ('rate', rate)):
-        if not value > 0:
-            raise InputError(f'{name} must be above zero, got {value}')
+    if num_epochs < 1:
+        raise InputError(f'num_epochs must be above zero, got {num_epochs}')
     with forked_rng(images.device):
         torch.manual_seed(seed)
         kwargs = {**model_kwargs, 'num_classes': int(labels.max()) + 1}
         model = timm.create_model(model_name, **kwargs).to(images.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     seconds, labels = 0.0, labels.to(images.device)
     for epoch in range(1, num_epochs + 1):
         started = time.perf_counter()
@@ -83,7 +80,7 @@ def train_from_scratch(
             torch.manual_seed(seed + epoch)
             model.train()
             # Parts of nearly equal size, of two images at least: one alone would have no batch statistics.
-            for picks in torch.randperm(len(images)).tensor_split(even_parts(len(images), batch_size)):
+            for picks in torch.randperm(len(images)).tensor_split(even_parts(len(images), BATCH_SIZE)):
                 loss = F.cross_entropy(model(_flipped_and_shifted(images[picks])), labels[picks])
                 optimizer.zero_grad()
                 loss.backward()
@@ -133,8 +130,6 @@ def compare_scratch(
     count: int,
     *,
     num_epochs: int = 10,
-    rate: float = 1e-3,
-    batch_size: int = 64,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -150,8 +145,6 @@ def compare_scratch(
         support_bank: Other images of the same classes.
         count: How many groups, from the first on.
         num_epochs: Passes over the training images.
-        rate: Adam's.
-        batch_size: Most images in a step.
         seed: Of all that training draws.
         progress: Show a progress bar.
 
@@ -197,9 +190,7 @@ def compare_scratch(
                     tested,
                     query.labels,
                     num_epochs=num_epochs,
-                    rate=rate,
                     centralise=centralise,
-                    batch_size=batch_size,
                     seed=seed,
                 ):
                     curve.append(point)
@@ -212,8 +203,8 @@ def compare_scratch(
         'groups': count,
         'training_images': trained_on / count,
         'epochs': num_epochs,
-        'rate': rate,
-        'batch_size': batch_size,
+        'rate': RATE,
+        'batch_size': BATCH_SIZE,
         'predicted': {'accuracy': accuracy, 'seconds': seconds},
     }
     for name, runs in curves.items():

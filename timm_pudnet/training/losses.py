@@ -5,7 +5,6 @@ Dimension letters: `n` images, `d` features, `k` classes of the group, `a` all t
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -14,15 +13,6 @@ from torch.nn import functional as F
 
 from timm_pudnet.adapt import centroid_logits, class_centroids
 from timm_pudnet.target import batch_norms
-
-
-@dataclasses.dataclass(frozen=True)
-class Losses:
-    """L1, L2, L3 of eq. 8-10, each a scalar; eq. 11 is their sum, weighed as the recipe says."""
-
-    metric: Tensor
-    full: Tensor
-    consistency: Tensor
 
 
 def group_losses(
@@ -34,8 +24,8 @@ def group_losses(
     temperature: Tensor,
     *,
     label_smoothing: float = 0.0,
-) -> Losses:
-    """The losses of one group.
+) -> dict[str, Tensor]:
+    """The losses of one group: L1, L2, L3 of eq. 8-10, by the names of their weights; eq. 11 is the sum.
 
     Args:
         support: Features `[n_s, d]` that give the centroids.
@@ -47,22 +37,23 @@ def group_losses(
         label_smoothing: Of the full head's cross-entropy.
 
     Returns:
-        L1: cross-entropy of eq. 7 over the query. L2: cross-entropy of the full head over all images. L3: `KL(q || p)`
-        over the query, `q` the full head's distribution, `p` the softmax of eq. 7's logits, padded with zeros to all
-        training classes.
+        `metric`: cross-entropy of eq. 7 over the query. `full`: that of the full head over all images. `consistency`:
+        `KL(q || p)` over the query, `q` the full head's distribution, `p` the softmax of eq. 7's logits, padded with
+        zeros to all training classes.
     """
     classes, support_labels = support_classes.unique(return_inverse=True)
     query_labels = torch.searchsorted(classes, query_classes.contiguous())
     centroids = class_centroids(support, support_labels, len(classes))
     logits = centroid_logits(query, centroids, temperature)
     padded = logits.new_zeros(len(query), full_logits.shape[1]).index_copy(1, classes, logits)
-    return Losses(
-        metric=F.cross_entropy(logits, query_labels),
-        full=F.cross_entropy(full_logits, torch.cat([support_classes, query_classes]), label_smoothing=label_smoothing),
-        consistency=F.kl_div(
+    everyone = torch.cat([support_classes, query_classes])
+    return {
+        'metric': F.cross_entropy(logits, query_labels),
+        'full': F.cross_entropy(full_logits, everyone, label_smoothing=label_smoothing),
+        'consistency': F.kl_div(
             padded.log_softmax(1), full_logits[len(support) :].log_softmax(1), log_target=True, reduction='batchmean'
         ),
-    )
+    }
 
 
 class NormOutputs:

@@ -44,19 +44,21 @@ from timm_pudnet.target import (
     batch_norms,
     channels_last,
     create_feature_model,
+    difference,
     normalised_otherwise,
     with_own_config,
 )
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input, mixed, timm_augmented
 from timm_pudnet.training.losses import NormOutputs, distillation_loss, group_losses, sketch_loss
 from timm_pudnet.training.recipe import Data, Recipe
-from timm_pudnet.training.run import Run, config_fields, go
+from timm_pudnet.training.run import Run, go
 from timm_pudnet.training.undoing import ChannelUndoing
 
 # Fields of its config in which a hypernetwork may differ from the one that it starts from.
 _FREE = ('input', 'prior_images', 'deep_share', 'sketch_limit', 'sketch_gate', 'tag', 'class_names')
 _FREE += ('training', 'library_versions')
 UNDOING_GROUPS = 4000  # of which the first layers learn to undo conditions, at most
+UNDOING_CONDITIONS = 0.95  # share of these that have one, at least
 GATE_IMAGES = 64  # of each class, at most, that tell how sketches differ by chance
 START_GROUPS = 64  # whose mean sketch says what a hypernetwork that training starts from usually predicts
 
@@ -381,7 +383,7 @@ def check_start(recipe: Recipe) -> None:
     folder = _hypernet_folder(start) if start else None
     if folder is not None:
         found = read_config(folder / CONFIG_NAME)
-        fields = [(name, found, config) for name in config_fields(config) if name not in _FREE]
+        fields = [(name, found, config) for name in vars(config) if name not in _FREE]
         fields += [(name, found.input, config.input) for name in ('mean', 'std')]
         # As text: lists that were read from a file are tuples in Python.
         lines = [[f'{name} = {_as_toml(getattr(one, name))}' for one in both] for name, *both in fields]
@@ -525,12 +527,8 @@ class _ClassifierRun(Run):
         folder = folder_path(start)
         model = start_model(folder if folder.is_dir() else start, config)
         found, expected = model.state_dict(), self.target.state_dict()
-        for key, value in expected.items():
-            if key not in found or found[key].shape != value.shape:
-                raise InputError(
-                    f'start {start} is no {config.model_name} with the arguments of the recipe: {key} is '
-                    f'{tuple(found[key].shape) if key in found else "not there"}, not {tuple(value.shape)}'
-                )
+        if wrong := difference({key: found[key] for key in expected if key in found}, expected):
+            raise InputError(f'start {start} is no {config.model_name} with the arguments of the recipe: {wrong}')
         if other := normalised_otherwise(model, config.input):
             warnings.warn(
                 f'start {start} saw images {other}; set mean and std in [hypernet.input] alike, unless it is to learn '
@@ -611,7 +609,7 @@ class _MetaRun(_ClassifierRun):
     def build(self) -> dict[str, nn.Module]:
         self.head = self.make_head()
         started = self._started_hypernet()
-        self.hypernet = PudNet.for_target(**config_fields(self.recipe.hypernet, class_names=self.seen))
+        self.hypernet = PudNet.for_target(**{**vars(self.recipe.hypernet), 'class_names': self.seen})
         size = sum(value.numel() for value in self.hypernet.parameters())
         if self.recipe.hypernet.generator == 'paper' and size > MOST_PARAMETERS:
             warnings.warn(
@@ -677,24 +675,25 @@ class _MetaRun(_ClassifierRun):
         """Has the first layers learn to undo conditions, where the recipe wants it."""
         if self.undoing is None:
             return
-        encoder, count = self.hypernet.encoder.eval(), self._groups_before
-        sketches = torch.zeros(count, self.recipe.hypernet.sketch_width, device=self.device)
+        encoder, sampler = self.hypernet.encoder.eval(), group_sampler(self.recipe, self.sampler.banks)
+        groups = self.recipe.groups
+        sampler.groups = dataclasses.replace(groups, conditions=max(groups.conditions, UNDOING_CONDITIONS))
+        sizes = [sampler.images_of(number, 'undoing') for number in range(self._groups_before)]
+        rows = torch.zeros(sum(sizes), self.recipe.hypernet.sketch_width, device=self.device)
         conditions = []
-        for number in tqdm(range(count), 'sketches', disable=not progress, delay=2, leave=False):
-            group = self.sampler.draw(number, 'undoing')
+        for number, own in enumerate(tqdm(rows.split(sizes), 'sketches', disable=not progress, delay=2, leave=False)):
+            group = sampler.draw(number, 'undoing')
             conditions.append(group.condition)
             if number % self.processes.count == self.processes.rank:
                 with torch.no_grad():
-                    sketches[number] = encoder(torch.cat([group.support, group.query]).to(self.device)).mean(0)
+                    own.copy_(encoder(torch.cat([group.support, group.query]).to(self.device)))
         encoder.train()
-        self.processes.sum_([sketches])
-        learned = self.undoing.learn(sketches, conditions, self.sampler.generator('undoing', 0), progress)
+        self.processes.sum_([rows])
+        learned = self.undoing.learn(rows.split(sizes), conditions, sampler.generator('undoing', 0), progress)
         with torch.no_grad():  # those of the first process, to the bit
             for value in learned if self.processes.rank else ():
                 value.zero_()
             self.processes.sum_(learned)
-        if self.average is not None:
-            self.average.set(nn.ModuleDict(self.modules))
 
     @property
     def parts(self) -> int:
@@ -720,7 +719,7 @@ class _MetaRun(_ClassifierRun):
         for key in self.hypernet.target.keys('calibrated'):
             del weights[key]  # the target keeps its own
         features = self.features(torch.cat([support, query]), weights)
-        losses = group_losses(
+        terms = group_losses(
             features[: len(support)],
             features[len(support) :],
             group.support_classes.to(self.device),
@@ -729,7 +728,6 @@ class _MetaRun(_ClassifierRun):
             temperature=self.hypernet.temperature,
             label_smoothing=self.recipe.schedule.label_smoothing,
         )
-        terms = {'metric': losses.metric, 'full': losses.full, 'consistency': losses.consistency}
         if self.teacher is not None:
             assert group.plain is not None
             with torch.no_grad():

@@ -7,7 +7,6 @@ never stopped. It is written beside its place and renamed, so it is whole or abs
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -535,8 +534,3 @@ class Run:
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Removes the tensors of a prefix and gives them without it."""
     return {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
-
-
-def config_fields(config: PudNetConfig, **changes: Any) -> dict[str, Any]:
-    """The fields of a config as arguments, nested configs left whole."""
-    return {**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)}, **changes}

@@ -4,7 +4,7 @@ In training the condition is known, and with it the kernel that is right for it:
 not find out through all layers behind it, by which it hardly learns this. What it has to learn is to read the condition
 off the sketch.
 
-Dimension letters: `b` sketches, `m` width of the sketch, `o i h w` a kernel tensor.
+Dimension letters: `b` sketches, `n` images of one, `m` width of the sketch, `o i h w` a kernel tensor.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from timm_pudnet.training.conditions import Condition
 BATCH = 64  # sketches a step of `learn`
 MOST_STEPS = 4000
 RATE = 1e-2  # AdamW's largest
+LEAST_SHARE = 0.3  # of a group's images that a sketch is of
 
 
 class ChannelUndoing:
@@ -95,15 +96,22 @@ class ChannelUndoing:
 
     def learn(
         self,
-        sketches: Tensor,
+        images: Sequence[Tensor],
         conditions: Sequence[Condition | None],
         generator: torch.Generator,
         progress: bool = False,
     ) -> list[nn.Parameter]:
-        """Teaches the hypernetwork, but not its encoder, to read conditions off sketches `[b, m]`.
+        """Teaches the hypernetwork, but not its encoder, to read conditions off sketches.
 
         That takes thousands of steps, each of which costs as little as a few of its smallest layers do. The AHRU learns
         too, and with it the codes of all layers change: what a sketch changed behind the first ones has to learn again.
+        In every step a sketch is of another random part of its group's images: else the groups are learned by heart.
+
+        Args:
+            images: What the encoder gives for the images of each group, `[n, m]`; a sketch is the mean of such rows.
+            conditions: That the groups are seen under.
+            generator: Of what is drawn, on the CPU.
+            progress: Show a progress bar.
 
         Returns:
             The parameters that have learned.
@@ -120,13 +128,20 @@ class ChannelUndoing:
         trained += [value for name, value in bias.named_parameters() if name != 'base']
         trained += [] if self.hypernet.ahru is None else list(self.hypernet.ahru.parameters())
         optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-        steps = min(MOST_STEPS, 20 * len(sketches))
+        steps = min(MOST_STEPS, 20 * len(images))
         wanted = [self.wanted(condition) for condition in conditions]
+        seen = nn.utils.rnn.pad_sequence([*images], batch_first=True)
+        counts, places = torch.tensor([[len(one)] for one in images]), torch.arange(seen.shape[1])
         for step in tqdm(range(steps), 'undoing', disable=not progress, delay=2, leave=False):
             for group in optimizer.param_groups:
                 group['lr'] = RATE * min(1.0, (step + 1) / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            picks = torch.randint(len(sketches), (BATCH,), generator=generator)
-            loss = self.loss(sketches[picks], [wanted[pick] for pick in picks.tolist()])
+            picks = torch.randint(len(images), (BATCH,), generator=generator)
+            shares = torch.rand(BATCH, 1, generator=generator).mul_(1 - LEAST_SHARE).add_(LEAST_SHARE)
+            taken = (torch.rand(BATCH, seen.shape[1], generator=generator) < shares) & (places < counts[picks])
+            taken[:, 0] = True  # one at least
+            weights = (taken / taken.sum(1, keepdim=True)).to(seen.device)
+            sketches = torch.einsum('bn,bnm->bm', weights, seen[picks])
+            loss = self.loss(sketches, [wanted[pick] for pick in picks.tolist()])
             gradients = torch.autograd.grad(loss, trained)
             gradients[0].mul_(mixing)
             for value, gradient in zip(trained, gradients, strict=True):
