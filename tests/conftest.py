@@ -212,7 +212,7 @@ def fresh_process():
 
     path = [str(Path(timm_pudnet.__file__).parents[1]), os.environ.get('PYTHONPATH')]  # .ci/run has an older timm there
 
-    def run(*args, cwd=None):
+    def run(*args, cwd=None, timeout=300):
         done = subprocess.run(
             [sys.executable, *map(str, args)],
             env={**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, path)), 'OMP_NUM_THREADS': '1'},
@@ -220,7 +220,7 @@ def fresh_process():
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=timeout,
         )
         return done.returncode, done.stdout, done.stderr
 

@@ -611,9 +611,10 @@ def test_no_work_is_lost_when_nobody_reads_what_is_said(images, work, tiny_folde
     assert {path.name for path in (work / 'heard').iterdir()} >= {'config.json', 'model.safetensors', 'report'}
 
 
-def test_streams_that_are_closed_are_not_written_to(images, work, tiny_folder):
+@pytest.mark.parametrize('closed', ['>&-', '2>&-'])
+def test_streams_that_are_closed_are_not_written_to(closed, images, work, tiny_folder):
     words = f'finetune test_resnet {shlex.quote(str(images))} --hypernet {shlex.quote(str(tiny_folder))} --out tuned'
-    line = f'{shlex.quote(sys.executable)} -m timm_pudnet.cli {words} --epochs 2 >&- 2>&-'
+    line = f'{shlex.quote(sys.executable)} -m timm_pudnet.cli {words} --epochs 2 {closed}'
     done = subprocess.run(line, shell=True, cwd=work, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (work / 'tuned' / 'model.safetensors').is_file()

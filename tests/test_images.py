@@ -41,7 +41,7 @@ from torch.utils.data import (
 )
 
 from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetError, PudNetWarning
-from timm_pudnet.images import open_images, reorders
+from timm_pudnet.images import folders, open_images, reorders
 from timm_pudnet.images import source as images_room
 
 RGB = InputConfig(input_size=(3, 16, 16), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
@@ -193,6 +193,8 @@ def test_a_picture_without_its_extension_is_told_by_its_first_bytes(folder, one_
     for name in ('photo', 'IMG_1.3', 'photo.txt'):  # a text is not looked into
         (folder / 'cat' / name).write_bytes(picture)
     (folder / 'cat' / 'LICENSE').write_bytes(b'MIT')
+    if hasattr(os, 'mkfifo'):
+        os.mkfifo(folder / 'cat' / 'pipe')  # which nobody writes to
     for with_labels in (True, False):
         with pytest.warns(PudNetWarning, match=r'ignored 2 pictures .*\(\.3, no extension\)$'):
             open_images(folder, input=RGB, with_labels=with_labels)
@@ -201,9 +203,18 @@ def test_a_picture_without_its_extension_is_told_by_its_first_bytes(folder, one_
         one_line(error, str(folder), '2 pictures')
 
 
+def test_of_many_files_that_are_no_pictures_only_some_are_opened(folder, monkeypatch):
+    opened = []
+    monkeypatch.setattr(folders, 'open', lambda path, mode: opened.append(path) or io.BytesIO(b'x'), raising=False)
+    for number in range(130):
+        (folder / 'cat' / f'{number}.pkl').write_bytes(b'x')
+    open_images(folder, input=RGB)
+    assert len(opened) == 100
+
+
 @pytest.mark.skipif(os.name == 'nt', reason='names of files are no bytes there')
 def test_a_class_name_that_the_locale_cannot_decode_is_text_all_the_same(folder):
-    for name, wanted in ((b'na\xc3\xafve', 'naïve'), (b'caf\xe9', 'caf\ufffd')):
+    for name, wanted in ((b'na\xc3\xafve', 'naïve'), (b'caf\xe9', 'caf\\xe9')):
         (folder / 'cat').rename(folder / name.decode('ascii', 'surrogateescape'))
         assert wanted in open_images(folder, input=RGB).class_names
         (folder / name.decode('ascii', 'surrogateescape')).rename(folder / 'cat')

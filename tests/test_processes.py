@@ -126,7 +126,7 @@ def two(recipes, bank, pictures, write_folder, tmp_path_factory, fresh_process):
         listener.bind(('127.0.0.1', 0))
         port = listener.getsockname()[1]
     launch = ('-m', 'torch.distributed.run', '--nproc-per-node', 2, '--master-addr', '127.0.0.1', '--master-port', port)
-    code, _, errors = fresh_process(*launch, root.parent / 'script.py', root)
+    code, _, errors = fresh_process(*launch, root.parent / 'script.py', root, timeout=900)
     assert code == 0, errors[:8000]
     results = root.with_name('runs-results')
     return root, [

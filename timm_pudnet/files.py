@@ -72,6 +72,9 @@ class Entry:
     end: int
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a disk or a quota
+
+
 def local_path(text: str | os.PathLike[str]) -> Path:
     """A path with its `~` put in full, where that names somebody's home."""
     return Path(os.path.expanduser(os.fspath(text)))
@@ -383,7 +386,7 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
         try:
             yield beside
         except OSError as error:
-            if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EFBIG):
+            if error.filename is not None or error.errno not in FULL:
                 raise
             raise OSError(f'{folder} cannot be written: {error.strerror}') from error
         mask = _umask()

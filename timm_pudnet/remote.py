@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from timm_pudnet.config import DamagedFileError, HubError, InputError, NotFoundError, PudNetError, PudNetWarning, shown
 from timm_pudnet.files import (
     CONFIG_NAME,
+    FULL,
     HASHES_NAME,
     INDEX_NAME,
     SHARD,
@@ -471,7 +472,7 @@ def _explained(what: str) -> Iterator[None]:
     except hub.HfHubHTTPError as error:
         raise _of_status(what, host, error) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or 'No space left' in str(error):  # hf_xet's
+        if error.errno in FULL or 'No space left' in str(error):  # hf_xet's
             reason = error.strerror or _reason(error)
             raise HubError(f'{what}: the disk of {constants.HF_HUB_CACHE} is full ({reason})') from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):

@@ -116,7 +116,7 @@ class _Folder(click.Path):
 
 FOLDER = _Folder()
 SEED = click.IntRange(0, 2**31 - 1)
-device_option = click.option('--device', help='cpu, cuda, ...; by default CUDA where there is one.')
+device_option = click.option('--device', help='cpu, cuda, mps, ...; by default CUDA where there is one.')
 strict_option = click.option('--strict', is_flag=True, help='An unreadable image is an error, not a warning.')
 
 

@@ -25,6 +25,8 @@ _OTHER_PICTURES = (  # that PIL cannot read
 # With what follows in the names that some programs give to what they download: 'photo.jpg?w=300'.
 _PICTURE = re.compile(rf'({"|".join(map(re.escape, (*IMAGE_EXTENSIONS, *_OTHER_PICTURES)))})([^a-z0-9].*)?', re.DOTALL)
 _FIRST_BYTES = re.compile(rb'\x89PNG|\xff\xd8\xff|II\*\0|MM\0\*|RIFF....WEBP|GIF8', re.DOTALL)  # of pictures
+_KNOWN = mimetypes.MimeTypes()  # not the machine's own table
+_MOST_OPENED = 100  # files of an extension, none of which is a picture
 SPLIT_NAMES = {
     *('train', 'training', 'val', 'valid', 'validation', 'dev', 'eval', 'evaluation', 'test', 'testing', 'holdout'),
 }
@@ -47,6 +49,7 @@ def scan_folder(
     found: dict[str, list[str]] = {}
     others: collections.Counter[str] = collections.Counter()
     unread: collections.Counter[str] = collections.Counter()
+    opened: collections.Counter[str] = collections.Counter()
     seen = {os.path.realpath(root)}
     for name in _visible_names(root):
         path = os.path.join(root, name)
@@ -55,7 +58,7 @@ def scan_folder(
         pictures = [file for file in files if file.lower().endswith(IMAGE_EXTENSIONS)]
         rest = [(*os.path.splitext(file), file) for file in set(files).difference(pictures)]
         others.update(kind or 'no extension' for _, kind, _ in rest)
-        if missed := [(stem, kind) for stem, kind, file in rest if _is_picture(file, kind)]:
+        if missed := [(stem, kind) for stem, kind, file in rest if _is_picture(file, kind, opened)]:
             read = {os.path.splitext(file)[0] for file in pictures}  # a raw file beside its JPEG is the same picture
             unread.update(kind or 'no extension' for stem, kind in missed if not kind or stem not in read)
         if os.path.isdir(path):
@@ -100,22 +103,32 @@ def scan_folder(
     return paths, [os.path.relpath(path, root) for path in paths], labels, tuple(map(_decoded, classes))
 
 
-def _is_picture(file: str, kind: str) -> bool:
-    """Whether a file with an extension that is not read is a picture all the same, by that or by its first bytes."""
+def _is_picture(file: str, kind: str, opened: collections.Counter[str]) -> bool:
+    """Whether a file with an extension that is not read is a picture all the same, by that or by its first bytes.
+
+    `opened` counts files of each extension that were no pictures: where there are many, the rest are not opened.
+    """
     if _PICTURE.fullmatch(kind.lower()):
         return True
-    if mimetypes.guess_type(file)[0] is not None:  # a text beside each picture, say, is not opened
+    if _KNOWN.guess_type(file)[0] is not None or opened[kind] >= _MOST_OPENED or not os.path.isfile(file):
         return False
     try:
-        with open(file, 'rb') as opened:
-            return _FIRST_BYTES.match(opened.read(12)) is not None
+        with open(file, 'rb') as content:
+            if _FIRST_BYTES.match(content.read(12)):
+                return True
     except OSError:
-        return False
+        pass
+    opened[kind] += 1
+    return False
 
 
 def _decoded(name: str) -> str:
     """A file's name as UTF-8, where the locale could not decode it."""
-    return os.fsencode(name).decode('utf-8', 'replace') if any('\udc80' <= one <= '\udcff' for one in name) else name
+    return (
+        os.fsencode(name).decode('utf-8', 'backslashreplace')
+        if any('\udc80' <= one <= '\udcff' for one in name)
+        else name
+    )
 
 
 def _folders_of_images(folder: str, pictures: Sequence[str]) -> list[str]:

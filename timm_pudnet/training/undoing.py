@@ -138,7 +138,7 @@ class ChannelUndoing:
             picks = torch.randint(len(images), (BATCH,), generator=generator)
             shares = torch.rand(BATCH, 1, generator=generator).mul_(1 - LEAST_SHARE).add_(LEAST_SHARE)
             taken = (torch.rand(BATCH, seen.shape[1], generator=generator) < shares) & (places < counts[picks])
-            taken[:, 0] = True  # one at least
+            taken |= (places < counts[picks]) & ~taken.any(1, keepdim=True)  # of none all
             weights = (taken / taken.sum(1, keepdim=True)).to(seen.device)
             sketches = torch.einsum('bn,bnm->bm', weights, seen[picks])
             loss = self.loss(sketches, [wanted[pick] for pick in picks.tolist()])
