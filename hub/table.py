@@ -160,15 +160,15 @@ def by_head(result: dict[str, Any], head: str) -> str:
     return cell(found.get('predicted')) + (f' ({max(rivals):.2f})' if rivals else '')
 
 
-def gain_over_plain(result: dict[str, Any], gain: str = 'gain') -> str:
+def gain_over_plain(result: dict[str, Any]) -> str:
     """What is gained over the control, calibrated, and in brackets over that with its own statistics."""
     accuracy = result['accuracy']
     own = accuracy.get('plain_own_statistics')
-    if (measured := result.get(f'{gain}_over_plain_own_statistics')) is not None:
+    if (measured := result.get('gain_over_plain_own_statistics')) is not None:
         more = f' ({cell(measured, signed=True)})'
     else:
         more = '' if own is None else f' ({accuracy["predicted"]["mean"] - own["mean"]:+.2f})'
-    return cell(result.get(f'{gain}_over_plain'), signed=True) + more
+    return cell(result.get('gain_over_plain'), signed=True) + more
 
 
 def unlabelled_row(folder: str, protocol: str, result: dict[str, Any]) -> str:
@@ -182,10 +182,18 @@ def unlabelled_row(folder: str, protocol: str, result: dict[str, Any]) -> str:
         cell(result['self_training_gain'], signed=True),
         plain(accuracy),
         cell(accuracy.get('raw_pixels')),
-        gain_over_plain(result, 'self_training_gain'),
+        self_training_gain_over_plain(result),
         PAPER.get((folder, f'results.{protocol}'.removesuffix('unlabelled').rstrip('.-')), '-'),
     ]
     return f'| {" | ".join(cells)} |'
+
+
+def self_training_gain_over_plain(result: dict[str, Any]) -> str:
+    """Over the calibrated control, in brackets over that by its own norm statistics."""
+    own = result.get('self_training_gain_over_plain_own_statistics')
+    return cell(result.get('self_training_gain_over_plain'), signed=True) + (
+        f' ({cell(own, signed=True)})' if own else ''
+    )
 
 
 def row(folder: str, protocol: str, result: dict[str, Any]) -> str:

@@ -383,12 +383,7 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
     there = folder.is_dir()
     beside = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder if there else folder.parent))
     try:
-        try:
-            yield beside
-        except OSError as error:
-            if error.filename is not None or error.errno not in FULL:
-                raise
-            raise OSError(f'{folder} cannot be written: {error.strerror}') from error
+        yield beside
         mask = _umask()
         for path in (beside, *beside.rglob('*')):  # safetensors and mkdtemp make them for their owner alone
             with suppress(OSError):  # some file systems have no modes
@@ -412,6 +407,10 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
                 if (folder / name).exists():
                     _replace(folder / name, beside / name)
             raise
+    except OSError as error:
+        if error.filename is None and error.errno in FULL:  # of a file that was open
+            raise OSError(f'{folder} cannot be written: {error.strerror}') from error
+        raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

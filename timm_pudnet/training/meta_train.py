@@ -309,12 +309,12 @@ def _hypernet_folder(start: str) -> Path | None:
     return path if _is_hypernet(path) else None
 
 
-def group_sampler(recipe: Recipe, banks: Sequence[ImageBank]) -> GroupSampler:
-    """The sampler that a recipe describes."""
+def group_sampler(recipe: Recipe, banks: Sequence[ImageBank], **changes: Any) -> GroupSampler:
+    """The sampler that a recipe describes, with changes of its groups."""
     return GroupSampler(
         banks,
         recipe.hypernet.input,
-        recipe.groups,
+        dataclasses.replace(recipe.groups, **changes),
         shares=[data.share for data in recipe.data],
         augmentation=recipe.augmentation,
         seed=recipe.seed,
@@ -654,42 +654,41 @@ class _MetaRun(_ClassifierRun):
     def _channel_undoing(self, started: PudNet | None) -> ChannelUndoing:
         """What the first layers are to give, by what `start` gives for the mean sketch of groups without conditions."""
         assert started is not None
-        sampler = group_sampler(self.recipe, self.sampler.banks)
-        sampler.groups = dataclasses.replace(self.recipe.groups, conditions=0.0)
+        sampler = group_sampler(self.recipe, self.sampler.banks, conditions=0.0)
         weights = {key: value.to(self.device) for key, value in _usual_weights(started, sampler).items()}
         return ChannelUndoing(self.hypernet, self.target, weights)
 
     @property
-    def _groups_before(self) -> int:
-        """Groups whose sketches come before the first step."""
-        return 0 if self.undoing is None else min(UNDOING_GROUPS, self.num_steps * self.parts)
+    def _sizes_before(self) -> list[int]:
+        """Images of each group that comes before the first step."""
+        count = 0 if self.undoing is None else min(UNDOING_GROUPS, self.num_steps * self.parts)
+        return [self.sampler.images_of(number, 'undoing') for number in range(count)]
 
     def cost(self) -> dict[str, Any]:
         """As of any classifier; images that the sketch encoder alone has seen apart."""
         groups, drawn = self.recipe.groups, len(self.learned) * self.parts
         further = drawn * groups.sketch_groups * 2 * groups.sketch_images if self.recipe.losses.sketch else 0
-        further += sum(self.sampler.images_of(number, 'undoing') for number in range(self._groups_before))
+        further += sum(self._sizes_before)
         return {**super().cost(), 'sketch_images': further}
 
     def prepare(self, progress: bool) -> None:
         """Has the first layers learn to undo conditions, where the recipe wants it."""
         if self.undoing is None:
             return
-        encoder, sampler = self.hypernet.encoder.eval(), group_sampler(self.recipe, self.sampler.banks)
-        groups = self.recipe.groups
-        sampler.groups = dataclasses.replace(groups, conditions=max(groups.conditions, UNDOING_CONDITIONS))
-        sizes = [sampler.images_of(number, 'undoing') for number in range(self._groups_before)]
+        encoder, sizes = self.hypernet.encoder.eval(), self._sizes_before
+        conditions = max(self.recipe.groups.conditions, UNDOING_CONDITIONS)
+        sampler = group_sampler(self.recipe, self.sampler.banks, conditions=conditions)
         rows = torch.zeros(sum(sizes), self.recipe.hypernet.sketch_width, device=self.device)
-        conditions = []
+        seen = []
         for number, own in enumerate(tqdm(rows.split(sizes), 'sketches', disable=not progress, delay=2, leave=False)):
             group = sampler.draw(number, 'undoing')
-            conditions.append(group.condition)
+            seen.append(group.condition)
             if number % self.processes.count == self.processes.rank:
                 with torch.no_grad():
                     own.copy_(encoder(torch.cat([group.support, group.query]).to(self.device)))
         encoder.train()
         self.processes.sum_([rows])
-        learned = self.undoing.learn(rows.split(sizes), conditions, sampler.generator('undoing', 0), progress)
+        learned = self.undoing.learn(rows.split(sizes), seen, sampler.generator('undoing', 0), progress)
         with torch.no_grad():  # those of the first process, to the bit
             for value in learned if self.processes.rank else ():
                 value.zero_()

@@ -137,8 +137,9 @@ class ChannelUndoing:
                 group['lr'] = RATE * min(1.0, (step + 1) / (0.1 * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
             picks = torch.randint(len(images), (BATCH,), generator=generator)
             shares = torch.rand(BATCH, 1, generator=generator).mul_(1 - LEAST_SHARE).add_(LEAST_SHARE)
-            taken = (torch.rand(BATCH, seen.shape[1], generator=generator) < shares) & (places < counts[picks])
-            taken |= (places < counts[picks]) & ~taken.any(1, keepdim=True)  # of none all
+            there = places < counts[picks]
+            taken = there & (torch.rand(there.shape, generator=generator) < shares)
+            taken = torch.where(taken.any(1, keepdim=True), taken, there)
             weights = (taken / taken.sum(1, keepdim=True)).to(seen.device)
             sketches = torch.einsum('bn,bnm->bm', weights, seen[picks])
             loss = self.loss(sketches, [wanted[pick] for pick in picks.tolist()])
