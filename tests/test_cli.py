@@ -823,6 +823,15 @@ def test_a_result_that_exists_is_not_trained_over(trained, shapes, nothing_writt
         fails('train', shapes / 'recipe.toml', '--out', trained[0], '--plain', needles=[trained[0] / 'plain', 'exists'])
 
 
+def test_a_control_may_come_before_its_hypernetwork(shapes, tmp_path):
+    succeeds('train', shapes / 'recipe.toml', '--out', tmp_path / 'new' / 'out', '--plain')
+    assert {path.name for path in (tmp_path / 'new' / 'out').iterdir()} == {
+        'plain',
+        'plain.whitening.safetensors',
+        'run-plain',
+    }
+
+
 def test_training_goes_on_where_it_stopped(trained, shapes, tmp_path):
     recipe = timm_pudnet.Recipe.load(shapes / 'recipe.toml')
     timm_pudnet.meta_train(recipe, tmp_path / 'out' / 'run', max_steps=1, progress=False)

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import json
 
 import pytest
@@ -193,7 +194,9 @@ def undoing_recipe(make_recipe, folder, steps=8, **schedule):
 def taught(earlier, make_recipe, coloured, tmp_path_factory):
     """What a training with it makes of the earlier hypernetwork, its recipe and the folder of its log."""
     recipe, folder = undoing_recipe(make_recipe, earlier, 40, ema=0.999), tmp_path_factory.mktemp('taught')
-    return meta_train(recipe, folder, banks=[coloured], device='cpu', progress=False), recipe, folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module('timm_pudnet.training.meta_train'), 'UNDOING_SHARE', 1)
+        return meta_train(recipe, folder, banks=[coloured], device='cpu', progress=False), recipe, folder
 
 
 def test_training_learns_it_before_its_first_step_and_keeps_it(earlier, taught):
@@ -205,7 +208,7 @@ def test_training_learns_it_before_its_first_step_and_keeps_it(earlier, taught):
     assert sum(losses) / len(losses) < 0.5  # 2.0 where nothing is known
     assert sum(losses[-10:]) < 1.5 * sum(losses[:10])
     cost = after.config.training
-    assert cost['images'] == cost['sketch_images'] == recipe.schedule.images  # as many groups before as after
+    assert cost['images'] == cost['sketch_images'] == recipe.schedule.images
 
 
 def test_what_it_learned_is_in_the_hypernetwork_for_new_groups_too(earlier, taught, coloured):
@@ -233,6 +236,8 @@ def test_a_run_that_goes_on_has_it_behind_it(earlier, make_recipe, bank, tmp_pat
         parts = meta_train(recipe, tmp_path, banks=[bank], device='cpu', progress=False, max_steps=most)
     for key, value in whole.state_dict().items():
         assert_close(parts.state_dict()[key], value, rtol=0, atol=0)
+    cost = whole.config.training
+    assert cost['sketch_images'] == 10 * cost['images'], 'ten groups before the first step for each after it'
 
 
 def test_it_needs_an_earlier_hypernetwork(make_recipe, bank, tmp_path, one_line):

@@ -134,6 +134,7 @@ def _train_plain(
 ) -> None:
     """Trains the control, and saves it, with the whitening of its features if it classifies."""
     result = _result(out, plain=True)
+    out.mkdir(parents=True, exist_ok=True)  # where no hypernetwork was trained before
     if recipe.denoising is None:
         training.train_plain(recipe, run, banks=banks, device=device, result=result)
         return

@@ -58,6 +58,7 @@ from timm_pudnet.training.undoing import ChannelUndoing
 _FREE = ('input', 'prior_images', 'deep_share', 'sketch_limit', 'sketch_gate', 'tag', 'class_names')
 _FREE += ('training', 'library_versions')
 UNDOING_GROUPS = 4000  # of which the first layers learn to undo conditions, at most
+UNDOING_SHARE = 10  # of these for each group of the steps that follow, at most
 UNDOING_CONDITIONS = 0.95  # share of these that have one, at least
 GATE_IMAGES = 64  # of each class, at most, that tell how sketches differ by chance
 START_GROUPS = 64  # whose mean sketch says what a hypernetwork that training starts from usually predicts
@@ -661,7 +662,7 @@ class _MetaRun(_ClassifierRun):
     @property
     def _sizes_before(self) -> list[int]:
         """Images of each group that comes before the first step."""
-        count = 0 if self.undoing is None else min(UNDOING_GROUPS, self.num_steps * self.parts)
+        count = 0 if self.undoing is None else min(UNDOING_GROUPS, UNDOING_SHARE * self.num_steps * self.parts)
         return [self.sampler.images_of(number, 'undoing') for number in range(count)]
 
     def cost(self) -> dict[str, Any]:
