@@ -160,6 +160,13 @@ def test_the_result_has_the_images_type_and_can_be_used_in_training():
     assert denoise(model, noise(1, 9, 9, dtype=torch.float32).half()).dtype == torch.float16
 
 
+def test_what_is_no_denoiser_is_refused_in_one_line(one_line):
+    for wrong in (torch.nn.Conv2d(3, 3, 1), torch.nn.DataParallel(Stand())):
+        with pytest.raises(InputError) as error:
+            denoise(wrong, noise(3, 9, 9, dtype=torch.float32))
+        one_line(error, type(wrong).__name__, 'in_chans', 'predict_denoiser')
+
+
 def test_what_is_no_image_is_refused_in_one_line(one_line):
     model = Stand().eval()
     for wrong in (noise(1, 1, 9, 9), noise(2, 9, 9), noise(1, 0, 9), torch.zeros(1, 9, 9, dtype=torch.uint8)):

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -413,11 +414,15 @@ class TestPredict:
             picture.save(tmp_path / ('below' if number % 2 else '.') / f'{number}.png')
         paths = [tmp_path / ('below' if number % 2 else '.') / f'{number}.png' for number in range(4)]
         forms = [pixels, pixels.float() / 255, arrays, arrays.astype(np.float32) / 255, list(pixels), pictures, paths]
-        forms += [[str(path) for path in paths], (arrays.astype(np.uint16) * 257), tmp_path]
+        forms += [[str(path) for path in paths], (arrays.astype(np.uint16) * 257), tmp_path, os.fsencode(tmp_path)]
         states = [predict_denoiser(form, hypernet=trained, device='cpu').state_dict() for form in forms]
         for state in states[1:]:
             for key, value in states[0].items():
                 assert_close(state[key], value, atol=1e-4, rtol=1e-3)
+
+    def test_images_by_name_are_refused(self):
+        with pytest.raises(InputError, match='a dict; pass a folder'):
+            predict_denoiser({'one': torch.rand(3, 20, 20)}, device='cpu')
 
     def test_patches_are_spread_over_images_of_all_sizes(self):
         images = [torch.full((3, size, 30), size / 100) for size in (16, 20, 50, 8)]

@@ -221,12 +221,28 @@ def test_a_file_without_groups_is_told_in_one_line(text, tmp_path, one_line):
         ({'n_shot': 0}, ['n_shot must be at least 1']),
         ({'n_query': 0}, ['n_query must be at least 1']),
         ({'count': 0}, ['count must be at least 1']),
+        ({'n_way': 3.0}, ['n_way', 'got 3.0']),
+        ({'seed': 1.5}, ['seed', 'whole number', '1.5']),
+        ({'seed': -1}, ['seed', 'from 0', '-1']),
     ],
 )
 def test_impossible_groups_are_refused(changes, needles, bank, one_line):
     with pytest.raises(InputError) as error:
         TestGroups.draw(bank, **{'n_way': 2, 'n_shot': 2, 'n_query': 2, **changes})
     one_line(error, *needles)
+
+
+def test_numbers_of_numpy_are_numbers(bank):
+    given = {'count': 2, 'n_way': 2, 'n_shot': 2, 'n_query': 2, 'n_unlabelled': 1, 'seed': 3}
+    found = TestGroups.draw(bank, **{name: np.int64(value) for name, value in given.items()})
+    assert found.digest == TestGroups.draw(bank, **given).digest
+
+
+def test_what_is_no_hypernetwork_and_no_bank_is_told_in_one_line(hypernet, bank, groups, one_line):
+    for wrong, needles in ((('net', bank), ['str', 'load_hypernet']), ((hypernet, 'images'), ['str', 'ImageBank'])):
+        with pytest.raises(InputError) as error:
+            evaluate(*wrong, groups, progress=False)
+        one_line(error, *needles)
 
 
 def test_no_label_a_class_is_not_taken_for_all_of_them(bank, support_bank, one_line):

@@ -16,7 +16,7 @@ from timm_pudnet import InputError, NotFoundError, PudNet, PudNetWarning
 from timm_pudnet.config import InputConfig
 from timm_pudnet.target import batch_norms, keep_arguments
 from timm_pudnet.training import FineTuning, ImageBank, finetune, finetune_epochs
-from timm_pudnet.training.finetune import MODES, fit_classifier, measured, split_copies, tuning_for
+from timm_pudnet.training.finetune import MODES, fit_classifier, measured, name_classes, split_copies, tuning_for
 
 room = importlib.import_module('timm_pudnet.training.finetune')  # the package's name `finetune` is the function
 SIZE = {'input_size': (3, 32, 32), 'mean': (0.5,) * 3, 'std': (0.25,) * 3, 'crop_pct': 1.0}
@@ -489,6 +489,7 @@ def test_no_batch_of_a_single_image_has_statistics_of_its_own(model, small):
         ({'hypernet': 'resnet18'}, ['hypernet', 'has weights']),
         ({'augmentation': {'hflop': 1}}, ['hflop', 'create_transform']),
         ({'device': 'tpu'}, ['tpu']),
+        ({'seed': None}, ['seed', 'whole number', 'None']),
     ],
 )
 def test_bad_arguments_are_told_in_one_line(changes, needles, model, pictures, one_line):
@@ -497,12 +498,28 @@ def test_bad_arguments_are_told_in_one_line(changes, needles, model, pictures, o
     one_line(error, *needles)
 
 
+def with_parametrized_head():
+    made = timm.create_model('test_resnet', num_classes=3)
+    torch.nn.utils.parametrizations.weight_norm(made.fc)
+    name_classes(made, ('cup', 'jar', 'pan'))
+    return made
+
+
+def test_a_head_of_another_width_is_replaced_though_its_names_are_these_classes(model, pictures):
+    tuned = finetune(model, *pictures(24), epochs=1, progress=False)
+    tuned.reset_classifier(7)
+    again = finetune(tuned, *pictures(24), epochs=1, progress=False)
+    assert again.num_classes == again.fc.out_features == len(again.pretrained_cfg['label_names']) == 3
+
+
 def test_bad_models_and_images_are_told_in_one_line(model, pictures, tiny_folder, tmp_path, one_line):
     pixels, names = pictures(24)
     (tmp_path / 'empty').mkdir()
     for wrong, needles in (
         (7, ['int', 'timm model']),
         (torch.nn.Conv2d(3, 3, 1), ['Conv2d']),
+        (timm.create_model('test_resnet', device='meta'), ['meta device', 'load weights']),
+        (with_parametrized_head(), ['parametrized', 'remove_parametrizations']),
         (tiny_folder, [tiny_folder, 'no timm model']),
         (tmp_path / 'empty', ['empty', 'no timm model']),
         ('resnet81', ['resnet81', 'resnet18']),
@@ -629,8 +646,10 @@ def test_a_tuning_runs_once(model, pictures, one_line):
     one_line(error, 'has run', 'new one')
 
 
-def test_a_model_of_timm_s_class_without_a_config_is_tuned(pictures):
+def test_a_model_of_timm_s_class_without_a_config_is_tuned(pictures, tmp_path):
     made = timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3, channels=(8, 8, 8, 8))
     assert not hasattr(made, 'pretrained_cfg')
     tuned = finetune(made, *pictures(12), epochs=1, holdout=0.0, progress=False)
     assert len(tuned.pretrained_cfg['label_names']) == 3
+    with pytest.raises(InputError, match='ResNet cannot be saved'):
+        timm_pudnet.save_model(tuned, tmp_path / 'model')

@@ -47,7 +47,7 @@ from timm_pudnet import (
 )
 from timm_pudnet import predict as room
 from timm_pudnet.adapt import HEADS, ridge_classifier, self_training_classifier
-from timm_pudnet.devices import usable_device
+from timm_pudnet.devices import own_defaults, usable_device
 from timm_pudnet.files import folder_written_whole, written_whole
 from timm_pudnet.hypernet import on_device
 from timm_pudnet.predict import _write_head, in_memory
@@ -882,12 +882,20 @@ def test_a_path_is_a_folder_whatever_ships_under_its_name(net, support, model, q
         predict_model('test_resnet', *support, hypernet='resnet18')
 
 
-@pytest.mark.parametrize('hypernet', ['nowhere/at/all', 'test_resnet.tyni', ''])
+@pytest.mark.parametrize('hypernet', ['nowhere/at/all', 'test_resnet.tyni'])
 def test_a_hypernetwork_that_is_not_there_is_named(hypernet, support, one_line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NotFoundError) as error:
         predict_model('test_resnet', *support, hypernet=hypernet)
     one_line(error, hypernet)
+
+
+@pytest.mark.parametrize('name', ['', 'local-dir:'])
+def test_an_empty_name_is_not_taken_for_the_folder_that_one_is_in(name, support, tiny_folder, one_line, monkeypatch):
+    monkeypatch.chdir(tiny_folder)  # of a variable that the shell does not know, for instance
+    with pytest.raises(InputError) as error:
+        predict_model('test_resnet', *support, hypernet=name)
+    one_line(error, 'empty name')
 
 
 # What the caller owns
@@ -901,6 +909,22 @@ class Double:
 
     def __exit__(self, *_):
         torch.set_default_dtype(torch.float32)
+
+
+def test_threads_share_float32_as_long_as_one_of_them_needs_it():
+    first, second = own_defaults(), own_defaults()
+    with Double():
+        with first:
+            second.__enter__()  # as another thread does meanwhile
+        assert torch.get_default_dtype() == torch.float32
+        torch.set_default_dtype(torch.float64)  # of somebody else
+        with own_defaults():
+            assert torch.get_default_dtype() == torch.float32
+        second.__exit__(None, None, None)
+        assert torch.get_default_dtype() == torch.float64
+    with own_defaults():
+        pass
+    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -1446,6 +1470,8 @@ def test_what_timm_could_not_load_is_not_saved(net, support, tmp_path, nothing_w
             save_model(model, tmp_path / 'model')
         remedy = 'reset_classifier' if list(changes).index(key) < 3 else 'undo what was changed'
         one_line(error, key, 'test_resnet of 3 classes', remedy)
+    with pytest.raises(InputError, match='no folder can be made there'):
+        save_model(model, tmp_path / ('long' * 100))
     with pytest.raises(InputError, match='Linear cannot be saved'):
         save_model(torch.nn.Linear(2, 2), tmp_path / 'model')
     model.reset_classifier(7)

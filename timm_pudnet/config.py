@@ -15,6 +15,7 @@ __version__ = '0.1.0'
 FORMAT_VERSION = 1
 # Statistics of so many images' weight are taken from training, so that a handful of images calibrates a network too.
 PRIOR_IMAGES = 8.0
+MOST_SEED = 2**31 - 1
 MIN_PREDICTED = 0.5  # of a target's weights, below which it is refused
 _CONTROL = re.compile(r'[\x00-\x1f\x7f-\x9f]')
 
@@ -366,6 +367,18 @@ _NOT_FROM_A_FILE |= {'device', 'dtype'}  # which would take memory, where the me
 def as_plain(value: Any) -> Any:
     """Python's own numbers, and lists of them, in place of numpy's and torch's."""
     return value.tolist() if hasattr(value, 'tolist') else value
+
+
+def checked_seed(seed: Any) -> int:
+    """A seed of random numbers as Python's own whole number.
+
+    Raises:
+        InputError: It is none, or out of range.
+    """
+    seed = as_plain(seed)
+    if not isinstance(seed, int) or not 0 <= seed <= MOST_SEED:
+        raise InputError(f'seed must be a whole number from 0 to {MOST_SEED}, got {shown(seed)}')
+    return seed
 
 
 def _as_json(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ def own_defaults() -> Iterator[None]:
 
     That is float32, tensors on the CPU, no autocast, and gradients.
     """
-    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -29,10 +29,32 @@ def own_defaults() -> Iterator[None]:
         for kind in ('cpu', 'cuda', 'mps'):
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        if dtype != torch.float32:
-            torch.set_default_dtype(torch.float32)
-            stack.callback(torch.set_default_dtype, dtype)
+        stack.enter_context(_FLOAT32)
         yield
+
+
+class _Float32:
+    """Float32 as torch's default type, which all threads share: as long as one of them is in here."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, torch.float32
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if torch.get_default_dtype() != torch.float32:
+                self.before = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside and self.before != torch.float32:
+                torch.set_default_dtype(self.before)
+                self.before = torch.float32
+
+
+_FLOAT32 = _Float32()
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:

@@ -84,12 +84,14 @@ def folder_path(folder: str | os.PathLike[str], remedy: str = 'pull or load it b
     """The path of a folder, before which a text may have timm's prefix `local-dir:`.
 
     Raises:
-        InputError: It has the prefix of the Hub.
+        InputError: It has the prefix of the Hub, or is empty.
     """
     if isinstance(folder, str):
         if folder.startswith(('hf-hub:', 'hf_hub:')):
             raise InputError(f'{folder} is no folder but a name on the Hub: {remedy}')
         folder = folder.removeprefix('local-dir:')
+    if not os.fspath(folder):  # which for a path is the folder that one is in
+        raise InputError('an empty name: give that of a folder, "." for the one that you are in')
     return local_path(folder)
 
 

@@ -97,6 +97,10 @@ def with_hypernet_as_saved(
 
     @functools.wraps(function)
     def wrapped(hypernet: PudNet, *args: P.args, **kwargs: P.kwargs) -> Result:
+        if not isinstance(hypernet, PudNet):
+            raise InputError(
+                f'hypernet must be a PudNet, not a {type(hypernet).__name__}: timm_pudnet.load_hypernet(name) gives one'
+            )
         with in_eval_mode(hypernet):
             return function(on_device(hypernet, hypernet.device, hypernet), *args, **kwargs)
 

@@ -232,7 +232,8 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     folder = folder_path(folder, 'timm_pudnet.push_model publishes a model there')
     check_output(folder)
     model = getattr(model, '_orig_mod', model)  # of torch.compile
-    if not hasattr(model, 'num_classes') or not hasattr(model, 'pretrained_cfg'):
+    described = getattr(model, 'pretrained_cfg', None)  # `finetune` names classes in that of any model
+    if not hasattr(model, 'num_classes') or not isinstance(described, Mapping) or 'architecture' not in described:
         raise InputError(f'a {type(model).__name__} cannot be saved: timm has no format for it. Save the whole model')
     check_loadable(model)
     state, first = model.state_dict(), {}
@@ -277,8 +278,14 @@ def push_model(model: nn.Module, repo: str, *, license: str | None = None, priva
 
 def check_output(folder: Path) -> None:
     """Raises unless a new folder can be made at this path."""
+    try:
+        there = folder.is_dir()
+    except OSError as error:  # of a name that is too long
+        raise InputError(
+            f'{shown(str(folder), 200)}: no folder can be made there ({error.strerror}): choose another'
+        ) from error
     # A link that leads nowhere and a device too.
-    if names_in(folder) if folder.is_dir() else os.path.lexists(folder):
+    if names_in(folder) if there else os.path.lexists(folder):
         raise OutputExistsError(f'{folder} exists: choose another output folder, or remove it first')
     if not folder.parent.is_dir():
         raise NotFoundError(f'{folder.parent} is not there: make it first, or choose another output folder')

@@ -16,7 +16,7 @@ from typing import Any
 import click
 import torch
 
-from timm_pudnet.config import InputConfig, InputError, PudNetError, __version__, shown
+from timm_pudnet.config import MOST_SEED, InputConfig, InputError, PudNetError, __version__, shown
 from timm_pudnet.files import local_path
 from timm_pudnet.images import any_timm_name, check_root, takes_folder
 from timm_pudnet.predict import check_output
@@ -115,7 +115,7 @@ class _Folder(click.Path):
 
 
 FOLDER = _Folder()
-SEED = click.IntRange(0, 2**31 - 1)
+SEED = click.IntRange(0, MOST_SEED)
 device_option = click.option('--device', help='cpu, cuda, mps, ...; by default CUDA where there is one.')
 strict_option = click.option('--strict', is_flag=True, help='An unreadable image is an error, not a warning.')
 

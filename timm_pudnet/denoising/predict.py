@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -277,7 +277,8 @@ def _alike(found: list[list[Tensor]], channels: int) -> Tensor:
 
 def _items(images: Any) -> Any:
     """Something with a length whose items are images or paths."""
-    if isinstance(images, (str, os.PathLike)):
+    if isinstance(images, (str, bytes, os.PathLike)):
+        images = os.fsdecode(images)
         return list(list_pictures(images).values())
     if isinstance(images, Image.Image):
         return [images]
@@ -286,7 +287,7 @@ def _items(images: Any) -> Any:
             layout = '[n, h, w, c]' if isinstance(images, np.ndarray) else '[n, c, h, w]'
             raise InputError(f'shape {tuple(images.shape)}: pass {layout}, or a list of images')
         return images
-    if isinstance(images, Iterable):
+    if isinstance(images, Iterable) and not isinstance(images, Mapping):
         return list(images)
     raise InputError(f'images: a {type(images).__name__}; pass a folder, a list of paths or images, or an array')
 

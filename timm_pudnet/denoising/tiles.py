@@ -48,7 +48,7 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1)
 
     Raises:
         InputError: The image's shape or type is another one, its floats are in 0-255, `tile` is below 1, `turns` is
-            not 1, 2 or 4, or the model is in training mode.
+            not 1, 2 or 4, or the model is no denoiser, or in training mode.
 
     Example:
         >>> class Halve(nn.Conv2d):
@@ -68,6 +68,9 @@ def denoise(model: nn.Module, image: Tensor, *, tile: int = 512, turns: int = 1)
             'channels'
         )
     check_range(image, 'the image')
+    for name in ('in_chans', 'multiple', 'receptive_field'):
+        if not hasattr(model, name):
+            raise InputError(f'a {type(model).__name__} is no denoiser, it has no {name}: predict_denoiser gives one')
     if model.training:
         raise InputError('the model is in training mode, in which each tile would change it: call model.eval() first')
     if tile < 1:

@@ -22,7 +22,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from timm_pudnet.adapt import centroid_logits, class_centroids
-from timm_pudnet.config import InputConfig, InputError, NotFoundError, PudNetWarning, close_names, first_line
+from timm_pudnet.config import (
+    InputConfig,
+    InputError,
+    NotFoundError,
+    PudNetWarning,
+    as_plain,
+    checked_seed,
+    close_names,
+    first_line,
+)
 from timm_pudnet.devices import forked_rng, library_versions, machine, own_defaults, usable_device
 from timm_pudnet.evaluation.metrics import share_interval
 from timm_pudnet.evaluation.scratch import train_from_scratch
@@ -127,6 +136,7 @@ def compare(
     Warns:
         PudNetWarning: Some images are copies of others.
     """
+    epochs, seed = as_plain(epochs), checked_seed(seed)
     if not isinstance(epochs, int) or epochs < 1:
         raise InputError(f'epochs must be a whole number above zero, got {epochs!r}')
     if not 0 < holdout < 1:

@@ -106,6 +106,11 @@ def evaluate(
         `gain_over_<control>` of the differences in `accuracy` group by group. With one group the intervals are over
         its queries; `interval` says which.
     """
+    for images_of in (bank, support_bank, other):
+        if images_of is not None and not isinstance(images_of, ImageBank):
+            raise InputError(
+                f'a {type(images_of).__name__} is no ImageBank: ImageBank.from_source(open_images(...)) gives one'
+            )
     groups.check(bank, support_bank)
     both = same_names(bank.class_names, hypernet.config.class_names)
     if both and not are_numbers(bank.class_names):

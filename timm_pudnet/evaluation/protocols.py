@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from timm_pudnet.adapt import MOST_UNLABELLED
-from timm_pudnet.config import DamagedFileError, InputConfig, InputError, PudNetWarning
+from timm_pudnet.config import DamagedFileError, InputConfig, InputError, PudNetWarning, as_plain, checked_seed
 from timm_pudnet.files import local_path, sha256, written_whole
 from timm_pudnet.images import channel_statistics
 from timm_pudnet.sketch import ImageSample
@@ -75,11 +75,13 @@ class TestGroups:
         Raises:
             InputError: There are too few classes, or a class has too few images.
         """
+        count, n_way, n_query, n_unlabelled = map(as_plain, (count, n_way, n_query, n_unlabelled))
+        n_shot, seed = as_plain(n_shot), checked_seed(seed)
         shot = 0 if n_shot == 'all' else n_shot  # that are drawn
         for name, value in (('count', count), ('n_shot', 1 if n_shot == 'all' else n_shot), ('n_query', n_query)):
             if not isinstance(value, int) or value < 1:
                 raise InputError(f'{name} must be at least 1, got {value}')
-        if not 2 <= n_way <= len(bank.class_names):
+        if not isinstance(n_way, int) or not 2 <= n_way <= len(bank.class_names):
             raise InputError(f'n_way must be from 2 to {len(bank.class_names)}, the number of classes; got {n_way}')
         if not isinstance(n_unlabelled, int) or not 0 <= n_unlabelled * n_way <= MOST_UNLABELLED:
             raise InputError(

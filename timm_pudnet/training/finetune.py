@@ -22,10 +22,11 @@ from timm.optim import create_optimizer_v2  # type: ignore[reportPrivateImportUs
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from timm_pudnet.adapt import class_centroids
-from timm_pudnet.config import InputConfig, InputError, PudNetWarning, as_plain
+from timm_pudnet.config import InputConfig, InputError, PudNetWarning, as_plain, checked_seed
 from timm_pudnet.devices import forked_rng, own_defaults, usable_device
 from timm_pudnet.files import folder_path, has_separator
 from timm_pudnet.hub import resolve_hypernet
@@ -226,6 +227,7 @@ class FineTuning:
             raise InputError(f'mode {mode!r}: use auto, {" or ".join(MODES)}')
         if not 0 <= holdout < 1:
             raise InputError(f'holdout must be in [0, 1), got {holdout}')
+        seed = checked_seed(seed)
         changes = {name: as_plain(value) for name, value in changes.items() if value is not None}
         for tuning in MODES.values():
             dataclasses.replace(tuning, **changes)  # refuses bad numbers before any work
@@ -532,6 +534,8 @@ def _opened(model: nn.Module | str | os.PathLike[str]) -> nn.Module | str:
     """A model of one's own, or the name of an architecture."""
     if isinstance(model, nn.Module):
         own: Any = copy.deepcopy(getattr(model, '_orig_mod', model))  # what torch.compile wraps
+        if any(value.is_meta for value in own.state_dict().values()):
+            raise InputError('this model is on the meta device, without values: load weights into it first')
         if not any(parameter.requires_grad for parameter in own.parameters()):
             raise InputError('no weight of this model can be trained: model.requires_grad_(True) lets all')
         return own.float()
@@ -560,7 +564,7 @@ def fit_classifier(model: nn.Module, class_names: Sequence[str]) -> bool:
             "another one, global_pool='avg' for instance"
         )
     known = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
-    fits = tuple(known or ()) == tuple(class_names) and bool(model.num_classes)
+    fits = tuple(known or ()) == tuple(class_names) and bool(model.num_classes == len(class_names))
     if not fits:
         # Else a timm before 1.0.31 puts an average in place of another pool.
         kept = {'global_pool': pool} if pool and 'global_pool' in inspect.signature(reset).parameters else {}
@@ -572,6 +576,11 @@ def fit_classifier(model: nn.Module, class_names: Sequence[str]) -> bool:
         raise InputError(
             f'the head of this {type(model).__name__} ends in a {type(classifier).__name__}, neither a Linear layer '
             'nor a 1x1 conv'
+        )
+    if parametrize.is_parametrized(classifier):
+        raise InputError(
+            f'the head of this {type(model).__name__} is parametrized, so no weights can be put in it: '
+            'torch.nn.utils.parametrize.remove_parametrizations makes it a plain one'
         )
     if not fits:
         nn.init.zeros_(classifier.weight)  # no head yet, see _fit_head

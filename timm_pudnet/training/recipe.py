@@ -126,8 +126,8 @@ class LossWeights:
             plain training with `turns = 4` knows).
         undoing: Of the distance of the first kernel, and of the bias of the norm behind it, from those that undo what
             the condition did to order and sign of the channels, which is hardly learned through the layers behind. The
-            hypernetwork learns it by itself before the first step, from as many groups as training has, 4,000 at most,
-            nearly all under a condition; so it needs a hypernetwork as `start`, best with its encoder
+            hypernetwork learns it by itself before the first step, from ten groups for each that training has, 4,000 at
+            most, nearly all under a condition; so it needs a hypernetwork as `start`, best with its encoder
             (`fixed_encoder`).
     """
 
