@@ -1,6 +1,6 @@
 """How much does the choice of unseen classes matter on CIFAR-100? A short recipe on several choices of 20 of the 100.
 
-    python examples/cifar100_splits.py splits.json --out hub/resnet18.cifar100_superclass/choices.json
+    python examples/cifar100_splits.py splits.json --out choices.json
 
 `splits.json` names the unseen classes of each choice: `{"cifar100-set": {NAME: {"unseen": [CLASS, ...]}}}`. Takes the
 first two recipes of `hub/resnet18.cifar100_superclass`, shortened: an ordinary ResNet-18 of the seen classes, then the
@@ -46,7 +46,10 @@ def main():
     names = banks['train'].class_names
     splits = json.loads(arguments.splits.read_text())['cifar100-set']
     for number, (key, choice) in enumerate(sorted(splits.items())):
-        if number % arguments.part[1] != arguments.part[0] or key in choices.read(arguments.out, settings(arguments)):
+        if number % arguments.part[1] != arguments.part[0]:
+            continue
+        if key in choices.read(arguments.out, settings(arguments)):
+            print(f'{key} is in {arguments.out} already: move that away to train anew')
             continue
         seen = [name for name in names if name not in choice['unseen']]
         bank = banks['train'].select(seen)

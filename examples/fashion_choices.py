@@ -1,6 +1,6 @@
 """How much does the choice of unseen classes matter? A short recipe on 20 of the 210 choices of four of Fashion-MNIST.
 
-    python examples/fashion_choices.py --data-dir .data --out hub/resnet18.fashion_set/choices.json
+    python examples/fashion_choices.py --data-dir .data --out choices.json
 
 Takes the recipe of `hub/resnet18.fashion_set`, shortened, trains it once for every tenth choice in lexical order of the
 unseen classes ({0, 1, 2, 3} is the first), and measures each on groups of its four unseen classes. Choices that are
@@ -50,7 +50,10 @@ def main():
     part, parts = arguments.part
     for number, unseen in enumerate(chosen):
         key = ' '.join(map(str, unseen))
-        if number % parts != part or key in choices.read(arguments.out, settings(arguments)):
+        if number % parts != part:
+            continue
+        if key in choices.read(arguments.out, settings(arguments)):
+            print(f'{key} is in {arguments.out} already: move that away to train anew')
             continue
         seen = [name for label, name in enumerate(names) if label not in unseen]
         recipe = dataclasses.replace(

@@ -33,6 +33,7 @@ bm3d.NAME.json (`pip install bm3d`, whose licence forbids commercial use).
 """
 
 import copy
+import importlib.util
 import io
 import json
 import math
@@ -146,6 +147,8 @@ def main(
         raise click.UsageError('--scratch is of noise that pixels do not share: leave --jpeg and --kind camera out')
     if bm3d and (scratch or turns != '1' or plain or other or clipped or jpeg or kind != 'gaussian'):
         raise click.UsageError('--bm3d is of Gaussian noise of floats, and measured alone: leave the others out')
+    if bm3d and importlib.util.find_spec('bm3d') is None:
+        raise click.UsageError('--bm3d needs its package, whose licence forbids commercial use: pip install bm3d')
     if not (out or hypernet).is_dir():
         raise click.UsageError(f'{out or hypernet}: no such folder')
     network = load_hypernet(hypernet).eval()

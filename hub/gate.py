@@ -12,6 +12,7 @@ from pathlib import Path
 
 from timm_pudnet import PudNet
 from timm_pudnet.config import PudNetError
+from timm_pudnet.files import CONFIG_NAME, WEIGHTS_NAME
 from timm_pudnet.training import Recipe
 from timm_pudnet.training.meta_train import fit_gate, load_banks
 
@@ -25,6 +26,9 @@ def main() -> None:
     trained, recipe = PudNet.from_pretrained(options.hypernet), Recipe.load(options.hypernet / 'recipe.toml')
     if not recipe.hypernet.sketch_gate:
         parser.error(f'{options.hypernet / "recipe.toml"} has no sketch_gate = true in [hypernet]')
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if (options.out / name).exists():
+            parser.error(f'{options.out / name} exists: choose another OUT, or move it away')
     training = {**trained.config.training, 'recipe_digest': recipe.digest}
     hypernet = PudNet(dataclasses.replace(trained.config, sketch_gate=True, training=training))
     hypernet.load_state_dict(trained.state_dict(), strict=False)  # all but a gate

@@ -254,4 +254,5 @@ if __name__ == '__main__':
     print(json.dumps(result, indent=2))
     if args.out:
         runs = json.loads(args.out.read_text()) if args.out.exists() else []
+        runs = [run for run in runs if run['seed'] != result['seed']]
         args.out.write_text(json.dumps([*runs, result], indent=2) + '\n')

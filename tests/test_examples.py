@@ -245,13 +245,15 @@ def test_the_benchmark_of_fine_tuning_sums_up_its_seeds_and_goes_on(run, photos,
         ('hub/denoising.py', 'net', 'photos', '--protocol', 'own', '--scratch', 1, '--kind', 'camera'),
         ('examples/label_budget.py', 'photos', '--out', 'nowhere/found.json'),
         ('hub/gate.py', 'nowhere', 'out'),
+        ('hub/denoising.py', 'net', 'photos', '--protocol', 'own', '--bm3d'),
     ],
     ids=str,
 )
 def test_what_cannot_be_written_or_used_is_told_before_the_work(line, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, 'bm3d', None)  # as it is where nobody installed it
     monkeypatch.setattr(sys, 'argv', list(map(str, line)))
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / line[0]), run_name='__main__')
     assert ended.value.code == 2
-    assert re.search('--scratch: leave them out|camera out|nowhere', capsys.readouterr().err)
+    assert re.search('--scratch: leave them out|camera out|nowhere|install bm3d', capsys.readouterr().err)

@@ -346,6 +346,11 @@ rate = 0.0
     assert found.config.training['recipe_digest'] != hypernet.config.training['recipe_digest']
     for key, value in hypernet.encoder.named_parameters():
         assert_close(found.encoder.get_parameter(key), value, rtol=2e-3, atol=2e-3)
+    room = importlib.import_module('timm_pudnet.training.meta_train')
+    monkeypatch.setattr(room, 'load_banks', lambda *_, **__: pytest.fail('images were read'))
+    with pytest.raises(SystemExit) as stopped:  # for OUT has one
+        runpy.run_path(str(script), run_name='__main__')
+    assert stopped.value.code == 2
 
 
 def test_recipes_without_images_as_they_are_have_no_gate(make_recipe, one_line):

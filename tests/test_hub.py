@@ -650,6 +650,12 @@ def test_results_below_zero_are_not_published(wrong, complete, one_line):
     one_line(error, 'results.json', 'no results file')
 
 
+def test_results_of_two_groups_are_results_however_wide_their_interval(complete):
+    change_results(complete, accuracy={'predicted': {'mean': 61.25, 'interval': 127.1}})
+    with pytest.raises(HubError, match='HF_HUB_OFFLINE'):  # past what is looked at before
+        push(complete, 'org/name', license='mit', dry_run=True)
+
+
 def test_of_what_is_cached_ours_go_first(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr('timm_pudnet.hub._shelves', list)

@@ -497,9 +497,10 @@ def _measured(results: Mapping[str, Any]) -> bool:
         if 'noises' in results:
             numbers = [float(one['psnr']['predicted']['mean']) for one in results['noises']]
             return bool(numbers) and all(map(math.isfinite, numbers))
-        numbers = [float(row[name]) for row in results['accuracy'].values() for name in ('mean', 'interval')]
+        rows = results['accuracy'].values()
         named = all(isinstance(name, str) for name in results['classes'])
-        in_percent = min(numbers) >= 0 and max(numbers) <= 100
+        # Of two groups an interval may be wider than all that there is.
+        in_percent = all(0 <= float(row['mean']) <= 100 and 0 <= float(row['interval']) < math.inf for row in rows)
         return named and 'predicted' in results['accuracy'] and in_percent and results['n_way'] > 0
     except (AttributeError, KeyError, TypeError, ValueError):
         return False

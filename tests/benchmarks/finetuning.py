@@ -63,6 +63,7 @@ def main(
         raise click.UsageError(f'--out {out}: no folder {out.parent}')
     for seed in seeds:
         if str(seed) in read(out, settings):
+            click.echo(f'seed {seed} is in {out} already: move that away to run it anew')
             continue
         picks = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))[: count + tested].tolist()
         result = timm_pudnet.compare(
