@@ -1,7 +1,7 @@
 """Your own family of image sets: train a hypernetwork on some of them, measure it on one that it has not seen, use it.
 
     python examples/own_family.py family/ --out my-hypernet                             # from random weights
-    python examples/own_family.py family/ --start resnet18.mixed56 --out my-other     # goes on with a published one
+    python examples/own_family.py family/ --start resnet18.mixed56 --out my-other       # goes on with a published one
 
 FAMILY has a folder for each set, and each of these one for each class: family/cups/handle/0001.png. The last set by
 name is kept for the test; its classes, and how they look, are then new to the hypernetwork. The control, the same

@@ -23,12 +23,12 @@ def main() -> None:
     parser.add_argument('hypernet', type=Path, help='folder of one, with its recipe.toml')
     parser.add_argument('out', type=Path, help='new folder')
     options = parser.parse_args()
-    trained, recipe = PudNet.from_pretrained(options.hypernet), Recipe.load(options.hypernet / 'recipe.toml')
-    if not recipe.hypernet.sketch_gate:
-        parser.error(f'{options.hypernet / "recipe.toml"} has no sketch_gate = true in [hypernet]')
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if (options.out / name).exists():
             parser.error(f'{options.out / name} exists: choose another OUT, or move it away')
+    trained, recipe = PudNet.from_pretrained(options.hypernet), Recipe.load(options.hypernet / 'recipe.toml')
+    if not recipe.hypernet.sketch_gate:
+        parser.error(f'{options.hypernet / "recipe.toml"} has no sketch_gate = true in [hypernet]')
     training = {**trained.config.training, 'recipe_digest': recipe.digest}
     hypernet = PudNet(dataclasses.replace(trained.config, sketch_gate=True, training=training))
     hypernet.load_state_dict(trained.state_dict(), strict=False)  # all but a gate

@@ -43,8 +43,8 @@ at your images is; it is near zero but under *conditions*. The rest is for those
   networks with these [heads](#heads), the last where there are 40 labels a class and more; in brackets, of blend and logistic,
   ordinary training with that head, by the better of its two statistics.
 - *Ordinary training*: the same architecture trained as a classifier on at least as many images of the same classes (twice as many for
-  `resnet18.mixed56`; for `resnet18.mixed96` three times, under conditions twice; what a sketch encoder alone saw besides is not counted),
-  with the same head and calibration; in brackets with its own norm statistics.
+  `resnet18.mixed56`, five times for `mobilenetv4_conv_small.mixed56`; for `resnet18.mixed96` three times, under conditions twice; what a
+  sketch encoder alone saw besides is not counted), with the same head and calibration; in brackets with its own norm statistics.
   *Base alone*: the network that the sketch changes, as it is; ordinary training went on from it.
 - *Another's sketch*: predicted from the sketch of another group (in `cifar10` and `fashion-set`, where all groups have the same classes,
   of other images of these); *own sketch over another's*: what the right one adds to that; *over another domain's*: what it adds to the

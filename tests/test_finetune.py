@@ -567,6 +567,9 @@ def test_a_frozen_head_stays_as_it_is(model, small):
     for _ in finetune_epochs(model, small[0], None, MODES['few']):
         break
     assert_close(dict(model.get_classifier().state_dict()), dict(before), rtol=0, atol=0)
+    parametrized = with_parametrized_head()
+    parametrized.fc.requires_grad_(False)
+    assert fit_classifier(parametrized, ('cup', 'jar', 'pan'))
 
 
 def test_an_answer_that_is_no_number_is_wrong(model, small):

@@ -487,9 +487,8 @@ def test_the_source_distribution_has_what_the_wheel_takes_and_fits_on_pypi():
     assert all(path.exists() for path in included)
     for source in targets['wheel']['force-include']:
         assert any((HUB.parent / source).is_relative_to(path) for path in included), source
-    weights = [
-        path for folder in included for path in folder.glob('model.safetensors')
-    ]  # not those of a training there
+    # Not those of a training in such a folder.
+    weights = [path for folder in included for path in folder.glob('model.safetensors')]
     assert len(weights) == 4
     assert sum(path.stat().st_size for path in weights) < 90e6  # PyPI takes files of up to 100 MB
 

@@ -34,7 +34,7 @@ def own_defaults() -> Iterator[None]:
 
 
 class _Float32:
-    """Float32 as torch's default type, which all threads share: as long as one of them is in here."""
+    """Float32 as torch's default type, which all threads share: until the last of them is out of here."""
 
     def __init__(self) -> None:
         self.lock, self.inside, self.before = threading.Lock(), 0, torch.float32

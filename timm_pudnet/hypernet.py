@@ -97,6 +97,7 @@ def with_hypernet_as_saved(
 
     @functools.wraps(function)
     def wrapped(hypernet: PudNet, *args: P.args, **kwargs: P.kwargs) -> Result:
+        hypernet = getattr(hypernet, '_orig_mod', hypernet)  # what torch.compile wraps
         if not isinstance(hypernet, PudNet):
             raise InputError(
                 f'hypernet must be a PudNet, not a {type(hypernet).__name__}: timm_pudnet.load_hypernet(name) gives one'

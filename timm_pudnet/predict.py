@@ -234,7 +234,10 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     model = getattr(model, '_orig_mod', model)  # of torch.compile
     described = getattr(model, 'pretrained_cfg', None)  # `finetune` names classes in that of any model
     if not hasattr(model, 'num_classes') or not isinstance(described, Mapping) or 'architecture' not in described:
-        raise InputError(f'a {type(model).__name__} cannot be saved: timm has no format for it. Save the whole model')
+        raise InputError(
+            f'a {type(model).__name__} cannot be saved: timm has no format for what timm.create_model did not make as '
+            'a whole. Save the whole model, or keep its state_dict by torch.save'
+        )
     check_loadable(model)
     state, first = model.state_dict(), {}
     for key, value in state.items():
@@ -278,23 +281,21 @@ def push_model(model: nn.Module, repo: str, *, license: str | None = None, priva
 
 def check_output(folder: Path) -> None:
     """Raises unless a new folder can be made at this path."""
-    try:
-        there = folder.is_dir()
-    except OSError as error:  # of a name that is too long
-        raise InputError(
-            f'{shown(str(folder), 200)}: no folder can be made there ({error.strerror}): choose another'
-        ) from error
-    # A link that leads nowhere and a device too.
-    if names_in(folder) if there else os.path.lexists(folder):
-        raise OutputExistsError(f'{folder} exists: choose another output folder, or remove it first')
-    if not folder.parent.is_dir():
-        raise NotFoundError(f'{folder.parent} is not there: make it first, or choose another output folder')
-    parent = folder if folder.is_dir() else folder.parent
     try:  # before any work
+        there = folder.is_dir()
+        # A link that leads nowhere and a device too.
+        if names_in(folder) if there else os.path.lexists(folder):
+            raise OutputExistsError(f'{folder} exists: choose another output folder, or remove it first')
+        if not folder.parent.is_dir():
+            raise NotFoundError(f'{folder.parent} is not there: make it first, or choose another output folder')
+        parent = folder if there else folder.parent
         with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=parent):
             pass
+    except PudNetError:
+        raise
     except OSError as error:  # which names a temporary folder
-        raise InputError(f'{folder}: no folder can be made there ({error.strerror}): choose another') from error
+        name = shown(str(folder), 200)
+        raise InputError(f'{name}: no folder can be made there ({error.strerror}): choose another') from error
 
 
 def _target_asked_for(network: PudNet, model_name: str, timm_kwargs: dict[str, Any]) -> TargetSpec:

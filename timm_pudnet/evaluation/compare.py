@@ -112,7 +112,7 @@ def compare(
             at one rate.
         pretrained: Name of the model with pretrained weights, `resnet18.a1_in1k` or `local-dir:FOLDER` for instance; by
             default the architecture's own.
-        seed: Of the choice of tested images and of all that training draws.
+        seed: Of the choice of tested images and of all that training draws; from 0 to 2**31 - 1.
         device: Where to run; by default CUDA where there is one.
         split: Split of a timm dataset.
         data_dir: Root of a timm dataset.

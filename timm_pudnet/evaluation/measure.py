@@ -27,7 +27,15 @@ from timm_pudnet.adapt import (
     ridge_classifier,
     self_training_classifier,
 )
-from timm_pudnet.config import PRIOR_IMAGES, Calibration, InputError, PudNetWarning, are_numbers, same_names
+from timm_pudnet.config import (
+    PRIOR_IMAGES,
+    Calibration,
+    InputError,
+    PudNetWarning,
+    are_numbers,
+    checked_seed,
+    same_names,
+)
 from timm_pudnet.devices import forked_rng, library_versions, machine, own_defaults
 from timm_pudnet.evaluation.holdout import raw_pixels
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
@@ -106,10 +114,11 @@ def evaluate(
         `gain_over_<control>` of the differences in `accuracy` group by group. With one group the intervals are over
         its queries; `interval` says which.
     """
-    for images_of in (bank, support_bank, other):
-        if images_of is not None and not isinstance(images_of, ImageBank):
+    seed = checked_seed(seed)
+    for given in (bank, support_bank, other):
+        if given is not None and not isinstance(given, ImageBank):
             raise InputError(
-                f'a {type(images_of).__name__} is no ImageBank: ImageBank.from_source(open_images(...)) gives one'
+                f'a {type(given).__name__} is no ImageBank: ImageBank.from_source(open_images(...)) gives one'
             )
     groups.check(bank, support_bank)
     both = same_names(bank.class_names, hypernet.config.class_names)

@@ -67,7 +67,7 @@ class TestGroups:
             n_way: Classes a group.
             n_shot: Support images a class; `all` for all that the support bank has.
             n_query: Query images a class.
-            seed: Of all draws.
+            seed: Of all draws, from 0 to 2**31 - 1.
             support_bank: Other images of the same classes, the train split for instance.
             conditions: Whether to draw an imaging condition for every group; the images are the same ones then.
             n_unlabelled: Further images a class, without labels; support and query are the same ones then.
@@ -80,9 +80,11 @@ class TestGroups:
         shot = 0 if n_shot == 'all' else n_shot  # that are drawn
         for name, value in (('count', count), ('n_shot', 1 if n_shot == 'all' else n_shot), ('n_query', n_query)):
             if not isinstance(value, int) or value < 1:
-                raise InputError(f'{name} must be at least 1, got {value}')
+                raise InputError(f'{name} must be a whole number, at least 1, got {value}')
         if not isinstance(n_way, int) or not 2 <= n_way <= len(bank.class_names):
-            raise InputError(f'n_way must be from 2 to {len(bank.class_names)}, the number of classes; got {n_way}')
+            raise InputError(
+                f'n_way must be a whole number from 2 to {len(bank.class_names)}, the number of classes; got {n_way}'
+            )
         if not isinstance(n_unlabelled, int) or not 0 <= n_unlabelled * n_way <= MOST_UNLABELLED:
             raise InputError(
                 f'n_unlabelled must be a whole number from 0 to {MOST_UNLABELLED // n_way}, for a head is fitted to '

@@ -143,7 +143,7 @@ def finetune(
         batch_size: Most images in a step, in place of the mode's.
         augmentation: Arguments of `timm.data.create_transform`, in place of the mode's.
         hypernet: For an architecture's name: the hypernetwork that predicts its weights.
-        seed: Of the choice of images kept aside, their order and random changes.
+        seed: Of the choice of images kept aside, their order and random changes; from 0 to 2**31 - 1.
         device: Where to train; by default CUDA where there is one. The model is returned there.
         split: Split of a timm dataset.
         data_dir: Root of a timm dataset.
@@ -151,7 +151,7 @@ def finetune(
         progress: Show a progress bar.
 
     Returns:
-        A timm model in eval mode; `save_model` writes it in timm's format.
+        A timm model in eval mode; `save_model` writes it in timm's format, if timm.create_model made it.
 
     Raises:
         InputError: The images, labels, model or arguments cannot be used.
@@ -534,7 +534,7 @@ def _opened(model: nn.Module | str | os.PathLike[str]) -> nn.Module | str:
     """A model of one's own, or the name of an architecture."""
     if isinstance(model, nn.Module):
         own: Any = copy.deepcopy(getattr(model, '_orig_mod', model))  # what torch.compile wraps
-        if any(value.is_meta for value in own.state_dict().values()):
+        if any(value.is_meta for value in (*own.parameters(), *own.buffers())):
             raise InputError('this model is on the meta device, without values: load weights into it first')
         if not any(parameter.requires_grad for parameter in own.parameters()):
             raise InputError('no weight of this model can be trained: model.requires_grad_(True) lets all')
@@ -577,7 +577,8 @@ def fit_classifier(model: nn.Module, class_names: Sequence[str]) -> bool:
             f'the head of this {type(model).__name__} ends in a {type(classifier).__name__}, neither a Linear layer '
             'nor a 1x1 conv'
         )
-    if parametrize.is_parametrized(classifier):
+    learns = any(value.requires_grad for value in classifier.parameters())
+    if learns and parametrize.is_parametrized(classifier):
         raise InputError(
             f'the head of this {type(model).__name__} is parametrized, so no weights can be put in it: '
             'torch.nn.utils.parametrize.remove_parametrizations makes it a plain one'
