@@ -18,6 +18,14 @@ def read(out, settings):
     return found['choices']
 
 
+def has(out, settings, key):
+    """Whether the file has that choice already, which is said."""
+    found = key in read(out, settings)
+    if found:
+        print(f'{key} is in {out} already: move that away to train anew')
+    return found
+
+
 def add(out, settings, key, result, summary):
     """Adds what `evaluate` found of a choice, and the `summary` of all choices; says what it was."""
     row = {name: result[name] for name in ('classes', 'accuracy', 'conditioning_gain', 'training')}

@@ -46,10 +46,7 @@ def main():
     names = banks['train'].class_names
     splits = json.loads(arguments.splits.read_text())['cifar100-set']
     for number, (key, choice) in enumerate(sorted(splits.items())):
-        if number % arguments.part[1] != arguments.part[0]:
-            continue
-        if key in choices.read(arguments.out, settings(arguments)):
-            print(f'{key} is in {arguments.out} already: move that away to train anew')
+        if number % arguments.part[1] != arguments.part[0] or choices.has(arguments.out, settings(arguments), key):
             continue
         seen = [name for name in names if name not in choice['unseen']]
         bank = banks['train'].select(seen)

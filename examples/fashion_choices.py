@@ -50,10 +50,7 @@ def main():
     part, parts = arguments.part
     for number, unseen in enumerate(chosen):
         key = ' '.join(map(str, unseen))
-        if number % parts != part:
-            continue
-        if key in choices.read(arguments.out, settings(arguments)):
-            print(f'{key} is in {arguments.out} already: move that away to train anew')
+        if number % parts != part or choices.has(arguments.out, settings(arguments), key):
             continue
         seen = [name for label, name in enumerate(names) if label not in unseen]
         recipe = dataclasses.replace(

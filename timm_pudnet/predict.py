@@ -281,18 +281,15 @@ def push_model(model: nn.Module, repo: str, *, license: str | None = None, priva
 
 def check_output(folder: Path) -> None:
     """Raises unless a new folder can be made at this path."""
+    there = os.path.isdir(folder)  # unlike Path's, no error where a name is too long
+    # A link that leads nowhere and a device too.
+    if names_in(folder) if there else os.path.lexists(folder):
+        raise OutputExistsError(f'{folder} exists: choose another output folder, or remove it first')
+    if not os.path.isdir(folder.parent):
+        raise NotFoundError(f'{folder.parent} is not there: make it first, or choose another output folder')
     try:  # before any work
-        there = folder.is_dir()
-        # A link that leads nowhere and a device too.
-        if names_in(folder) if there else os.path.lexists(folder):
-            raise OutputExistsError(f'{folder} exists: choose another output folder, or remove it first')
-        if not folder.parent.is_dir():
-            raise NotFoundError(f'{folder.parent} is not there: make it first, or choose another output folder')
-        parent = folder if there else folder.parent
-        with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=parent):
+        with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder if there else folder.parent):
             pass
-    except PudNetError:
-        raise
     except OSError as error:  # which names a temporary folder
         name = shown(str(folder), 200)
         raise InputError(f'{name}: no folder can be made there ({error.strerror}): choose another') from error
