@@ -6,7 +6,7 @@
 first two recipes of `hub/resnet18.cifar100_superclass`, shortened: an ordinary ResNet-18 of the seen classes, then the
 hypernetwork that starts from it. Trains both once for every choice in the file, and measures each on groups of its
 unseen classes, beside the ordinary ResNet-18 that it started from (*base*: it has seen `--images` fewer). Choices that
-are in the output file already are not trained again, so it can be stopped and started, and run in parts at once.
+are in the output file already are not trained again, so it can be stopped and started.
 """
 
 import argparse
@@ -32,9 +32,6 @@ def main():
     parser.add_argument('--base-images', type=int, default=120_000, help='images that the first training sees')
     parser.add_argument('--images', type=int, default=8_000, help='images that the hypernetwork sees')
     parser.add_argument('--groups', type=int, default=500, help='test groups of each choice')
-    parser.add_argument(
-        '--part', type=int, nargs=2, default=(0, 1), metavar=('I', 'N'), help='only the I-th of N parts'
-    )
     parser.add_argument('--out', type=Path, required=True)
     arguments = parser.parse_args()
 
@@ -45,8 +42,8 @@ def main():
         banks[split] = ImageBank.from_source(source)
     names = banks['train'].class_names
     splits = json.loads(arguments.splits.read_text())['cifar100-set']
-    for number, (key, choice) in enumerate(sorted(splits.items())):
-        if number % arguments.part[1] != arguments.part[0] or choices.has(arguments.out, settings(arguments), key):
+    for key, choice in sorted(splits.items()):
+        if choices.has(arguments.out, settings(arguments), key):
             continue
         seen = [name for name in names if name not in choice['unseen']]
         bank = banks['train'].select(seen)

@@ -244,7 +244,6 @@ def test_the_benchmark_of_fine_tuning_sums_up_its_seeds_and_goes_on(run, photos,
         ('hub/denoising.py net photos --protocol own --scratch 1 --kind camera', 'camera out'),
         ('hub/denoising.py net photos --protocol own --bm3d', 'pip install bm3d'),
         ('examples/label_budget.py photos --out nowhere/found.json', 'nowhere'),
-        ('hub/gate.py nowhere out', 'nowhere'),
     ],
 )
 def test_what_cannot_be_written_or_used_is_told_before_the_work(line, told, monkeypatch, capsys, tmp_path):

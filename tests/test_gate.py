@@ -3,9 +3,6 @@
 import copy
 import dataclasses
 import importlib
-import runpy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -293,64 +290,6 @@ def test_training_goes_on_from_one_with_a_gate_or_without(gates, trained, make_r
         fresh = copy.deepcopy(found)
         fit_gate(fresh, further, [bank])
         assert_close(dict(found.gate.state_dict()), dict(fresh.gate.state_dict()), rtol=1e-5, atol=1e-6)
-
-
-def test_the_script_of_the_hub_fits_what_training_fits(trained, write_folder, bank, tmp_path, monkeypatch):
-    hypernet, recipe, _ = trained
-    write_folder(
-        tmp_path / 'images',
-        bank.images.permute(0, 2, 3, 1).numpy(),
-        [bank.class_names[label] for label in bank.labels.tolist()],
-    )
-    bare = PudNet(dataclasses.replace(hypernet.config, sketch_gate=False))
-    bare.load_state_dict({key: value for key, value in hypernet.state_dict().items() if 'gate.' not in key})
-    folder = bare.save_pretrained(tmp_path / 'bare')
-    text = f"""seed = {recipe.seed}
-start = "nowhere"
-[hypernet]
-model_name = "test_resnet"
-sketch_width = 16
-sketch_channels = [4, 8]
-generator = "residual"
-predict_norm = true
-GATE
-[hypernet.input]
-input_size = [3, 16, 16]
-[data]
-images = "{tmp_path / 'images'}"
-[groups]
-n_way = 3
-n_shot = 2
-n_query = 2
-per_step = 2
-turns = 4
-conditions = 0.5
-[losses]
-full = 0.0
-consistency = 0.0
-[schedule]
-optimizer = "sgd"
-rate = 0.0
-"""
-    script = Path(__file__).parents[1] / 'hub' / 'gate.py'
-    monkeypatch.setattr(sys, 'argv', [str(script), str(folder), str(tmp_path / 'out')])
-    (folder / 'recipe.toml').write_text(text.replace('GATE', ''))
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(script), run_name='__main__')
-    assert stopped.value.code == 2
-    assert not (tmp_path / 'out').exists()
-    (folder / 'recipe.toml').write_text(text.replace('GATE', 'sketch_gate = true'))
-    runpy.run_path(str(script), run_name='__main__')
-    found = PudNet.from_pretrained(tmp_path / 'out')
-    assert_close(dict(found.gate.state_dict()), dict(hypernet.gate.state_dict()), rtol=1e-4, atol=1e-5)
-    assert found.config.training['recipe_digest'] != hypernet.config.training['recipe_digest']
-    for key, value in hypernet.encoder.named_parameters():
-        assert_close(found.encoder.get_parameter(key), value, rtol=2e-3, atol=2e-3)
-    room = importlib.import_module('timm_pudnet.training.meta_train')
-    monkeypatch.setattr(room, 'load_banks', lambda *_, **__: pytest.fail('images were read'))
-    with pytest.raises(SystemExit) as stopped:  # for OUT has one
-        runpy.run_path(str(script), run_name='__main__')
-    assert stopped.value.code == 2
 
 
 def test_recipes_without_images_as_they_are_have_no_gate(make_recipe, one_line):

@@ -16,6 +16,7 @@ import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import timm_pudnet
 from timm_pudnet import InputConfig, NotFoundError, OutputExistsError, PudNet, PudNetWarning
@@ -32,7 +33,7 @@ from timm_pudnet.evaluation import (
 )
 from timm_pudnet.evaluation.expectation import HeldOutSet, Traits
 from timm_pudnet.evaluation.holdout import raw_pixels, split_held_out
-from timm_pudnet.evaluation.report import feature_map, first_images, sample_features
+from timm_pudnet.evaluation.report import feature_map, sample_features, some_images
 from timm_pudnet.files import config_sha256
 from timm_pudnet.images import open_images
 from timm_pudnet.predict import predict_model
@@ -116,14 +117,18 @@ def make():
     return report
 
 
-def test_the_first_images_are_as_many_as_asked_for_whatever_batches_they_come_in():
-    labels = torch.arange(10)
-    source = open_images(list(torch.rand(10, 3, 8, 8)), labels, input=timm_pudnet.InputConfig())
-    list(source.batches(4, keep=True))  # what is kept comes in these batches again
-    found = list(first_images(source, 6))
-    assert [len(images) for images, _ in found] == [4, 2]
+def test_some_images_are_as_many_as_asked_for_spread_evenly_and_the_first_of_a_stream():
+    images = list(zip(torch.rand(10, 3, 8, 8), torch.arange(10), strict=True))
+    stream = open_images(DataLoader(images, batch_size=4), input=timm_pudnet.InputConfig())
+    assert stream.is_stream
+    list(stream.batches(4, keep=True))  # what is kept comes in these batches again
+    found = list(some_images(stream, 6))
+    assert [len(part) for part, _ in found] == [4, 2]
     assert torch.cat([part for _, part in found]).tolist() == list(range(6))
-    assert len(torch.cat([images for images, _ in first_images(source, 99)])) == 10
+    source = open_images(*zip(*images, strict=True), input=timm_pudnet.InputConfig())
+    assert torch.cat([part for _, part in some_images(source, 4)]).tolist() == [0, 3, 6, 9]
+    for one in (stream, source):
+        assert len(torch.cat([part for part, _ in some_images(one, 99)])) == 10
 
 
 def test_the_page_needs_nothing_else_and_forbids_it(make):

@@ -615,8 +615,7 @@ def plan_hypernet(model_name: str, *, generator: str = 'auto', **config: Any) ->
         height, width = img_size_of(wanted) or fixed_size(model_name) or (32, 32)
         input = InputConfig(input_size=(spec.in_chans, height, width), mean=grey, std=grey)
         wanted = dataclasses.replace(wanted, input=input)
-    wanted = _chosen(wanted, generator, config)
-    return _plan(wanted, spec)
+    return _plan(_chosen(wanted, generator, config))
 
 
 def plan_of(folder: Path) -> Plan:
@@ -628,16 +627,16 @@ def plan_of(folder: Path) -> Plan:
     """
     config, tensors = read_config(folder / CONFIG_NAME), sum(len(read_header(path)[1]) for path in weight_files(folder))
     with _described_by(folder, tensors):
-        return _plan(config, target_of(config))
+        return _plan(config)
 
 
-def _plan(config: PudNetConfig, target: TargetSpec) -> Plan:
+def _plan(config: PudNetConfig) -> Plan:
     with torch.device('meta'):
         made = PudNet(config)
-    parts = zip(target.layers, made.generators, strict=True)
+    parts = zip(made.target.layers, made.generators, strict=True)
     return Plan(
         config=config,
-        target=target,
+        target=made.target,
         parameters=sum(parameter.numel() for parameter in made.parameters()),
         steered=sum(layer.numel for layer, generator in parts if getattr(generator, 'steered', True)),
     )
@@ -647,7 +646,7 @@ def _chosen(config: PudNetConfig, generator: str, given: Mapping[str, Any]) -> P
     """The config with its kind of generator, and with the width of sketches where it is not among the given fields."""
     if generator == 'auto':
         generator = 'paper'
-        size = _plan(dataclasses.replace(config, generator=generator), target_of(config)).parameters
+        size = _plan(dataclasses.replace(config, generator=generator)).parameters
         if size > MOST_PARAMETERS:
             generator = 'residual'
             warnings.warn(
@@ -660,7 +659,6 @@ def _chosen(config: PudNetConfig, generator: str, given: Mapping[str, Any]) -> P
     asked = 'rank' in config.generator_kwargs or not {'sketch_width', 'sketch_channels'}.isdisjoint(given)
     if generator != 'residual' or asked:
         return config
-    target = target_of(config)
     for width, rank in RESIDUAL_SIZES:
         sized = dataclasses.replace(
             config,
@@ -669,7 +667,7 @@ def _chosen(config: PudNetConfig, generator: str, given: Mapping[str, Any]) -> P
             generator_kwargs={'rank': rank, **config.generator_kwargs},
             norm_rank=given.get('norm_rank', rank if config.predict_norm else 0),
         )
-        plan = _plan(sized, target)
+        plan = _plan(sized)
         if plan.parameters <= MOST_OF_TARGET * plan.weights:
             break
     return sized

@@ -297,7 +297,7 @@ def check_output(folder: Path) -> None:
 
 def _target_asked_for(network: PudNet, model_name: str, timm_kwargs: dict[str, Any]) -> TargetSpec:
     """The target with the caller's arguments; its tensors must be those that the hypernetwork fills."""
-    kwargs = {key: value for key, value in timm_kwargs.items() if key not in _NOT_OF_TARGET and value is not None}
+    kwargs = {key: value for key, value in timm_kwargs.items() if key not in _NOT_OF_TARGET}
     if 'img_size' in kwargs:
         of_one_size(dataclasses.replace(network.config, model_kwargs={'img_size': kwargs['img_size']}))
     spec = target_of(network.config, **kwargs)
@@ -341,7 +341,6 @@ def _predict(
             f'{source.description}: no labels, so no head: the model gives features', PudNetWarning, stacklevel=3
         )
     num_classes = _classes_found(spec, source, sample) if classifies else 0
-    timm_kwargs = dict(timm_kwargs)
     _check_asked(timm_kwargs.pop('num_classes', None), num_classes)
 
     with torch.inference_mode():

@@ -32,7 +32,7 @@ from timm_pudnet.config import InputError, PudNetWarning
 from timm_pudnet.devices import library_versions, machine, usable_device
 from timm_pudnet.evaluation.expectation import IN_WORDS, MOST_IMAGES, Expectation
 from timm_pudnet.evaluation.holdout import HeldOutTest
-from timm_pudnet.evaluation.report import Report, first_images
+from timm_pudnet.evaluation.report import Report, some_images
 from timm_pudnet.files import config_sha256, sha256
 from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet
@@ -272,7 +272,7 @@ def predict(
         run.told = _expect(expectation, network, run.model, run.used, wanted)
     run.measure(strict)
     if run.test is not None and run.test.right_raw >= run.test.right:
-        remedy = 'try --head blend, or ' if wanted == 'centroid' else ''
+        remedy = f'try --head {run.better_head() or "blend"}, or ' if wanted == 'centroid' else ''
         click.echo(f'Note       raw pixels do as well: {remedy}train a hypernetwork for images of this family')
     elif head is None and wanted == 'centroid' and (better := run.better_head()):
         click.echo(f'Note       with so many labels a class --head {better} is usually better than class centroids')
@@ -370,12 +370,7 @@ def _expect(
         click.echo(f'Expected   {accuracy:6.1%} before any test{of_what} (95 % interval {low:.1%} to {high:.1%})')
     elif not used.labelled:
         stream = network.streaming_sketch()
-        if used.is_stream:
-            batches = first_images(used, MOST_IMAGES)
-        else:
-            count = len(used)
-            batches = used.subset(torch.linspace(0, count - 1, min(count, MOST_IMAGES)).long()).batches()
-        for images, _ in batches:
+        for images, _ in some_images(used, MOST_IMAGES):
             stream.add(images)
         told['familiarity'] = expectation.familiarity(expectation.distance(stream.result()), stream.counts[0])
     if 'familiarity' in told:

@@ -36,9 +36,9 @@ LEAST_SIDE = 8
 SCALES = 3  # sizes at which an image is denoised: its own, half and quarter of it
 LEAST_SHRUNK = 16  # pixels of a patch in each direction, or there is no such size
 SHARE_PATCHES = 16  # of a size, by which it is told how far the smaller ones correct it
+MOST_VALUES = 2**18  # that quantiles are of
 # Images whose brightest pixels (but for the thousandth part) lie outside are seen as if these were white: training had
 # none such. Strong noise alone makes pixels of 3.
-MOST_VALUES = 2**18  # that quantiles are of
 DIM, BRIGHT = 0.5, 4.0
 
 

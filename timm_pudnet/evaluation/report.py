@@ -425,8 +425,12 @@ def sample_images(source: ImageSource) -> list[tuple[int | None, Tensor]]:
     return found
 
 
-def first_images(source: ImageSource, most: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches of the first so many images."""
+def some_images(source: ImageSource, most: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Batches of so many images at most, spread evenly over a source; of a stream the first."""
+    if not source.is_stream:
+        picks = torch.linspace(0, len(source) - 1, min(len(source), most), dtype=torch.float64).long()
+        yield from source.subset(picks).batches()
+        return
     for images, labels in source.batches(most):
         yield images[:most], None if labels is None else labels[:most]
         most -= len(images)
@@ -437,13 +441,8 @@ def first_images(source: ImageSource, most: int) -> Iterator[tuple[Tensor, Tenso
 @torch.inference_mode()
 def sample_features(model: nn.Module, source: ImageSource) -> tuple[Tensor, Tensor | None]:
     """Features `[p, d]` of at most 1,000 images, and their classes where they have any."""
-    if source.is_stream:
-        batches = first_images(source, MOST_ON_A_MAP)
-    else:
-        count = len(source)
-        batches = source.subset(torch.arange(0, count, -(-count // MOST_ON_A_MAP))).batches()
     rows, found = [], []
-    for images, labels in batches:
+    for images, labels in some_images(source, MOST_ON_A_MAP):
         rows.append(pre_logits(model, images))
         found.append(labels)
     return torch.cat(rows), None if found[0] is None else torch.cat(found)
