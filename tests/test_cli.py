@@ -890,8 +890,8 @@ def test_a_bad_recipe_is_one_line_and_writes_nothing(case, shapes, tmp_path, not
     ('start', 'before', 'after', 'verdict'),
     [
         ('', 0.2, 0.5, 'It learns'),
-        ('', 0.2, 0.22, 'It does not learn yet'),
-        ('', 0.8, 0.85, 'It learns'),  # by more than half of chance it can hardly get better
+        ('', 0.2, 0.22, 'It does not learn yet'),  # it may be chance
+        ('', 0.8, 0.85, 'It learns'),
         ('', 1.0, 1.0, 'It learns'),
         ('earlier', 0.8, 0.79, 'It keeps what it starts with'),
         ('earlier', 0.8, 0.5, 'It loses what it starts with'),
@@ -902,6 +902,7 @@ def test_a_short_try_is_judged_by_its_start(start, before, after, verdict, shape
     (tmp_path / 'recipe.toml').write_text(f'start = {json.dumps(str(trained[0]))}\n{text}' if start else text)
     found = {'before': before, 'after': after, 'chance': 0.125, 'images': 10, 'seconds': 1.0, 'images_per_second': 10.0}
     found['whole_seconds'] = 9000.0
+    found['gains'] = [after - before + 0.05 * (number % 2 - 0.5) for number in range(8)]
     monkeypatch.setattr('timm_pudnet.training.try_recipe', lambda *args, **kwargs: found)
     printed = succeeds('train', tmp_path / 'recipe.toml', '--short').stdout
     assert f'{verdict}; the whole recipe takes about 2.5 hours here, at 10 images/s' in printed
@@ -1452,8 +1453,9 @@ def test_the_readme_s_python_runs_and_its_recipe_is_one(work):
     for code in here:
         exec(code.replace('fashion-model', 'my-model'), scope)
     assert len(scope['answers']) == 2
-    (recipe,) = re.findall(r'^```toml\n(.*?)^```', readme, re.MULTILINE | re.DOTALL)
-    assert timm_pudnet.Recipe.from_dict(tomllib.loads(recipe)).data[0].unseen == ('cup', 'jar')
+    base, changed = map(tomllib.loads, re.findall(r'^```toml\n(.*?)^```', readme, re.MULTILINE | re.DOTALL))
+    assert timm_pudnet.Recipe.from_dict(base).data[0].unseen == ('cup', 'jar')
+    assert timm_pudnet.Recipe.from_dict({**base, **changed}).start == 'my-base/plain'
 
 
 def test_the_script_of_the_package_is_this_command():

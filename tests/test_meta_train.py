@@ -126,6 +126,15 @@ def test_the_whitening_is_of_the_spread_within_the_classes_of_groups(kind, easy_
     assert_close(run_of.whitening().double(), inverse_root / values.rsqrt().mean(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ('wanted', 'many', 'whitened'), [(None, 7, True), (None, 6, False), (True, 6, True), (False, 7, False)]
+)
+def test_features_are_whitened_where_the_seen_classes_are_few(wanted, many, whitened, easy_recipe, bank, monkeypatch):
+    monkeypatch.setattr(loop, 'MANY_CLASSES', many)
+    found = loop._PlainRun(easy_recipe(schedule={'whitening': wanted}), [bank], 'cpu').whitening()
+    assert torch.equal(found, torch.eye(len(found))) != whitened
+
+
 def test_plain_training_gives_a_feature_model_that_learned(easy_recipe, bank, tmp_path):
     model, whitening = train_plain(easy_recipe(), tmp_path, banks=[bank], device='cpu', progress=False)
     assert whitening.shape == (model.num_features, model.num_features)
@@ -803,6 +812,7 @@ def test_a_short_try_counts_the_images_that_were_shown(make_recipe, bank):
     found = try_recipe(make_recipe(4, groups=groups), banks=[bank], device='cpu', seconds=1, progress=False)
     assert found['images'] == 4 * 24
     assert found['images_per_second'] * found['whole_seconds'] == pytest.approx(4 * 24)
+    assert sum(found['gains']) / len(found['gains']) == pytest.approx(found['after'] - found['before'])
 
 
 @pytest.mark.parametrize('keep', [0.0, 0.5, 0.999])

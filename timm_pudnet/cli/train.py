@@ -13,7 +13,7 @@ from typing import Any
 import click
 import torch
 
-from timm_pudnet import denoising, training
+from timm_pudnet import denoising, evaluation, training
 from timm_pudnet.cli.group import FOLDER, check_outside, device_option, main, size_of, some
 from timm_pudnet.config import InputError, OutputExistsError
 from timm_pudnet.denoising.training import PatchBank
@@ -189,7 +189,8 @@ def _try_recipe(recipe: Recipe, data_dir: str | None, device: torch.device) -> N
         kept = found['after'] > found['before'] - found['chance'] / 2
         verdict = 'It keeps what it starts with' if kept else 'It loses what it starts with'
     else:
-        learns = 1 - found['after'] < 0.9 * (1 - found['before']) or found['after'] == 1
+        gain = evaluation.mean_interval(found['gains'])
+        learns = gain['mean'] > gain['interval'] or found['after'] == 1
         verdict = 'It learns' if learns else 'It does not learn yet'
     click.echo(
         f'{verdict}; the whole recipe takes about {hours:.1f} hours here, at {found["images_per_second"]:.0f} images/s'

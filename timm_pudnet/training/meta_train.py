@@ -60,6 +60,8 @@ _FREE += ('training', 'library_versions')
 UNDOING_GROUPS = 4000  # of which the first layers learn to undo conditions, at most
 UNDOING_SHARE = 10  # of these for each group of the steps that follow, at most
 UNDOING_CONDITIONS = 0.95  # share of these that have one, at least
+MANY_CLASSES = 20  # seen, from which on features are not whitened unless the recipe says so
+TRIED_GROUPS = 40  # that tell whether a recipe learns
 GATE_IMAGES = 64  # of each class, at most, that tell how sketches differ by chance
 START_GROUPS = 64  # whose mean sketch says what a hypernetwork that training starts from usually predicts
 
@@ -148,7 +150,7 @@ def try_recipe(
     device: str | torch.device | None = None,
     seconds: float = 80.0,
     progress: bool = True,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Whether a recipe learns at all: its whole schedule, squeezed into a minute or two.
 
     Args:
@@ -163,8 +165,8 @@ def try_recipe(
 
     Returns:
         `before` and `after`, the share of query images that eq. 7 gets right in groups of the *seen* classes (so no
-        measure of quality), `chance`, `images` and `seconds` of the squeezed training, `images_per_second`, and
-        `whole_seconds`, which the whole recipe would take.
+        measure of quality), `gains`, the differences in each of these groups, `chance`, `images` and `seconds` of the
+        squeezed training, `images_per_second`, and `whole_seconds`, which the whole recipe would take.
     """
     if not seconds > 0:
         raise InputError(f'seconds must be above zero, got {seconds}')
@@ -173,7 +175,7 @@ def try_recipe(
     recipe = _checked(recipe)
     banks = _banks(recipe, banks)
     run = _MetaRun(recipe, banks, device)
-    each, chance = recipe.images_per_step, run.accuracy()[1]
+    each, chance = recipe.images_per_step, run.accuracy(10)[1]
     for _ in run.steps(1):  # the first step is slower
         run.seconds = 0.0
     started = time.monotonic()
@@ -184,13 +186,15 @@ def try_recipe(
     images = min(recipe.schedule.images, max(10 * each, int(seconds / pace * each)))
     short = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, images=images))
     run = _MetaRun(short, banks, device)
-    before = run.accuracy()[0]
+    before, _ = run.accuracy()
     go(run, None, math.inf, None, progress)
     run.settle()
     run.hypernet.take_statistics(run.target)
+    after, _ = run.accuracy()
     return {
-        'before': before,
-        'after': run.accuracy()[0],
+        'before': sum(before) / TRIED_GROUPS,
+        'after': sum(after) / TRIED_GROUPS,
+        'gains': [b - a for a, b in zip(before, after, strict=True)],
         'chance': chance,
         'images': run.shown(),
         'seconds': run.seconds,
@@ -570,15 +574,16 @@ class _ClassifierRun(Run):
                 yield group, features, model(query)
 
     def whitening(self) -> Tensor:
-        """The whitening of the features within classes; the identity where the recipe wants none."""
+        """The whitening of the features within classes; the identity where it is not wanted."""
         learned = Whitening(self.head.in_features)
-        if self.recipe.schedule.whitening:
+        wanted = self.recipe.schedule.whitening
+        if wanted or (wanted is None and len(self.seen) < MANY_CLASSES):
             for group, support, query in self.tested(40, 'whitening'):
                 learned.add(torch.cat([support, query]), torch.cat([group.support_classes, group.query_classes]))
         return learned.result()
 
-    def accuracy(self, groups: int = 10) -> tuple[float, float]:
-        """Share of query images of seen classes that eq. 7 gets right, and chance."""
+    def accuracy(self, groups: int = TRIED_GROUPS) -> tuple[list[float], float]:
+        """Share of query images that eq. 7 gets right in each of so many groups of seen classes, and chance."""
         right, chance = [], []
         for group, support, query in self.tested(groups, 'accuracy'):
             classes, labels = group.support_classes.unique(return_inverse=True)
@@ -586,7 +591,7 @@ class _ClassifierRun(Run):
             guesses = classes[centroid_logits(query, centroids, 1.0).argmax(1).cpu()]
             right.append(float((guesses == group.query_classes).float().mean()))
             chance.append(1 / len(classes))
-        return sum(right) / groups, sum(chance) / groups
+        return right, sum(chance) / groups
 
     def weights_of(self, support: Tensor) -> dict[str, Tensor]:
         """State dict of the target for a group's support images."""

@@ -123,7 +123,7 @@ class LossWeights:
         distillation: Of the distance between the features (and the outputs of the norm layers) of the predicted network
             for images under a condition and those of `start` (of what it predicts, if it is a hypernetwork) for the
             same images without it; it needs `start`. So the hypernetwork learns to undo conditions (but turns, which a
-            plain training with `turns = 4` knows).
+            plain training with `turns = 4` knows). After `undoing` it brought nothing more in what ships, or harm.
         undoing: Of the distance of the first kernel, and of the bias of the norm behind it, from those that undo what
             the condition did to order and sign of the channels, which is hardly learned through the layers behind. The
             hypernetwork learns it by itself before the first step, from ten groups for each that training has, 4,000 at
@@ -162,8 +162,8 @@ class Schedule:
         label_smoothing: Of the full head's loss.
         precision: `float32` or `bfloat16` (mixed, for the target's passes; float32 all the same, with a warning, where
             bfloat16 takes far longer: on processors and GPUs that do not compute in it).
-        whitening: Whether features are whitened within classes after training (`adapt.Whitening`); it helps where the
-            seen classes are few.
+        whitening: Whether features are whitened within classes after training (`adapt.Whitening`). Left out, they are
+            where fewer than 20 classes are seen: it helps where these are few and costs points where they are many.
         fixed_statistics: Whether the target's norm layers keep the statistics of `start` while the hypernetwork
             learns, in place of those of each group. For images of one kind: what is predicted then works by these
             statistics, as what an ordinary training gives does; `prior_images` and `deep_share` of the hypernetwork
@@ -182,7 +182,7 @@ class Schedule:
     clip: float = 5.0
     label_smoothing: float = 0.1
     precision: str = 'float32'
-    whitening: bool = True
+    whitening: bool | None = None
     fixed_statistics: bool = False
     fixed_encoder: bool = False
     ema: float = 0.0
