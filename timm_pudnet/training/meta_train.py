@@ -61,7 +61,7 @@ UNDOING_GROUPS = 4000  # of which the first layers learn to undo conditions, at 
 UNDOING_SHARE = 10  # of these for each group of the steps that follow, at most
 UNDOING_CONDITIONS = 0.95  # share of these that have one, at least
 MANY_CLASSES = 20  # seen, from which on features are not whitened unless the recipe says so
-TRIED_GROUPS = 40  # that tell whether a recipe learns
+TRIED_GROUPS = 30  # that tell whether a recipe learns
 GATE_IMAGES = 64  # of each class, at most, that tell how sketches differ by chance
 START_GROUPS = 64  # whose mean sketch says what a hypernetwork that training starts from usually predicts
 
@@ -175,7 +175,7 @@ def try_recipe(
     recipe = _checked(recipe)
     banks = _banks(recipe, banks)
     run = _MetaRun(recipe, banks, device)
-    each, chance = recipe.images_per_step, run.accuracy(10)[1]
+    each = recipe.images_per_step
     for _ in run.steps(1):  # the first step is slower
         run.seconds = 0.0
     started = time.monotonic()
@@ -186,7 +186,7 @@ def try_recipe(
     images = min(recipe.schedule.images, max(10 * each, int(seconds / pace * each)))
     short = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, images=images))
     run = _MetaRun(short, banks, device)
-    before, _ = run.accuracy()
+    before, chance = run.accuracy()
     go(run, None, math.inf, None, progress)
     run.settle()
     run.hypernet.take_statistics(run.target)
@@ -582,16 +582,16 @@ class _ClassifierRun(Run):
                 learned.add(torch.cat([support, query]), torch.cat([group.support_classes, group.query_classes]))
         return learned.result()
 
-    def accuracy(self, groups: int = TRIED_GROUPS) -> tuple[list[float], float]:
-        """Share of query images that eq. 7 gets right in each of so many groups of seen classes, and chance."""
+    def accuracy(self) -> tuple[list[float], float]:
+        """Share of query images that eq. 7 gets right in each of some groups of seen classes, and chance."""
         right, chance = [], []
-        for group, support, query in self.tested(groups, 'accuracy'):
+        for group, support, query in self.tested(TRIED_GROUPS, 'accuracy'):
             classes, labels = group.support_classes.unique(return_inverse=True)
             centroids = class_centroids(support, labels, len(classes))
             guesses = classes[centroid_logits(query, centroids, 1.0).argmax(1).cpu()]
             right.append(float((guesses == group.query_classes).float().mean()))
             chance.append(1 / len(classes))
-        return right, sum(chance) / groups
+        return right, sum(chance) / TRIED_GROUPS
 
     def weights_of(self, support: Tensor) -> dict[str, Tensor]:
         """State dict of the target for a group's support images."""

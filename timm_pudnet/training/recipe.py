@@ -163,7 +163,8 @@ class Schedule:
         precision: `float32` or `bfloat16` (mixed, for the target's passes; float32 all the same, with a warning, where
             bfloat16 takes far longer: on processors and GPUs that do not compute in it).
         whitening: Whether features are whitened within classes after training (`adapt.Whitening`). Left out, they are
-            where fewer than 20 classes are seen: it helps where these are few and costs points where they are many.
+            where fewer than 20 classes are seen, those of `start` among them: it helps where they are few and costs
+            points where they are many.
         fixed_statistics: Whether the target's norm layers keep the statistics of `start` while the hypernetwork
             learns, in place of those of each group. For images of one kind: what is predicted then works by these
             statistics, as what an ordinary training gives does; `prior_images` and `deep_share` of the hypernetwork
