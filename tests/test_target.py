@@ -10,14 +10,17 @@ from torch.nn.modules.batchnorm import _NormBase
 from timm_pudnet.config import InputConfig, InputError, PudNetConfig, UnsupportedTargetError
 from timm_pudnet.target import (
     batch_norms,
+    channels_last,
     check_architecture,
     create_feature_model,
     describe_target,
     input_of,
     keep_arguments,
+    laid_out,
     normalised_otherwise,
     of_one_size,
     pretrained_cfg_of,
+    small_maps_first,
 )
 
 ARCHITECTURES = [
@@ -339,3 +342,44 @@ def test_a_mean_or_std_that_is_a_little_another_one_is_another_one():
 def test_an_architecture_of_one_size_is_made_for_oblong_images_as_they_lie():
     config = PudNetConfig(model_name='visformer_tiny', input=InputConfig(input_size=(3, 64, 96)))
     assert of_one_size(config).model_kwargs == {'img_size': [64, 96]}
+
+
+def layouts(model, side):
+    """By the name of a conv, whether the maps that it sees have channels last in memory; and the model's output."""
+    found = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args[0].stride(1) == 1}))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    output = model(laid_out(torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))))
+    for hook in hooks:
+        hook.remove()
+    return found, output
+
+
+@torch.no_grad()
+def test_only_wide_convs_see_small_maps_with_channels_first_where_a_processor_has_avx512(monkeypatch):
+    model = timm.create_model('resnet18').eval()
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX2')
+    with small_maps_first(model):
+        assert not any(module._forward_hooks for module in model.modules())
+    usual, wanted = layouts(model, 64)
+    assert all(usual.values())
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
+    with small_maps_first(model):
+        found, output = layouts(model, 64)
+        large, _ = layouts(model, 160)  # whose last maps are of 5x5
+    assert {name for name, last in found.items() if not last} == {
+        *('layer3.0.conv2', 'layer3.1.conv1', 'layer3.1.conv2', 'layer4.0.conv1'),
+        *('layer4.0.conv2', 'layer4.1.conv1', 'layer4.1.conv2'),
+    }
+    assert all(large.values())
+    torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+    found, output = layouts(channels_last(model), 64)
+    assert sum(not last for last in found.values()) == 7
+    torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
+    assert model.layer4[1].conv2.weight.is_contiguous()
+    assert model.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)

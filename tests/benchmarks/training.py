@@ -2,20 +2,24 @@
 
     python tests/benchmarks/training.py RECIPE --out FILE.json
 
-Both steps see as many images of the same size; the images are noise, which costs the same. Steps alternate, and medians
-are compared. The shares come from timing the parts of the step one by one, forward and backward.
+Both steps see as many images of the same size. The images are noise and the networks that the recipes start from
+random, which costs the same. Steps alternate, and medians are compared. The shares come from timing the parts of the
+step one by one, forward and backward.
 """
 
 import argparse
 import dataclasses
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import timm
 import torch
 
+import timm_pudnet
 from timm_pudnet.devices import library_versions, machine
 from timm_pudnet.training import Data, ImageBank, Recipe
 from timm_pudnet.training.meta_train import _MetaRun, _PlainRun
@@ -36,13 +40,16 @@ def seconds(work: Callable[[], object], repeats: int) -> list[float]:
 
 def measure(recipe: Recipe, repeats: int, num_classes: int = 80) -> dict:
     """The ratio of the two steps, and the shares of the hypernetwork's."""
-    recipe = dataclasses.replace(recipe, data=(Data(images='noise'),))
     each = max(20, recipe.groups.n_shot + recipe.groups.n_query)
     size = recipe.hypernet.input.input_size
     images = torch.randint(0, 256, (num_classes * each, *size), dtype=torch.uint8)
     labels = torch.arange(len(images)) % num_classes
     banks = [ImageBank(images, labels, [str(label) for label in range(num_classes)])]
-    meta, plain = _MetaRun(recipe, banks, None), _PlainRun(recipe, banks, None)
+    with tempfile.TemporaryDirectory() as folder:
+        start = timm.create_model(recipe.hypernet.model_name, num_classes=num_classes, **recipe.hypernet.model_kwargs)
+        path = timm_pudnet.save_model(start, Path(folder, 'start'))
+        recipe = dataclasses.replace(recipe, data=(Data(images='noise'),), start=str(path))
+        meta, plain = _MetaRun(recipe, banks, None), _PlainRun(recipe, banks, None)
     times: dict[str, list[float]] = {'meta': [], 'plain': []}
     for _ in range(repeats):
         for name, run in (('meta', meta), ('plain', plain)):

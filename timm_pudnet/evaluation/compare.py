@@ -40,7 +40,7 @@ from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, pretrained_model
 from timm_pudnet.images import ImageSource, check_root, open_images, reorders
 from timm_pudnet.predict import predict_model
-from timm_pudnet.target import input_of
+from timm_pudnet.target import input_of, laid_out, small_maps_first
 from timm_pudnet.training.episodes import ImageBank, bank_input
 from timm_pudnet.training.finetune import (
     MODES,
@@ -356,8 +356,8 @@ def _pretrained(
     seconds, features, labels, count = 0.0, [], [], 0
     for images, batch_labels in opened(input_of(model)).batches(32):
         started = time.perf_counter()
-        with torch.inference_mode():
-            features.append(model(images.to(device)).float().cpu())
+        with torch.inference_mode(), small_maps_first(model):
+            features.append(model(laid_out(images.to(device))).float().cpu())
         # Only the images that it learns from count, as in the other arms.
         share = is_used[count : count + len(images)].sum() / len(images)
         seconds += float(share) * seconds_since(started, device)

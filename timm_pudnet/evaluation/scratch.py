@@ -22,7 +22,7 @@ from timm_pudnet.evaluation.measure import accuracy_interval, group_sketch, supp
 from timm_pudnet.evaluation.metrics import mean_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
 from timm_pudnet.hypernet import PudNet, with_hypernet_as_saved
-from timm_pudnet.target import create_feature_model
+from timm_pudnet.target import channels_last, create_feature_model
 from timm_pudnet.training.episodes import ImageBank
 from timm_pudnet.training.finetune import even_parts, seconds_since
 
@@ -71,7 +71,7 @@ def train_from_scratch(
     with forked_rng(images.device):
         torch.manual_seed(seed)
         kwargs = {**model_kwargs, 'num_classes': int(labels.max()) + 1}
-        model = timm.create_model(model_name, **kwargs).to(images.device)
+        model = channels_last(timm.create_model(model_name, **kwargs).to(images.device))
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     seconds, labels = 0.0, labels.to(images.device)
     for epoch in range(1, num_epochs + 1):
@@ -165,7 +165,7 @@ def compare_scratch(
         raise InputError('scratch trains on labelled images: draw the groups without unlabelled ones')
     config, device = hypernet.config, hypernet.device
     with forked_rng(device):
-        model = create_feature_model(hypernet.target).to(device).eval()
+        model = channels_last(create_feature_model(hypernet.target).to(device).eval())
     optimizers = {'adam': False, 'adam_centralised': True}
     predicted: list[tuple[Tensor, float]] = []
     curves: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in optimizers}

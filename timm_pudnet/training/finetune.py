@@ -33,7 +33,7 @@ from timm_pudnet.hub import resolve_hypernet
 from timm_pudnet.hypernet import PudNet, pretrained_model
 from timm_pudnet.images import channel_statistics, check_root, open_images
 from timm_pudnet.predict import predict_model
-from timm_pudnet.target import batch_norms, input_of
+from timm_pudnet.target import batch_norms, input_of, laid_out, small_maps_first
 from timm_pudnet.training.episodes import ImageBank, bank_input, timm_augmented
 
 HEAD_STRENGTH = 0.1  # of the head's penalty, see _fit_head
@@ -374,14 +374,14 @@ def finetune_epochs(
                 for _, norm in batch_norms(model):
                     norm.eval()
             total = torch.zeros((), device=device)  # read once: a GPU goes on meanwhile
-            with forked_rng(device):
+            with forked_rng(device), small_maps_first(model):
                 torch.manual_seed(1000 * seed + epoch)  # of dropout
                 # Parts of nearly equal size: a last one of a single image would have no batch statistics.
                 for picks in torch.randperm(len(images.labels), generator=generator).tensor_split(parts):
                     shown = timm_augmented(images.images[picks], dict(tuning.augmentation), generator)
                     answers = images.labels[picks].to(device)
                     schedule.step_update(step)
-                    logits = model(normalised(shown, config).to(device))
+                    logits = model(laid_out(normalised(shown, config).to(device)))
                     error = F.cross_entropy(logits, answers, label_smoothing=tuning.label_smoothing)
                     optimizer.zero_grad()
                     error.backward()
@@ -416,7 +416,7 @@ def _fit_head(
     what it was but for its temperature `s`, which label smoothing keeps finite.
     """
     classifier: Any = model.eval().get_classifier()  # type: ignore[operator]
-    with torch.no_grad():
+    with torch.no_grad(), small_maps_first(model):
         features = torch.cat(
             [
                 model.forward_head(model.forward_features(part), pre_logits=True).flatten(1)  # type: ignore[operator]
@@ -463,7 +463,8 @@ def measured(model: nn.Module, tested: ImageBank) -> dict[str, Any]:
     """The number of images `right`, `accuracy` in percent and `test_loss` of a model in eval mode, on a bank."""
     model.eval()
     device = next(model.parameters()).device
-    logits = torch.cat([model(part).float().cpu() for part in normalised_batches(tested, input_of(model), device)])
+    with small_maps_first(model):
+        logits = torch.cat([model(part).float().cpu() for part in normalised_batches(tested, input_of(model), device)])
     right = int(((logits.argmax(1) == tested.labels) & logits.isfinite().all(1)).sum())
     loss = float(F.cross_entropy(logits, tested.labels))
     return {'right': right, 'accuracy': 100 * right / len(tested.labels), 'test_loss': loss}
@@ -471,7 +472,7 @@ def measured(model: nn.Module, tested: ImageBank) -> dict[str, Any]:
 
 def normalised_batches(bank: ImageBank, config: InputConfig, device: torch.device, size: int = 256) -> Iterator[Tensor]:
     """The images of a bank as a model sees them, `[n, c, h, w]`, a batch at a time."""
-    return (normalised(part.float() / 255, config).to(device) for part in bank.images.split(size))
+    return (laid_out(normalised(part.float() / 255, config).to(device)) for part in bank.images.split(size))
 
 
 def normalised(images: Tensor, config: InputConfig) -> Tensor:
