@@ -358,28 +358,56 @@ def layouts(model, side):
     return found, output
 
 
+WIDE_AT_64 = {
+    *('layer3.0.conv2', 'layer3.1.conv1', 'layer3.1.conv2', 'layer4.0.conv1'),
+    *('layer4.0.conv2', 'layer4.1.conv1', 'layer4.1.conv2'),
+}
+
+
+@pytest.fixture
+def avx512(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
+
+
+def hooked(model):
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 @torch.no_grad()
-def test_only_wide_convs_see_small_maps_with_channels_first_where_a_processor_has_avx512(monkeypatch):
+def test_wide_convs_see_small_maps_with_channels_first_and_all_else_with_channels_last(avx512):
     model = timm.create_model('resnet18').eval()
-    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX2')
-    with small_maps_first(model):
-        assert not any(module._forward_hooks for module in model.modules())
     usual, wanted = layouts(model, 64)
     assert all(usual.values())
-    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
     with small_maps_first(model):
         found, output = layouts(model, 64)
         large, _ = layouts(model, 160)  # whose last maps are of 5x5
-    assert {name for name, last in found.items() if not last} == {
-        *('layer3.0.conv2', 'layer3.1.conv1', 'layer3.1.conv2', 'layer4.0.conv1'),
-        *('layer4.0.conv2', 'layer4.1.conv1', 'layer4.1.conv2'),
-    }
+    assert {name for name, last in found.items() if not last} == WIDE_AT_64
     assert all(large.values())
     torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not hooked(model)
 
-    found, output = layouts(channels_last(model), 64)
-    assert sum(not last for last in found.values()) == 7
+    channels_last(model)
+    assert {name for name, last in layouts(model, 64)[0].items() if not last} == set()
+    with small_maps_first(model):
+        found, output = layouts(model, 64)
+    assert {name for name, last in found.items() if not last} == WIDE_AT_64
     torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-5)
     assert model.layer4[1].conv2.weight.is_contiguous()
     assert model.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_grouped_convs_and_kernels_with_channels_last_are_left_as_they_are(avx512):
+    grouped = nn.Conv2d(1024, 1024, 3, groups=2)
+    last = nn.Conv2d(512, 512, 3).to(memory_format=torch.channels_last)
+    with small_maps_first(nn.Sequential(grouped, last)):
+        assert not hooked(grouped)
+        assert not hooked(last)
+
+
+def test_without_avx512_all_kernels_have_channels_last(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX2')
+    model = channels_last(timm.create_model('resnet18'))
+    kernels = [value for value in model.parameters() if value.ndim == 4]
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+    with small_maps_first(model):
+        assert not hooked(model)

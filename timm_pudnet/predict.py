@@ -403,9 +403,7 @@ class _Reader:
         self.classifiers = [model.get_submodule(name) for name in classifiers]
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        images = laid_out(
-            images.to(self.device)
-        )  # faster for ResNets by up to a half; their kernels may lie as they do
+        images = laid_out(images.to(self.device))
         found: dict[nn.Module, Tensor] = {}
         hooks = [
             module.register_forward_pre_hook(lambda module, inputs: found.update({module: _rows(module, inputs[0])}))

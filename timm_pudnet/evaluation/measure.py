@@ -41,7 +41,13 @@ from timm_pudnet.evaluation.holdout import raw_pixels
 from timm_pudnet.evaluation.metrics import mean_interval, share_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
 from timm_pudnet.hypernet import PudNet, with_hypernet_as_saved
-from timm_pudnet.target import channels_last, create_feature_model, difference, normalised_otherwise
+from timm_pudnet.target import (
+    channels_last,
+    create_feature_model,
+    difference,
+    normalised_otherwise,
+    small_maps_first,
+)
 from timm_pudnet.training.episodes import ImageBank
 
 # Features of the support, with labels and in batches, of the query and of the images without labels, from their images.
@@ -261,19 +267,20 @@ class _Networks:
         n_way = self.groups.query.shape[1]
         found: dict[str, dict[str, Tensor]] = {}
         predicted: dict[str, Tensor] = {}
-        for name, sketch in self.sketched.items():
-            weights = self.hypernet(*sketch(number))
-            if predicted and _alike(weights, predicted):
-                found[name] = found['predicted']  # behind a closed gate, both
-                continue
-            predicted = predicted or weights
-            arm = _with_weights(self.model, weights, self.calibration)
-            found |= _read(arm(support, query, rest), self.readings[name], support, n_way, self.many)
-        for name, arm in self.fixed.items():
-            if name in self.bases and _alike(self.bases[name], predicted):
-                found[name] = found['predicted']
-                continue
-            found |= _read(arm(support, query, rest), self.readings[name], support, n_way, self.many)
+        with small_maps_first(self.model):
+            for name, sketch in self.sketched.items():
+                weights = self.hypernet(*sketch(number))
+                if predicted and _alike(weights, predicted):
+                    found[name] = found['predicted']  # behind a closed gate, both
+                    continue
+                predicted = predicted or weights
+                arm = _with_weights(self.model, weights, self.calibration)
+                found |= _read(arm(support, query, rest), self.readings[name], support, n_way, self.many)
+            for name, arm in self.fixed.items():
+                if name in self.bases and _alike(self.bases[name], predicted):
+                    found[name] = found['predicted']
+                    continue
+                found |= _read(arm(support, query, rest), self.readings[name], support, n_way, self.many)
         return found
 
 

@@ -22,7 +22,7 @@ from timm_pudnet.evaluation.measure import accuracy_interval, group_sketch, supp
 from timm_pudnet.evaluation.metrics import mean_interval
 from timm_pudnet.evaluation.protocols import GroupImages, TestGroups
 from timm_pudnet.hypernet import PudNet, with_hypernet_as_saved
-from timm_pudnet.target import channels_last, create_feature_model
+from timm_pudnet.target import channels_last, create_feature_model, small_maps_first
 from timm_pudnet.training.episodes import ImageBank
 from timm_pudnet.training.finetune import even_parts, seconds_since
 
@@ -76,7 +76,7 @@ def train_from_scratch(
     seconds, labels = 0.0, labels.to(images.device)
     for epoch in range(1, num_epochs + 1):
         started = time.perf_counter()
-        with forked_rng(images.device):
+        with forked_rng(images.device), small_maps_first(model):
             torch.manual_seed(seed + epoch)
             model.train()
             # Parts of nearly equal size, of two images at least: one alone would have no batch statistics.
@@ -88,7 +88,7 @@ def train_from_scratch(
                     centralise_gradients(model.parameters())
                 optimizer.step()
         seconds += seconds_since(started, images.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), small_maps_first(model):
             model.eval()
             guesses = torch.cat([model(part).argmax(1).cpu() for part in tested.split(256)])
         right = guesses == answers
@@ -234,8 +234,9 @@ def _predicted(hypernet: PudNet, model: nn.Module, support: GroupImages, query: 
     started = time.perf_counter()
     weights = hypernet(*group_sketch(hypernet, support))
     centroids = StreamingCentroids(int(query.labels.max()) + 1)
-    for features, labels in support_features(model, weights, support, hypernet.config.calibration):
-        centroids.add(features, labels)
+    with small_maps_first(model):
+        for features, labels in support_features(model, weights, support, hypernet.config.calibration):
+            centroids.add(features, labels)
     rows = centroids.result().to(hypernet.device)
     seconds = seconds_since(started, hypernet.device)
     tested = torch.cat([model(images) for images, _ in query.batches()])

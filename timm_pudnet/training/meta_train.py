@@ -46,6 +46,7 @@ from timm_pudnet.target import (
     create_feature_model,
     difference,
     normalised_otherwise,
+    small_maps_first,
     with_own_config,
 )
 from timm_pudnet.training.episodes import Group, GroupSampler, ImageBank, bank_input, mixed, timm_augmented
@@ -603,7 +604,7 @@ class _ClassifierRun(Run):
         """The target's features `[n, d]` in float32; with its own weights, or with these; or those of another model."""
         model = model or self.target
         images = images.contiguous(memory_format=torch.channels_last)
-        with self.mixed_precision():
+        with self.mixed_precision(), small_maps_first(model):
             if weights is None:
                 return model(images).float()
             return torch.func.functional_call(model, weights, (images,)).float()
