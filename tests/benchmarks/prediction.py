@@ -102,6 +102,7 @@ def prediction(name):
         'forward_ms': 1e3 * forward,
         **{f'{key}_ms': 1e3 * value for key, value in seconds.items()},
         'predict_model_over_forward': seconds['predict_model'] / forward,
+        'predict_model_over_base': seconds['predict_model'] / (forward + seconds['read_images']),
     }
 
 

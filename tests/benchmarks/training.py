@@ -2,8 +2,8 @@
 
     python tests/benchmarks/training.py RECIPE --out FILE.json
 
-Both steps see as many images of the same size. The images are noise and the networks that the recipes start from
-random, which costs the same. Steps alternate, and medians are compared. The shares come from timing the parts of the
+Both steps see as many images of the same size. The images are noise, and the weights that training starts from are
+random; both cost the same. Steps alternate, and medians are compared. The shares come from timing the parts of the
 step one by one, forward and backward.
 """
 
@@ -46,8 +46,8 @@ def measure(recipe: Recipe, repeats: int, num_classes: int = 80) -> dict:
     labels = torch.arange(len(images)) % num_classes
     banks = [ImageBank(images, labels, [str(label) for label in range(num_classes)])]
     with tempfile.TemporaryDirectory() as folder:
-        start = timm.create_model(recipe.hypernet.model_name, num_classes=num_classes, **recipe.hypernet.model_kwargs)
-        path = timm_pudnet.save_model(start, Path(folder, 'start'))
+        random = timm.create_model(recipe.hypernet.model_name, num_classes=num_classes, **recipe.hypernet.model_kwargs)
+        path = timm_pudnet.save_model(random, Path(folder, 'start'))
         recipe = dataclasses.replace(recipe, data=(Data(images='noise'),), start=str(path))
         meta, plain = _MetaRun(recipe, banks, None), _PlainRun(recipe, banks, None)
     times: dict[str, list[float]] = {'meta': [], 'plain': []}
