@@ -79,13 +79,13 @@ def test_a_hypernetwork_is_trained_on_a_family_of_sets(run, pictures, write_fold
     names = {'hats': ('bowler', 'cap'), 'mugs': ('blue', 'red'), 'pots': ('big', 'old', 'small')}
     for name, classes in names.items():
         write_folder(tmp_path / 'family' / name, *pictures(24, names=classes))
-    line = ('--images', 32, '--n-way', 2, '--n-shot', 4, '--groups', 3, '--model', 'test_resnet', '--side', 32)
+    line = ('--images', 256, '--n-shot', 4, '--groups', 3, '--model', 'test_resnet', '--side', 32)
     out = run('examples/own_family.py', tmp_path / 'family', '--out', tmp_path / 'net', *line)
     assert 'trained on hats, mugs; tested on pots' in out
     assert all(f'\n  {row} ' in out for row in ('predicted', 'plain', 'swapped_sketch', 'gain_over_plain'))
     assert timm_pudnet.load_hypernet(tmp_path / 'net').config.class_names == ('bowler', 'cap', 'blue', 'red')
     assert 'a test_resnet for the 3 classes of pots' in out
-    line = (*line[:8], '--start', tmp_path / 'net', '--out', tmp_path / 'more')
+    line = (*line[:6], '--start', tmp_path / 'net', '--out', tmp_path / 'more')
     assert 'a test_resnet for the 3 classes of pots' in run('examples/own_family.py', tmp_path / 'family', *line)
     first, more = (timm_pudnet.load_hypernet(tmp_path / name) for name in ('net', 'more'))
     state = more.state_dict()
