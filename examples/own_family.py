@@ -45,11 +45,9 @@ def main(
     data = tuple(Data(images=str(path)) for path in seen)
     ways = min(64, sum(child.is_dir() for path in seen for child in path.iterdir()))
     each = Groups(n_way=ways, n_shot=2, n_query=2, per_step=max(1, 64 // ways))
-    if start:  # it has learned: small steps, and the encoder, whose norms would move to the sets at once, stays
+    if start:  # it has learned: small steps
         config = timm_pudnet.load_hypernet(start).config
-        schedule = Schedule(
-            images=images, optimizer='sgd', rate=0.005, sketch_rate=1e-4, fixed_statistics=True, fixed_encoder=True
-        )
+        schedule = Schedule(images=images, optimizer='sgd', rate=0.005, sketch_rate=1e-4, fixed_statistics=True)
     else:  # an ordinary classifier first
         size = timm_pudnet.InputConfig(input_size=(3, side, side))
         config = timm_pudnet.PudNetConfig(model_name=model_name, generator='residual', prior_images=400, input=size)

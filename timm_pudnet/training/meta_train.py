@@ -648,6 +648,8 @@ class _MetaRun(_ClassifierRun):
             self.head.requires_grad_(False)
             for name, value in self.hypernet.named_parameters():
                 value.requires_grad_(not self.is_ordinary(f'hypernet.{name}'))
+        # Those of other images would change within a few steps what every sketch says.
+        self.keeps_encoder_statistics = started is not None
         if self.recipe.schedule.fixed_encoder:
             self.hypernet.encoder.requires_grad_(False)
         self.undoing = self._channel_undoing(started) if self.recipe.losses.undoing else None
@@ -713,7 +715,7 @@ class _MetaRun(_ClassifierRun):
         further = None  # groups for the sketch's own loss
         if weigh.sketch and self.recipe.groups.sketch_groups:
             further = self.sampler.draw_halves(number).to(self.device)
-        if self.recipe.schedule.fixed_encoder:
+        if self.keeps_encoder_statistics:
             self.hypernet.encoder.eval()
         with self.mixed_precision():
             rows = self.hypernet.encoder(support if further is None else torch.cat([support, further.flatten(0, 2)]))

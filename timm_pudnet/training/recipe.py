@@ -169,8 +169,8 @@ class Schedule:
             learns, in place of those of each group. For images of one kind: what is predicted then works by these
             statistics, as what an ordinary training gives does; `prior_images` and `deep_share` of the hypernetwork
             say how much they count. The control *plain* has no use for it.
-        fixed_encoder: Whether the sketch encoder stays as it is in the hypernetwork of `start`. Else its norms move to
-            the images of the recipe within some ten steps, and what a sketch changed at the start no longer fits it.
+        fixed_encoder: Whether the sketch encoder stays as it is in the hypernetwork of `start`. (Its norms keep their
+            statistics in any case: those of other images would change what every sketch says.)
         ema: Decay of the moving average of all weights that is kept in the end, 0.999 for instance; 0 for none. At
             first it is the mean over all steps, up to `1 / (1 - ema)` of them.
     """
