@@ -43,8 +43,8 @@ def main(
     print(f'trained on {", ".join(path.name for path in seen)}; tested on {unseen.name}')
     tag = re.sub(r'[^A-Za-z0-9_-]+', '_', family.resolve().name)
     data = tuple(Data(images=str(path)) for path in seen)
-    ways = min(64, sum(child.is_dir() for path in seen for child in path.iterdir()))
-    each = Groups(n_way=ways, n_shot=2, n_query=2, per_step=max(1, 64 // ways))
+    classes = sum(child.is_dir() for path in seen for child in path.iterdir())
+    each = Groups(n_way=min(64, classes), n_shot=2, n_query=2, per_step=max(1, 64 // classes))
     if start:  # it has learned: small steps
         config = timm_pudnet.load_hypernet(start).config
         schedule = Schedule(images=images, optimizer='sgd', rate=0.005, sketch_rate=1e-4, fixed_statistics=True)
@@ -52,11 +52,11 @@ def main(
         size = timm_pudnet.InputConfig(input_size=(3, side, side))
         config = timm_pudnet.PudNetConfig(model_name=model_name, generator='residual', prior_images=400, input=size)
         first = Schedule(images=images, optimizer='sgd', rate=0.2, weight_decay=5e-4)
-        start = str(out / 'base')
-        if not Path(start).exists():
+        base = out / 'base'
+        if not base.exists():
             out.mkdir(exist_ok=True)
-            recipe = Recipe(hypernet=config, data=data, groups=each, schedule=first)
-            train_plain(recipe, out / 'run-base', result=start)
+            train_plain(Recipe(hypernet=config, data=data, groups=each, schedule=first), out / 'run-base', result=base)
+        start = str(base)
         schedule = dataclasses.replace(first, images=images // 5, rate=0.005, sketch_rate=1e-4, fixed_statistics=True)
     recipe = Recipe(
         hypernet=dataclasses.replace(config, tag=tag, class_names=(), training={}, sketch_limit=0.0, sketch_gate=False),

@@ -474,8 +474,8 @@ def laid_out(images: Tensor) -> Tensor:
 def small_maps_first(model: nn.Module) -> Iterator[None]:
     """Inside, a model's wide convs see small maps with channels first in memory, all else as it comes (`laid_out`).
 
-    On the processor with AVX-512 on which it was measured these convs take up to three times as long with channels
-    last, on one without not: ResNet-18 at 56x56 is faster by nearly a half.
+    With channels last these convs took up to three times as long on the processor with AVX-512 where it was measured,
+    and no longer without AVX-512. ResNet-18 at 56x56 is faster by nearly a half.
     """
     hooks = [
         hook

@@ -114,7 +114,7 @@ class Noise(torch.utils.data.Dataset):
 
 def streamed(count, queue):
     """A prediction over so many images, the two parts that it cannot do without, and the peak of memory."""
-    queue.put(timed(Noise(count), 3 if count <= 10_000 else 1))
+    queue.put(timed(Noise(count), rounds=3 if count <= 10_000 else 1))
 
 
 def from_files(count, height, width, queue):
@@ -126,10 +126,10 @@ def from_files(count, height, width, queue):
             path.parent.mkdir(exist_ok=True)
             pixels = torch.nn.functional.interpolate(shades.roll(number, 2)[None], (height, width), mode='bicubic')[0]
             write_jpeg((255 * pixels.clamp(0, 1)).byte(), str(path))
-        queue.put(timed(folder))
+        queue.put(timed(folder, rounds=3))
 
 
-def timed(images, rounds=3):
+def timed(images, rounds):
     """Seconds of a prediction from some images, and of reading them and one forward pass; medians of some rounds."""
     config = timm_pudnet.load_hypernet('resnet18').config.input
     seconds = {'predict_s': [], 'read_s': [], 'forward_s': []}
